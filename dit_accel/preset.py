@@ -1,0 +1,281 @@
+"""Presets: named settings in TOML, read without importing torch.
+
+A preset is one table. It may extend one other preset, in the same file or shipped with the package:
+
+    [tiny-wan-fast]
+    extends = "tiny-wan"
+    description = "..."
+    [tiny-wan-fast.sparse]
+    keep = 0.25
+
+`PRESET` may be a shipped name (`tiny-wan-fast`), a file (`my.toml`, when it holds one table) or one table of a file
+(`my.toml#fast`). Every value remembers where it came from: `Preset.provenance`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dit_accel.presets as shipped
+from dit_accel.errors import UsageError, unknown_name
+from dit_accel.options import SparseOptions
+
+STATUSES = ("measured", "provisional")
+_HEAD = {"description": str, "pipeline": str, "model": str, "status": str}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to generate, apart from the prompt and the seed."""
+
+    width: int = 832  # pixels
+    height: int = 480  # pixels
+    frames: int = 81
+    steps: int = 50  # denoising steps
+    guidance: float = 5.0  # classifier-free guidance scale; 1 or less turns guidance off
+    guidance_2: float | None = None  # for the low-noise expert of Wan 2.2; none: as `guidance`
+    fps: float = 16.0  # frames per second of the file written
+    negative_prompt: str = ""
+    flow_shift: float | None = None  # shift of the noise schedule; none: as the model ships it
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "frames", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        for name in ("fps", "flow_shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} = {value}: a positive number is needed")
+        for name in ("guidance", "guidance_2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} = {value}: a number of at least 0 is needed")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One resolved preset. `sparse` is None when it asks for stock dense attention."""
+
+    name: str
+    description: str
+    pipeline: str  # the recipe that drives it: a file of dit_accel.pipelines
+    model: str  # a shipped model's name, a folder or a hub id
+    status: str  # "measured": the numbers rest on a record in scripts/results; "provisional": they do not yet
+    generate: GenerateOptions
+    sparse: SparseOptions | None
+    provenance: Mapping[str, str]  # "generate.steps" -> "preset tiny-wan" | "default" | "cli"
+    layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table), the weakest first
+
+    def with_values(self, values: Mapping[str, Any], source: str) -> Preset:
+        """The same preset with some values replaced.
+
+        Args:
+            values: dotted names (`sparse.keep`, `generate.steps`, `model`) to values.
+            source: what `provenance` shall say of them.
+
+        Raises:
+            UsageError: an unknown name or a value that its option does not allow.
+        """
+        table: dict[str, Any] = {}
+        for key, value in values.items():
+            group, _, name = key.rpartition(".")
+            if group:
+                table.setdefault(group, {})[name] = value
+            else:
+                table[name] = value
+        return _resolve(self.name, (*self.layers, (source, table)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value as plain data, for run.json and `--json`."""
+        return {
+            "name": self.name,
+            **{key: getattr(self, key) for key in _HEAD},
+            "generate": dataclasses.asdict(self.generate),
+            "sparse": _plain(dataclasses.asdict(self.sparse)) if self.sparse else None,
+            "sources": dict(self.provenance),
+        }
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the presets that ship with the package."""
+    return tuple(sorted(_shipped_tables()))
+
+
+def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
+    """Load a preset by shipped name, by file, or by `file#table`.
+
+    Raises:
+        UnknownNameError: no such preset, option or method; the message offers the nearest name.
+        UsageError: a file that is missing or not TOML, a value of the wrong type or range.
+    """
+    given = os.fspath(name_or_path)
+    path, _, table_name = given.partition("#")
+    if path.endswith(".toml") or os.sep in path or "/" in path:
+        tables = _read(Path(path).expanduser())
+        if not table_name:
+            if len(tables) != 1:
+                raise UsageError(f"{path} holds {len(tables)} presets; name one: {path}#{next(iter(tables), 'NAME')}")
+            table_name = next(iter(tables))
+        if table_name not in tables:
+            raise unknown_name(f"preset in {path}", table_name, tables)
+        tables = _shipped_tables() | tables
+    else:
+        table_name, tables = given, _shipped_tables()
+    return _resolve(table_name, _lineage(table_name, tables))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value` of `--set`; the value is read as TOML where it can be, else as plain text.
+
+    `key` is dotted (`sparse.keep`); a bare name is looked up in the option tables.
+    """
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not key:
+        raise UsageError(f"--set {text!r}: write key=value, for example sparse.keep=0.3")
+    try:
+        value = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        value = {"value": raw}
+    # More than one key means that the text broke out of its line; such a value is no single setting.
+    return _full_key(key), value["value"] if len(value) == 1 else raw
+
+
+def _full_key(key: str) -> str:
+    group, _, name = key.rpartition(".")
+    generate = [field.name for field in dataclasses.fields(GenerateOptions)]
+    sparse = [field.name for field in dataclasses.fields(SparseOptions)]
+    if not group and name in generate:
+        return f"generate.{name}"
+    if not group and name in sparse:
+        return f"sparse.{name}"
+    if not group and name in _HEAD:
+        return name
+    if group == "generate" and name in generate:
+        return key
+    if group == "sparse":  # SparseOptions itself judges the name: some options belong to the method
+        return key
+    raise unknown_name("setting", key, [*_HEAD, *(f"generate.{n}" for n in generate), *(f"sparse.{n}" for n in sparse)])
+
+
+def _shipped_tables() -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {}
+    for path in sorted(shipped.FOLDER.glob("*.toml")):
+        tables |= _read(path)
+    return tables
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read preset file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"preset file {path} is not text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"preset file {path} is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"preset file {path}: {name!r} stands outside a table; write it under [a-preset-name]")
+    return tables
+
+
+def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """The preset's table and those it extends, the oldest ancestor first."""
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    seen: list[str] = []
+    while True:
+        if name not in tables:
+            raise unknown_name("preset", name, tables)
+        if name in seen:
+            raise UsageError(f"preset {seen[0]!r} extends itself: {' -> '.join([*seen, name])}")
+        seen.append(name)
+        table = dict(tables[name])
+        parent = table.pop("extends", None)
+        layers.insert(0, (f"preset {name}", table))
+        if parent is None:
+            return tuple(layers)
+        if not isinstance(parent, str):
+            raise UsageError(f"preset {name!r}: extends takes one name, got {parent!r}")
+        name = parent
+
+
+def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Preset:
+    head: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {"generate": {}, "sparse": {}}
+    sources: dict[str, str] = {}
+    for source, table in layers:
+        where = source if source.startswith("preset") else f"{source} setting"
+        for key, value in table.items():
+            if key in groups:
+                if not isinstance(value, Mapping):
+                    raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
+                groups[key] |= value
+                sources |= {f"{key}.{option}": source for option in value}
+            elif key in _HEAD:
+                head[key] = _checked(value, _HEAD[key], key, where)
+                sources[key] = source
+            else:
+                raise unknown_name(f"key of {where}", key, [*_HEAD, *groups, "extends"])
+    where = f"preset {name!r}"
+    for key in ("pipeline", "model"):
+        if key not in head:
+            raise UsageError(f"{where}: {key} is missing; add {key} = ... or extend a preset that has it")
+    if head["pipeline"] not in pipeline_names():
+        raise unknown_name(f"pipeline of {where}", head["pipeline"], pipeline_names())
+    if head.setdefault("status", "provisional") not in STATUSES:
+        raise unknown_name(f"status of {where}", head["status"], STATUSES)
+    head.setdefault("description", "")
+    generate = _generate_options(groups["generate"], where)
+    sparse = SparseOptions.from_mapping(groups["sparse"]) if groups["sparse"] else None
+    for group, options in (("generate", generate), ("sparse", sparse)):
+        for field in dataclasses.fields(options) if options else ():
+            sources.setdefault(f"{group}.{field.name}", "default")
+    return Preset(name=name, generate=generate, sparse=sparse, provenance=sources, layers=layers, **head)
+
+
+def pipeline_names() -> tuple[str, ...]:
+    """The recipes a preset may name: files of dit_accel.pipelines that define `load` and `generate`."""
+    return ("wan",)
+
+
+def _generate_options(values: Mapping[str, Any], where: str) -> GenerateOptions:
+    hints = typing.get_type_hints(GenerateOptions)
+    for key in values:
+        if key not in hints:
+            raise unknown_name(f"generate option of {where}", key, hints)
+    try:
+        return GenerateOptions(**{key: _checked(value, hints[key], key, where) for key, value in values.items()})
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _checked(value: Any, kind: Any, key: str, where: str) -> Any:
+    """The value if it is of the option's type (whole numbers pass for fractions), else a UsageError."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, bool) and bool not in kinds:
+        pass
+    elif isinstance(value, int) and int not in kinds and float in kinds:
+        return float(value)
+    elif isinstance(value, kinds):
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    asked = " or ".join(wanted[k] for k in kinds if k in wanted)
+    raise UsageError(f"{where}: {key} = {value!r}: {asked} is needed")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,135 @@
+"""Write clips and read them back: MP4, GIF or PNG frames by suffix. Nothing half-written is ever left under the name asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
+
+SUFFIXES = (".mp4", ".gif", ".png")
+_CRF = "14"  # x264 constant quality; well below what an eye finds, but 4:2:0 colour is not lossless: measure on frames
+
+
+def check_writable(path: Path) -> None:
+    """Raise before the work starts if a clip could not be written to `path`.
+
+    Missing folders are made. A file is created and removed: permissions alone say nothing on a full or read-only disk.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise unknown_name("output format", path.suffix or path.name, SUFFIXES)
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, probe = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+        os.close(handle)
+        os.unlink(probe)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: float, comment: str | None = None) -> list[Path]:
+    """Write a clip in the format that the suffix names.
+
+    Args:
+        path: `*.mp4`, `*.gif`, or `*.png`; PNG gives one file a frame, `name-0001.png` and on (one frame: `name.png`).
+        frames: uint8 `[F, H, W, 3]`, RGB.
+        fps: frames per second. GIF rounds the time of a frame to 10 ms.
+        comment: text to keep inside the file.
+
+    Returns:
+        The files written.
+    """
+    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}[path.suffix.lower()]
+    if path.suffix.lower() != ".png":
+        with _staged([path]) as (part,):
+            write(part, frames, fps, comment)
+        return [path]
+    paths = [path] if len(frames) == 1 else [
+        path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, len(frames) + 1)
+    ]
+    with _staged(paths) as parts:
+        for part, frame in zip(parts, frames, strict=True):
+            _write_png(part, frame[None], fps, comment)
+    return paths
+
+
+@contextlib.contextmanager
+def _staged(paths: list[Path]) -> Iterator[list[Path]]:
+    """Temporary names beside the final ones; renamed when the block ends well, removed when it does not."""
+    parts = [path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") for path in paths]
+    try:
+        yield parts
+        for part, path in zip(parts, paths, strict=True):
+            os.replace(part, path)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {paths[0]}: {error.strerror or error}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    with _staged([path]) as (part,):
+        part.write_text(text, encoding="utf-8")
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        # 4:2:0 is what every player reads, and it needs even sides.
+        stream.pix_fmt = "yuv420p" if stream.height % 2 == 0 == stream.width % 2 else "yuv444p"
+        stream.options = {"crf": _CRF, "preset": "medium"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    extra = {"comment": comment.encode()} if comment is not None else {}
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0, **extra)
+
+
+def _write_png(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if comment is not None:
+        info.add_text("dit_accel", comment)
+    Image.fromarray(frames[0]).save(path, format="PNG", pnginfo=info)
+
+
+def read_clip(path: Path) -> tuple[np.ndarray, float, str | None]:
+    """Frames uint8 `[F, H, W, 3]`, frames per second, and the comment inside, of an MP4, GIF or PNG file."""
+    if path.suffix.lower() == ".mp4":
+        import av
+
+        with av.open(str(path)) as container:
+            rate = float(container.streams.video[0].average_rate)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            return np.stack(frames), rate, container.metadata.get("comment")
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        comment = image.info.get("dit_accel") or image.info.get("comment")
+        milliseconds = image.info.get("duration", 0)
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    text = comment.decode() if isinstance(comment, bytes) else comment
+    return np.stack(frames), 1000 / milliseconds if milliseconds else 0.0, text
