@@ -8,8 +8,8 @@ A preset is one table. It may extend one other preset, in the same file or shipp
     [tiny-wan-fast.sparse]
     keep = 0.25
 
-`PRESET` may be a shipped name (`tiny-wan-fast`), a file (`my.toml`, when it holds one table) or one table of a file
-(`my.toml#fast`). Every value remembers where it came from: `Preset.provenance`.
+A preset is asked for by shipped name (`tiny-wan-fast`), by file (`my.toml`, when it holds one table) or by
+one table of a file (`my.toml#fast`). Every value remembers where it came from: `Preset.provenance`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Preset:
             "name": self.name,
             **{key: getattr(self, key) for key in _HEAD},
             "generate": dataclasses.asdict(self.generate),
-            "sparse": _plain(dataclasses.asdict(self.sparse)) if self.sparse else None,
+            "sparse": self.sparse.to_mapping() if self.sparse else None,
             "sources": dict(self.provenance),
         }
 
@@ -123,7 +123,9 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
         tables = _read(Path(path).expanduser())
         if not table_name:
             if len(tables) != 1:
-                raise UsageError(f"{path} holds {len(tables)} presets; name one: {path}#{next(iter(tables), 'NAME')}")
+                raise UsageError(
+                    f"{path} holds {len(tables)} presets; name one: {path}#{next(iter(tables), 'NAME')}"
+                )
             table_name = next(iter(tables))
         if table_name not in tables:
             raise unknown_name(f"preset in {path}", table_name, tables)
@@ -153,18 +155,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def _full_key(key: str) -> str:
     group, _, name = key.rpartition(".")
     generate = [field.name for field in dataclasses.fields(GenerateOptions)]
-    sparse = [field.name for field in dataclasses.fields(SparseOptions)]
+    sparse = list(SparseOptions().to_mapping())
     if not group and name in generate:
         return f"generate.{name}"
     if not group and name in sparse:
         return f"sparse.{name}"
-    if not group and name in _HEAD:
-        return name
+    if key == "model":
+        return key
     if group == "generate" and name in generate:
         return key
     if group == "sparse":  # SparseOptions itself judges the name: some options belong to the method
         return key
-    raise unknown_name("setting", key, [*_HEAD, *(f"generate.{n}" for n in generate), *(f"sparse.{n}" for n in sparse)])
+    if not group:
+        raise unknown_name("setting", key, ["model", *generate, *sparse])
+    raise unknown_name("setting", key, [f"generate.{name}" for name in generate])
 
 
 def _shipped_tables() -> dict[str, dict[str, Any]]:
@@ -185,7 +189,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"preset file {path} is not valid TOML: {error}") from None
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise UsageError(f"preset file {path}: {name!r} stands outside a table; write it under [a-preset-name]")
+            raise UsageError(
+                f"preset file {path}: {name!r} stands outside a table; write it under [a-preset-name]"
+            )
     return tables
 
 
@@ -236,10 +242,11 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
         raise unknown_name(f"status of {where}", head["status"], STATUSES)
     head.setdefault("description", "")
     generate = _generate_options(groups["generate"], where)
-    sparse = SparseOptions.from_mapping(groups["sparse"]) if groups["sparse"] else None
-    for group, options in (("generate", generate), ("sparse", sparse)):
-        for field in dataclasses.fields(options) if options else ():
-            sources.setdefault(f"{group}.{field.name}", "default")
+    sparse = _sparse_options(groups["sparse"], where) if groups["sparse"] else None
+    values = {"generate": dataclasses.asdict(generate), "sparse": sparse.to_mapping() if sparse else {}}
+    for group, options in values.items():
+        for option in options:
+            sources.setdefault(f"{group}.{option}", "default")
     return Preset(name=name, generate=generate, sparse=sparse, provenance=sources, layers=layers, **head)
 
 
@@ -253,10 +260,18 @@ def _generate_options(values: Mapping[str, Any], where: str) -> GenerateOptions:
     for key in values:
         if key not in hints:
             raise unknown_name(f"generate option of {where}", key, hints)
+    checked = {key: _checked(value, hints[key], key, where) for key, value in values.items()}
     try:
-        return GenerateOptions(**{key: _checked(value, hints[key], key, where) for key, value in values.items()})
+        return GenerateOptions(**checked)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def _sparse_options(values: Mapping[str, Any], where: str) -> SparseOptions:
+    try:
+        return SparseOptions.from_mapping(values)
+    except UsageError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _checked(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -271,11 +286,3 @@ def _checked(value: Any, kind: Any, key: str, where: str) -> Any:
     wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     asked = " or ".join(wanted[k] for k in kinds if k in wanted)
     raise UsageError(f"{where}: {key} = {value!r}: {asked} is needed")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""Write clips and read them back: MP4, GIF or PNG frames by suffix. Nothing half-written is ever left under the name asked for."""
+"""Write clips and read them back: MP4, GIF or PNG frames by suffix. Nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ import numpy as np
 from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
 
 SUFFIXES = (".mp4", ".gif", ".png")
-_CRF = "14"  # x264 constant quality; well below what an eye finds, but 4:2:0 colour is not lossless: measure on frames
+_CRF = "14"  # x264 constant quality: finer than an eye finds, yet not lossless; measure on frames
 
 
 def check_writable(path: Path) -> None:
     """Raise before the work starts if a clip could not be written to `path`.
 
-    Missing folders are made. A file is created and removed: permissions alone say nothing on a full or read-only disk.
+    A file is created and removed, since permissions alone say nothing about a full or read-only disk; in the
+    nearest folder that exists, since missing ones are made only when there is a clip to put there.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise unknown_name("output format", path.suffix or path.name, SUFFIXES)
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+        handle, probe = tempfile.mkstemp(dir=folder, prefix=".dit-accel-", suffix=".part")
         os.close(handle)
         os.unlink(probe)
     except OSError as error:
@@ -39,7 +42,8 @@ def write_clip(path: Path, frames: np.ndarray, fps: float, comment: str | None =
     """Write a clip in the format that the suffix names.
 
     Args:
-        path: `*.mp4`, `*.gif`, or `*.png`; PNG gives one file a frame, `name-0001.png` and on (one frame: `name.png`).
+        path: `*.mp4`, `*.gif` or `*.png`. PNG gives one file a frame, from `name-0001.png` on; one frame
+            alone is `name.png`.
         frames: uint8 `[F, H, W, 3]`, RGB.
         fps: frames per second. GIF rounds the time of a frame to 10 ms.
         comment: text to keep inside the file.
@@ -52,9 +56,11 @@ def write_clip(path: Path, frames: np.ndarray, fps: float, comment: str | None =
         with _staged([path]) as (part,):
             write(part, frames, fps, comment)
         return [path]
-    paths = [path] if len(frames) == 1 else [
-        path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, len(frames) + 1)
-    ]
+    paths = (
+        [path]
+        if len(frames) == 1
+        else [path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, len(frames) + 1)]
+    )
     with _staged(paths) as parts:
         for part, frame in zip(parts, frames, strict=True):
             _write_png(part, frame[None], fps, comment)
@@ -66,6 +72,7 @@ def _staged(paths: list[Path]) -> Iterator[list[Path]]:
     """Temporary names beside the final ones; renamed when the block ends well, removed when it does not."""
     parts = [path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") for path in paths]
     try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
         yield parts
         for part, path in zip(parts, paths, strict=True):
             os.replace(part, path)
@@ -94,7 +101,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
         stream.pix_fmt = "yuv420p" if stream.height % 2 == 0 == stream.width % 2 else "yuv444p"
         stream.options = {"crf": _CRF, "preset": "medium"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
         container.mux(stream.encode(None))
 
 

@@ -1,7 +1,7 @@
-"""Find a model's folder and judge it before anything heavy is imported. No torch here: a bad path ends in a moment.
+"""Find a model's folder and judge it before anything heavy is imported. No torch: a bad path ends in a moment.
 
-A model is a shipped name, a folder in diffusers' format, or a hub id (`org/name`). Hub ids are looked up in the local
-cache first; the hub is asked only for what is not there.
+A model is a shipped name, a folder in diffusers' format, or a hub id (`org/name`). Hub ids are looked up in the
+local cache first; the hub is asked only for what is not there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
 from dit_accel.presets import model_path, shipped_models
+
+from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
 
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all; a download then takes what it takes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -45,7 +46,9 @@ def locate(model: str, *, download: bool = True) -> Path:
         raise EnvironmentProblem(f"model {model} is a file; give the folder that holds its model_index.json")
     if not _HUB_ID.fullmatch(model):
         offer = f" or a shipped name ({', '.join(shipped_models())})" if shipped_models() else ""
-        raise EnvironmentProblem(f"no model at {model}: give a folder in diffusers' format, a hub id (org/name){offer}")
+        raise EnvironmentProblem(
+            f"no model at {model}: give a folder in diffusers' format, a hub id (org/name){offer}"
+        )
     return _from_hub(model, download)
 
 
@@ -68,20 +71,26 @@ def _from_hub(model: str, download: bool) -> Path:
             return check_folder(cached)
         except EnvironmentProblem as error:
             problem = error
-    state = f"is incomplete in the cache ({problem})" if problem else f"is not in the local cache ({HF_HUB_CACHE})"
+    state = (
+        f"is incomplete in the cache ({problem})"
+        if problem
+        else f"is not in the local cache ({HF_HUB_CACHE})"
+    )
     if not download:
         raise EnvironmentProblem(f"{model} {state}")
     way_out = "download it where there is a network, or give a folder with --model"
     if HF_HUB_OFFLINE:
         raise EnvironmentProblem(f"{model} {state} and HF_HUB_OFFLINE forbids asking the hub: {way_out}")
-    trouble = _no_answer(lambda: hub.get_hf_file_metadata(hub.hf_hub_url(model, "model_index.json"), timeout=2))
+    trouble = _no_answer(
+        lambda: hub.get_hf_file_metadata(hub.hf_hub_url(model, "model_index.json"), timeout=2)
+    )
     if trouble:
         raise EnvironmentProblem(f"{model} {state} and the hub cannot be used ({trouble}): {way_out}")
     return check_folder(Path(hub.snapshot_download(model, allow_patterns=_HUB_FILES)))
 
 
 def _no_answer(ask: Callable[[], Any], seconds: float = HUB_SECONDS) -> str | None:
-    """Why `ask` failed, or None. It runs in a thread that may be left behind: name look-ups ignore time-outs."""
+    """Why `ask` failed, or None. It runs in a thread that may be left behind: look-ups ignore time-outs."""
     outcome: list[str | None] = []
 
     def attempt() -> None:
@@ -89,7 +98,9 @@ def _no_answer(ask: Callable[[], Any], seconds: float = HUB_SECONDS) -> str | No
             ask()
             outcome.append(None)
         except Exception as error:
-            outcome.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}")
+            outcome.append(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+            )
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
@@ -139,9 +150,11 @@ def _weight_files(place: Path) -> list[Path]:
     if pickled:
         raise EnvironmentProblem(
             f"{place} holds only pickled weights ({pickled[0]}), which can run code when opened; dit_accel reads "
-            "safetensors only: convert them with save_pretrained(safe_serialization=True) on a machine you trust them on"
+            "safetensors only: convert them with save_pretrained(..., safe_serialization=True) where you trust them"
         )
-    raise EnvironmentProblem(f"weights missing: no .safetensors file in {place}; copy or download the model again")
+    raise EnvironmentProblem(
+        f"weights missing: no .safetensors file in {place}; copy or download the model again"
+    )
 
 
 def check_safetensors(file: Path) -> None:
@@ -153,7 +166,9 @@ def check_safetensors(file: Path) -> None:
             if length > size - 8:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        end = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
         if end != size - 8 - length:
             raise ValueError(f"{size} bytes where its header declares {end + 8 + length}")
     except OSError as error:
@@ -191,8 +206,8 @@ class SizeRule:
         near_w, near_h = _nearest(width, self.width_step), _nearest(height, self.height_step)
         if (width, height) != (near_w, near_h):
             raise UsageError(
-                f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights in steps of "
-                f"{self.height_step}; the nearest is {near_w}x{near_h}"
+                f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights in "
+                f"steps of {self.height_step}; the nearest is {near_w}x{near_h}"
             )
         near_f = 1 + self.frame_step * max(0, math.floor((frames - 1) / self.frame_step + 0.5))
         if frames != near_f:
@@ -212,7 +227,9 @@ def expect(folder: Path, recipe: str, pipelines: tuple[str, ...], transformers: 
     index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
     pipeline = index.get("_class_name")
     if pipeline not in pipelines:
-        raise UnknownModelError(f"{folder} is a {pipeline}; the recipe {recipe!r} drives {' or '.join(pipelines)}")
+        raise UnknownModelError(
+            f"{folder} is a {pipeline}; the recipe {recipe!r} drives {' or '.join(pipelines)}"
+        )
     for name, (_, class_name) in components(folder).items():
         if name.startswith("transformer") and class_name not in transformers:
             raise UnknownModelError(

@@ -2,8 +2,8 @@
 
 if __name__ == "presets":
     raise ImportError(
-        "This folder is `dit_accel.presets`, but it was imported as `presets`: the repository root is on sys.path. "
-        "Run `pytest` or `python -P`, and import `dit_accel.presets`."
+        "This folder is `dit_accel.presets`, but it was imported as `presets`: the repository root is on "
+        "sys.path. Run `pytest` or `python -P`, and import `dit_accel.presets`."
     )
 
 from pathlib import Path

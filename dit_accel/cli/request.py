@@ -1,0 +1,196 @@
+"""From command line to Request: every value resolved, its source known. No torch: a dry run is instant."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.errors import UsageError
+from dit_accel.pipelines.video import check_writable
+from dit_accel.preset import Preset, load_preset, parse_setting
+
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything one `generate` command asks for."""
+
+    preset: Preset
+    prompts: tuple[str, ...]
+    seed: int
+    outputs: tuple[Path, ...]  # one a prompt
+    machine: Mapping[str, Any]  # device, dtype, offload, loras
+    sources: Mapping[str, str]  # of prompt, seed, output and the machine's values
+
+    @property
+    def record(self) -> Path:
+        """Where run.json goes: beside the clips."""
+        return self.outputs[0].parent / RECORD
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, value, source) of every resolved value."""
+        told = self.preset.to_dict()
+        rows = [
+            ("preset", self.preset.name, "cli"),
+            ("status", told["status"], self.preset.provenance.get("status", "default")),
+        ]
+        rows += [(key, told[key], self.preset.provenance[key]) for key in ("pipeline", "model")]
+        first = (
+            self.prompts[0]
+            if len(self.prompts) == 1
+            else f"{len(self.prompts)} prompts, first: {self.prompts[0]}"
+        )
+        rows += [("prompt", first, self.sources["prompt"]), ("seed", str(self.seed), self.sources["seed"])]
+        for group in ("generate", "sparse"):
+            for key, value in (told[group] or {}).items():
+                rows.append((f"{group}.{key}", show(value), self.preset.provenance[f"{group}.{key}"]))
+        if told["sparse"] is None:
+            rows.append(("sparse", "none: stock dense attention", "default"))
+        rows += [(key, show(value), self.sources[key]) for key, value in self.machine.items()]
+        last = f" ... {self.outputs[-1].name}" if len(self.outputs) > 1 else ""
+        return [*rows, ("output", f"{self.outputs[0]}{last}", self.sources["output"])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for run.json."""
+        return {
+            "preset": self.preset.to_dict(),
+            "seed": self.seed,
+            "prompts": list(self.prompts),
+            "machine": dict(self.machine),
+            "outputs": [str(path) for path in self.outputs],
+            "sources": dict(self.sources),
+        }
+
+
+def show(value: Any) -> str:
+    """A value as a person reads it in a table."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def build(
+    *,
+    preset: str,
+    prompt: str | None,
+    prompts_file: Path | None,
+    values: Mapping[str, Any],
+    settings: Sequence[str],
+    size: str | None,
+    strict: bool,
+    seed: int | None,
+    output: str | None,
+    machine: Mapping[str, tuple[Any, bool]],
+) -> Request:
+    """Resolve a command line.
+
+    Args:
+        values: dotted names to values of dedicated flags; None where the flag was not given.
+        settings: texts of `--set`; a dedicated flag wins over them.
+        machine: name -> (value, whether it was given).
+    """
+    chosen = load_preset(preset)
+    given = dict(parse_setting(text) for text in settings)
+    given |= {key: value for key, value in values.items() if value is not None}
+    if size is not None:
+        given["generate.width"], given["generate.height"] = parse_size(size)
+    if given:
+        chosen = chosen.with_values(given, "cli")
+    if strict:
+        if chosen.sparse is None:
+            raise UsageError(
+                f"--strict: preset {chosen.name!r} is dense, so nothing could fall back; leave it out"
+            )
+        chosen = chosen.with_values({"sparse.strict": True}, "cli")
+    prompts = read_prompts(prompt, prompts_file)
+    number = seed if seed is not None else secrets.randbelow(2**31)
+    if not 0 <= number < 2**63:
+        raise UsageError(f"seed {number}: a whole number from 0 to 2^63 - 1")
+    return Request(
+        preset=chosen,
+        prompts=prompts,
+        seed=number,
+        outputs=name_outputs(output, chosen.name, number, len(prompts), numbered=prompts_file is not None),
+        machine={key: value for key, (value, _) in machine.items()},
+        sources={key: "cli" if was_given else "default" for key, (_, was_given) in machine.items()}
+        | {
+            "prompt": "cli" if prompts_file is None else str(prompts_file),
+            "seed": "cli" if seed is not None else "random",
+            "output": "cli" if output is not None else "default",
+        },
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` as (width, height)."""
+    match = re.fullmatch(r"(\d{1,5})[xX*](\d{1,5})", text.strip())
+    if not match:
+        raise UsageError(f"size {text!r}: write WIDTHxHEIGHT in pixels, for example 832x480")
+    return int(match[1]), int(match[2])
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
+    """The prompts: one, or the lines of a file that are not empty and do not start with `#`."""
+    if (prompt is None) == (file is None):
+        raise UsageError(
+            "give either --prompt TEXT or --prompts-file FILE" + (", not both" if prompt is not None else "")
+        )
+    if file is None:
+        return (prompt or "",)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise UsageError(f"prompts file {file} is not text in UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"cannot read prompts file {file}: {error.strerror or error}") from None
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise UsageError(f"prompts file {file} holds no prompt; write one a line")
+    return prompts
+
+
+def name_outputs(
+    output: str | None, preset: str, seed: int, count: int, *, numbered: bool
+) -> tuple[Path, ...]:
+    """One path a prompt. A folder gets `{preset}-{seed}-{n}.mp4`; a file is taken as is, numbered for a list."""
+    safe = re.sub(r"[^\w.-]", "_", preset)
+    if output is None:
+        output = f"outputs/{safe}-{seed}/"
+    path = Path(output).expanduser()
+    if output.endswith(("/", "\\")) or path.is_dir() or not path.suffix:
+        return tuple(path / f"{safe}-{seed}-{n:04d}.mp4" for n in range(1, count + 1))
+    if not numbered:
+        return (path,)
+    return tuple(path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, count + 1))
+
+
+def check_outputs(request: Request, dense_too: bool) -> None:
+    """Raise before any work if an output could not be written, or if run.json is somebody else's."""
+    for path in dict.fromkeys(request.outputs):
+        check_writable(path)
+        if dense_too:
+            check_writable(dense_name(path))
+    if request.record.exists():
+        try:
+            ours = json.loads(request.record.read_text(encoding="utf-8")).get("tool") == "dit_accel"
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise UsageError(
+                f"{request.record} is not one of ours and would be overwritten; choose another folder"
+            )
+
+
+def dense_name(path: Path) -> Path:
+    """Where the dense twin of a clip goes."""
+    return path.with_name(f"{path.stem}-dense{path.suffix}")

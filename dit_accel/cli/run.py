@@ -1,0 +1,186 @@
+"""The working half of `generate`: load once, make each clip, keep the record. torch comes in here."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_accel.accelerate import accelerate
+from dit_accel.cli.request import Request, dense_name
+from dit_accel.cli.terminal import remark
+from dit_accel.cli.versions import machine, versions
+from dit_accel.pipelines import wan
+from dit_accel.pipelines.video import write_clip, write_text
+
+
+def run(
+    request: Request,
+    folder: Path,
+    *,
+    compare_dense: bool,
+    metadata: bool,
+    quiet: bool,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Make every clip of a request.
+
+    A clip is written only when it is whole, and run.json is rewritten after each, so that an interrupted list
+    keeps what was finished.
+
+    Returns:
+        What run.json holds.
+    """
+    if not verbose:
+        _hush()
+    preset = request.preset
+    remark(f"preset {preset.name} · {preset.model} · seed {request.seed}", quiet=quiet)
+    if preset.status == "provisional":
+        remark(
+            "note: this preset is provisional: its values are not yet backed by a measurement", quiet=quiet
+        )
+    began = time.perf_counter()
+    pipe = wan.load(
+        str(folder),
+        device=request.machine["device"],
+        dtype=request.machine["dtype"],
+        offload=request.machine["offload"],
+        flow_shift=preset.generate.flow_shift,
+        loras=request.machine["lora"],
+    )
+    record = {
+        "tool": "dit_accel",
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "command": shlex.join(["dit-accel", *sys.argv[1:]]),
+        **request.to_dict(),
+        "machine": {**request.machine, **machine(pipe)},
+        "timings": {"load_seconds": round(time.perf_counter() - began, 3)},
+        "clips": [],
+    }
+    for number, (prompt, path) in enumerate(zip(request.prompts, request.outputs, strict=True), start=1):
+        title = f"{number}/{len(request.prompts)} " if len(request.prompts) > 1 else ""
+        clip = _make(pipe, request, prompt, path, title, record, compare_dense, metadata, quiet, verbose)
+        record["clips"].append(clip)
+        write_text(request.record, json.dumps(record, indent=2) + "\n")
+        if "--json" not in sys.argv:
+            for file in clip["files"]:
+                print(file, flush=True)
+    return record
+
+
+def _make(
+    pipe: Any,
+    request: Request,
+    prompt: str,
+    path: Path,
+    title: str,
+    record: dict[str, Any],
+    compare_dense: bool,
+    metadata: bool,
+    quiet: bool,
+    verbose: bool,
+) -> dict[str, Any]:
+    sparse = request.preset.sparse
+    clip: dict[str, Any] = {"prompt": prompt, "seed": request.seed}
+    report = None
+    if sparse is None:
+        frames, clip["seconds"] = _timed(pipe, request, prompt, f"{title}dense", quiet)
+    else:
+        # One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
+        with accelerate(pipe, sparse) as handle:
+            frames, clip["seconds"] = _timed(pipe, request, prompt, f"{title}sparse", quiet)
+            report = handle.report()
+        clip["report"] = report.to_dict()
+    dense = None
+    if compare_dense:
+        # Second on purpose: what a first run pays for warming up counts against the fast path, not for it.
+        dense, seconds = _timed(pipe, request, prompt, f"{title}dense", quiet)
+        clip["dense"] = {
+            "seconds": seconds,
+            "time_ratio": round(seconds / clip["seconds"], 3),
+            "psnr_db": _psnr(frames, dense),
+        }
+    clip["frames"] = list(frames.shape)
+    comment = {key: record[key] for key in ("tool", "versions", "preset", "machine")} | clip
+    text = json.dumps(comment, separators=(",", ":")) if metadata else None
+    fps = request.preset.generate.fps
+    clip["files"] = [str(file) for file in write_clip(path, frames, fps, text)]
+    if dense is not None:
+        clip["dense"]["files"] = [str(file) for file in write_clip(dense_name(path), dense, fps, None)]
+    if verbose and report is not None:
+        remark(str(report))
+    remark(bargain(clip, report, request.preset.name), quiet=quiet)
+    return clip
+
+
+def bargain(clip: dict[str, Any], report: Any, preset: str) -> str:
+    """The closing line: time, against dense if that was measured, what ran sparse, and what fell back."""
+    line = f"{clip['seconds']:.1f} s"
+    if "dense" in clip:
+        dense = clip["dense"]
+        psnr = "identical" if dense["psnr_db"] is None else f"PSNR {dense['psnr_db']:.1f} dB"
+        line += f" against {dense['seconds']:.1f} s dense ({dense['time_ratio']:.2f}x, {psnr})"
+    if report is None:
+        return f"{line} · dense, as preset {preset} asks"
+    if "dense" not in clip:
+        line += " (dense not measured: --compare-dense)"
+    return f"{line} · {report.closing_line}"
+
+
+def _timed(pipe: Any, request: Request, prompt: str, title: str, quiet: bool) -> tuple[np.ndarray, float]:
+    """Frames and the seconds of the whole generation: text encoding, denoising and decoding."""
+    options = request.preset.generate
+    with _bar(options.steps, title, quiet) as tick:
+        began = time.perf_counter()
+        frames = wan.generate(pipe, options, prompt, seed=request.seed, callback=tick)
+        return frames, round(time.perf_counter() - began, 3)
+
+
+@contextlib.contextmanager
+def _bar(steps: int, title: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(
+        total=steps,
+        desc=title,
+        unit="step",
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+
+        def tick(done: int) -> None:
+            bar.update(done - bar.n)
+            if done == steps:
+                bar.set_description(f"{title}, decoding")
+
+        yield tick
+
+
+def _psnr(frames: np.ndarray, dense: np.ndarray) -> float | None:
+    """PSNR in dB over the whole clip; None where the clips are equal (JSON has no infinity)."""
+    from dit_accel.quality.metrics import psnr
+
+    if np.array_equal(frames, dense):
+        return None
+    return round(float(psnr(frames, dense)), 3)
+
+
+def _hush() -> None:
+    """Keep the libraries' progress bars and notices out of ours; -v leaves them alone."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
