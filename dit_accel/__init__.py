@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Handle": "dit_accel.accelerate",
+    "Handle": "dit_accel.handle",
     "Report": "dit_accel.report",
     "SparseOptions": "dit_accel.options",
     "SparseProcessor": "dit_accel.processor",
-    "accelerate": "dit_accel.accelerate",
+    "accelerate": "dit_accel.handle",
 }
 
 __all__ = ["Handle", "Report", "SparseOptions", "SparseProcessor", "__version__", "accelerate"]
 
 if TYPE_CHECKING:
-    from dit_accel.accelerate import Handle, accelerate
+    from dit_accel.handle import Handle, accelerate
     from dit_accel.options import SparseOptions
     from dit_accel.processor import SparseProcessor
     from dit_accel.report import Report

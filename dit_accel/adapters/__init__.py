@@ -1,0 +1,39 @@
+"""One file per model family: what its tokens mean and where they may be reordered.
+
+An adapter module offers
+- `FAMILIES`: the transformer classes it describes, by name;
+- `self_attentions(transformer)`: the attentions that may be sparse, as (module path, layer), in order of use;
+- `read(transformer, arguments)`: the `Facts` of one forward;
+- `order_hooks(transformer)`: where tokens are brought into another order and back, or an empty list;
+- `why_raster(transformer, arguments)`: why this forward must keep the model's own order, or None.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from torch import nn
+
+from dit_accel.errors import UnknownModelError
+
+_ADAPTERS = {
+    "WanTransformer3DModel": "dit_accel.adapters.wan",
+    "WanVACETransformer3DModel": "dit_accel.adapters.wan",
+}
+
+
+def find_adapter(transformer: nn.Module) -> ModuleType:
+    """The adapter of a transformer's family, by the names of its class and its bases.
+
+    Raises:
+        UnknownModelError: no adapter describes any of them.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in _ADAPTERS:
+            return importlib.import_module(_ADAPTERS[cls.__name__])
+    raise UnknownModelError(
+        f"{type(transformer).__name__} is of no family that dit_accel knows. Known: "
+        f"{', '.join(sorted(_ADAPTERS))}. "
+        "Leave the model as it is, or describe it in a new file in dit_accel/adapters."
+    )

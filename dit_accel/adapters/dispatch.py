@@ -1,0 +1,168 @@
+"""The way into diffusers' attention dispatcher, and out of it again.
+
+diffusers' processors hand post-norm, post-RoPE query, key and value to `dispatch_attention_fn`, which looks a
+function up by backend name. Ours is found under a member of that enum which is *unlisted*: it exists, and
+diffusers' registry of functions knows it, but no map of the enum does. So it cannot be set by name, cannot
+leak into the process-wide default, and users of the enum never see it. That registry entry is the one
+process-wide object of this package; it also owns the table of seats, through which the opaque op finds its
+Python side.
+
+The dispatcher passes `parallel_config` through unopened. A seat rides in that slot, which tells our function
+whose attention it serves without a global, a context variable or a line of copied processor.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models import attention_dispatch as host
+from torch import Tensor
+
+logger = logging.getLogger("dit_accel")
+
+NAME = "dit_accel"
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor seat, float dropout_p, bool is_causal, "
+    "float? scale, bool enable_gqa) -> Tensor"
+)
+
+
+class Seat:
+    """What is known about one attention module; kept on it as `_dit_accel` and removed with us.
+
+    Args:
+        owner: attends for this seat (an `Engine`).
+        stock: the processor that was there before us; never changed.
+        layer: which self-attention this is, or None if it is not one (then the stock processor runs as it
+        was).
+    """
+
+    def __init__(self, owner: Any, stock: Any, layer: int | None) -> None:
+        self.owner, self.stock, self.layer = owner, stock, layer
+        self.accepts = frozenset(inspect.signature(stock.__call__).parameters)
+        # The processor that runs: for a self-attention a copy of the stock one with our function in its slot.
+        self.inner = stock
+        if layer is not None:
+            self.inner = copy.copy(stock)
+            self.inner._attention_backend = slot()
+            self.inner._parallel_config = self
+        # A tensor, because torch.compile would make one graph per layer out of Python numbers. Always on the
+        # CPU, also under `with torch.device("meta")`.
+        self.key = torch.tensor(_entry().add(self), device="cpu")
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        """What diffusers would have computed here: the backend and parallel configuration the stock processor
+        has."""
+        return dense(
+            query,
+            key,
+            value,
+            backend=getattr(self.stock, "_attention_backend", None),
+            parallel_config=getattr(self.stock, "_parallel_config", None),
+            **call,
+        )
+
+    def __deepcopy__(self, memo: dict) -> Seat:
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__init__(copy.deepcopy(self.owner, memo), copy.deepcopy(self.stock, memo), self.layer)
+        return new
+
+
+class _Entry:
+    """Owned by diffusers' registry entry: hands out seat numbers and forgets seats that died."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._seats: weakref.WeakValueDictionary[int, Seat] = weakref.WeakValueDictionary()
+
+    def add(self, seat: Seat) -> int:
+        number = next(self._numbers)
+        self._seats[number] = seat
+        return number
+
+    def find(self, number: int) -> Seat:
+        return self._seats[number]
+
+
+def slot() -> host.AttentionBackendName:
+    """The unlisted backend member that leads to `attend`; placed in diffusers' registry at first use."""
+    registry = host._AttentionBackendRegistry
+    for member in registry._backends:
+        if member.value == NAME:
+            return member
+    member = str.__new__(host.AttentionBackendName, NAME)
+    member._name_, member._value_ = NAME.upper(), NAME
+    registry.register(member)(_function_for(_Entry()))
+    return member
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, *, backend: Any, parallel_config: Any, **call: Any
+) -> Tensor:
+    """Dispatch to a backend that is not ours.
+
+    Args:
+        query: `[B, S, H, D]`, as are key, value and the result.
+        backend: a member of diffusers' enum; None for the process's choice.
+        call: the dispatcher's other arguments by name.
+    """
+    chosen = backend if backend is not None else host._AttentionBackendRegistry.get_active_backend()[0]
+    if chosen == NAME:
+        chosen = host.AttentionBackendName.NATIVE  # ours would come straight back here
+    call |= {"backend": chosen, "parallel_config": parallel_config}
+    return host.dispatch_attention_fn(query, key, value, **call)
+
+
+def _function_for(entry: _Entry) -> Callable[..., Tensor]:
+    """The function that diffusers' registry calls. The dispatcher passes exactly the arguments named here."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        seat = _parallel_config
+        call = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        if not isinstance(seat, Seat):
+            logger.warning("dit_accel's attention was reached without a SparseProcessor: this runs dense.")
+            return dense(query, key, value, backend=None, parallel_config=seat, enable_gqa=enable_gqa, **call)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            # The sparse kernels have no backward. Counted by the owner, once per forward.
+            return seat.dense(query, key, value, enable_gqa=enable_gqa, **call)
+        return torch.ops.dit_accel.attend(
+            query, key, value, attn_mask, seat.key, dropout_p, is_causal, scale, enable_gqa
+        )
+
+    attend.entry = entry
+    return attend
+
+
+def _entry() -> _Entry:
+    return host._AttentionBackendRegistry._backends[slot()].entry
+
+
+@torch.library.custom_op("dit_accel::attend", mutates_args=(), schema=_SCHEMA)
+def _attend(query, key, value, mask, seat, dropout_p, is_causal, scale, enable_gqa):
+    """Opaque to torch.compile: everything that changes from step to step is read in here."""
+    seat = _entry().find(int(seat))
+    call = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    out = seat.owner.attend(seat, query, key, value, enable_gqa=enable_gqa, **call)
+    return out.contiguous()  # as `_shape_of_attend` promises; the host's next step would copy otherwise
+
+
+@_attend.register_fake
+def _shape_of_attend(query, key, value, mask, seat, dropout_p, is_causal, scale, enable_gqa):
+    return query.new_empty(*query.shape[:3], value.shape[-1])

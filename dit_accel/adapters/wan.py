@@ -1,0 +1,104 @@
+"""Wan 2.1 and 2.2: text to video, image to video, VACE, and the 5B model with per-token timesteps.
+
+Self-attention sees video tokens only (text comes in through cross-attention), so every token is a visual one.
+The flat order is frame, row, column of the patched latents.
+
+Tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made
+and behind the output projection. None of these modules is one that `compile_repeated_blocks` compiles. The 5B
+model modulates per token, so its time embedding is reordered too (left alone, the result is off by about a
+half).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_accel.errors import LayoutError
+from dit_accel.layout import TokenLayout
+from dit_accel.trajectory import Facts
+
+TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
+_REORDERED = (
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+)  # classes that pass tests/adapters' permutation test
+
+OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
+
+
+def self_attentions(transformer: nn.Module) -> list[tuple[str, int]]:
+    """Module path and layer of every self-attention, main blocks first, then VACE's."""
+    paths = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
+    paths += [f"vace_blocks.{i}.attn1" for i in range(len(getattr(transformer, "vace_blocks", ())))]
+    return [(path, layer) for layer, path in enumerate(paths)]
+
+
+def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
+    """Facts of one forward.
+
+    The 5B model's timesteps are `[B, S]` with zeros on the tokens of a given first frame; the largest is the
+    noise level of the rest. Reading it waits for the device once per forward.
+    """
+    latents, patch = arguments["hidden_states"], transformer.config.patch_size
+    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=True))
+    if len(grid) != 3 or min(grid) < 1:
+        raise LayoutError(
+            f"{type(transformer).__name__} got latents of shape {tuple(latents.shape)}; with patches of "
+            f"{tuple(patch)} they must be [batch, channels, frames, rows, columns] and hold at least one patch "
+            "each way."
+        )
+    return Facts(
+        timestep=float(arguments["timestep"].max()),
+        grid=grid,
+        shape=tuple(latents.shape),
+        condition=arguments.get("encoder_hidden_states"),
+    )
+
+
+def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
+    if type(transformer).__name__ not in _REORDERED:
+        return f"reordering is not proven for {type(transformer).__name__}"
+    control = arguments.get("control_hidden_states")
+    if control is not None and control.shape[2:] != arguments["hidden_states"].shape[2:]:
+        return "VACE control of another size than the latents"  # it is padded in the model's order
+    return None
+
+
+def order_hooks(transformer: nn.Module) -> list[OrderHook]:
+    """Modules whose output carries tokens into the block loop or out of it, and how to reorder that
+    output."""
+    hooks: list[OrderHook] = [
+        (transformer.rope, _order_rotary),
+        (transformer.patch_embedding, _order_feature_map),
+        (transformer.condition_embedder, _order_modulation),
+        (transformer.proj_out, _restore),
+    ]
+    if hasattr(transformer, "vace_patch_embedding"):
+        hooks.append((transformer.vace_patch_embedding, _order_feature_map))
+    return hooks
+
+
+def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
+    return tuple(layout.apply(table, 1) for table in output)  # each [1, S, 1, D]
+
+
+def _order_feature_map(output: Tensor, layout: TokenLayout) -> Tensor:
+    # [B, C, F, H, W] -> the model flattens the last three next, which makes this the order of its tokens
+    return layout.apply(output.flatten(2), 2).view(output.shape)
+
+
+def _order_modulation(output: tuple[Any, ...], layout: TokenLayout) -> tuple[Any, ...]:
+    time, projected, *rest = output
+    if time.ndim == 3:  # per token: [B, S, C] and [B, S, 6 C]
+        time, projected = layout.apply(time, 1), layout.apply(projected, 1)
+    return (time, projected, *rest)
+
+
+def _restore(output: Tensor, layout: TokenLayout) -> Tensor:
+    assert output.shape[1] == math.prod(layout.grid)
+    return layout.undo(output, 1)  # [B, S, patch]

@@ -1,0 +1,446 @@
+"""Engine: one transformer wired for sparse attention. It installs and removes everything, and attends.
+
+Hooks are torch's own module hooks, not diffusers' `ModelHook`, for three measured reasons: a deep copy of a
+module with a `ModelHook` runs the original's weights; torch hooks are always outermost, however many hooks
+diffusers adds later (a root hook must see whole latents, not shards); and `forward` stays the class's
+function. The one thing only a `ModelHook` is told, the pipeline's cache context, comes through a listener
+that sits in diffusers' hook registry without touching `forward`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import weakref
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
+from torch import Tensor, nn
+
+from dit_accel.adapters import find_adapter
+from dit_accel.adapters.dispatch import Seat
+from dit_accel.errors import FallbackError, UsageError
+from dit_accel.layout import TokenLayout, build_layout
+from dit_accel.methods import Method
+from dit_accel.options import SparseOptions
+from dit_accel.report import Report, Tally
+from dit_accel.trajectory import Call, Context, StateTable, Trajectory
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger("dit_accel")
+
+LISTENER = "dit_accel"  # its name in diffusers' hook registry
+_WHOLE_GRAPH = (
+    "dit_accel reads the denoising step in Python before each forward, so the whole transformer cannot be "
+    "one graph: use `transformer.compile_repeated_blocks(fullgraph=True)`, or compile with fullgraph=False."
+)
+
+# Fewest tokens at which sparse attention at keep 0.25 was no slower than the dense backend, per device type.
+BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+_GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
+
+
+def _kept_out_of_graphs(function: Any) -> Any:
+    """Keep a hook out of torch.compile's graphs, which would apply what it writes only after the forward."""
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:
+        return torch.compiler.disable(function, reason=_WHOLE_GRAPH)
+    return torch.compiler.disable(function)
+
+
+class Engine:
+    """Everything of ours on one transformer.
+
+    Args:
+        transformer: of a known family.
+        options: what was asked for.
+        method: predicts the plans.
+        trajectory: the clock; shared by the experts of one pipeline.
+        tally: what ran; shared likewise.
+        role: which transformer of the pipeline this is.
+
+    Raises:
+        UnknownModelError: a transformer of no known family.
+        UsageError: a layer that does not exist, or processors that do not use diffusers' dispatcher. Nothing
+            has been touched then.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        options: SparseOptions,
+        method: Method,
+        trajectory: Trajectory,
+        tally: Tally,
+        role: str,
+    ) -> None:
+        self.adapter: ModuleType = find_adapter(transformer)
+        self.options, self.method, self.role = options, method, role
+        self.trajectory, self.tally = trajectory, tally
+        layers = dict(self.adapter.self_attentions(transformer))
+        self.n_layers = len(layers)
+        self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
+        self.state = StateTable(trajectory)
+        self.call: Call | None = None  # the forward under way
+        self.layout: TokenLayout | None = None  # of its tokens
+        self.order: TokenLayout | None = None  # what the order hooks apply in it
+        # why all of this forward is dense, and whether that was planned
+        self._dense_reason: tuple[str, bool] | None = None
+        self._layouts: dict[tuple, TokenLayout] = {}
+        self._said: set[str] = set()
+        self._set_once = False
+        unwrapped = inspect.unwrap(type(transformer).forward)
+        self._names = tuple(inspect.signature(unwrapped).parameters)[1:]
+        self._module = weakref.ref(transformer)
+        self._wire(transformer, layers)
+
+    # -- installing and removing
+
+    def _wire(self, transformer: nn.Module, layers: dict[str, int]) -> None:
+        attentions = {path: m for path, m in transformer.named_modules() if hasattr(m, "get_processor")}
+        stocks = {path: _stock_of(path, attn) for path, attn in attentions.items()}
+        for path in layers:
+            if not hasattr(stocks[path], "_attention_backend"):
+                raise UsageError(
+                    f"{path} has a {type(stocks[path]).__name__}, which does not use diffusers' attention "
+                    "dispatcher. Set the stock processors again before making the attention sparse."
+                )
+        earlier = {attn._dit_accel.owner for attn in attentions.values() if hasattr(attn, "_dit_accel")}
+        for engine in earlier:
+            engine._unhook()
+        self._paths, self._attentions = list(attentions), None
+        self.seats: list[Seat] = []
+        for path, attn in attentions.items():
+            attn._dit_accel = Seat(self, stocks[path], layers.get(path))
+            self.seats.append(attn._dit_accel)
+        self._handles = [
+            transformer.register_forward_pre_hook(_Enter(self), with_kwargs=True),
+            transformer.register_forward_hook(_Leave(self)),
+        ]
+        for module, reorder in self.adapter.order_hooks(transformer):
+            self._handles.append(module.register_forward_hook(_Reorder(self, reorder)))
+        self._listener = _Listener(self.trajectory)
+        self._listener.join(transformer)
+
+    def _unhook(self) -> None:
+        """Take the hooks away, and with them every effect but that of processors still set."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        module = self._module()
+        if module is not None:
+            self._listener.part(module)
+        self.state.clear()
+        self._layouts.clear()
+        self.call = self.layout = self.order = None
+
+    def remove(self) -> None:
+        """Restore every processor by identity and take every hook away. Does nothing the second time."""
+        if not self._handles:
+            return
+        for attn, seat in zip(self._modules(), self.seats, strict=True):
+            if _is_ours(attn.processor):
+                attn.set_processor(seat.stock)
+            del attn._dit_accel
+        self._unhook()
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._handles)
+
+    def report(self) -> Report:
+        return self.tally.report(self.options.keep, self.bytes_held())
+
+    def bytes_held(self) -> int:
+        """Memory this engine keeps between forwards."""
+        return self.state.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
+
+    def _modules(self) -> list[nn.Module]:
+        if self._attentions is None:
+            module = self._module()
+            assert module is not None
+            self._attentions = [weakref.ref(module.get_submodule(path)) for path in self._paths]
+        return [ref() for ref in self._attentions]
+
+    # -- around one forward
+
+    def enter(self, args: tuple, kwargs: dict) -> None:
+        """Read what this forward is part of and decide what holds for all of it."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if "hidden_states" not in given or "timestep" not in given:
+            return  # the host is about to say so better
+        facts = self.adapter.read(self._module(), given)
+        self.call = self.trajectory.enter(self.role, facts, self._listener.context(), self.n_layers)
+        self.order = None
+        if not self._in_use():
+            return
+        hidden = given["hidden_states"]
+        self._dense_reason = self._why_all_dense(hidden)
+        if self._dense_reason is None:
+            order, why_raster = self.options.order, None
+            if order != "raster":
+                why_raster = self.adapter.why_raster(self._module(), given)
+                order = "raster" if why_raster else order
+            self.layout = self._layout_for(facts.grid, order, hidden.device)
+            self.order = None if order == "raster" else self.layout
+            self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
+
+    def leave(self) -> None:
+        """Note that the forward returned."""
+        self.trajectory.leave(self.role)
+        self.call = self.order = None
+
+    def _in_use(self) -> bool:
+        """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
+        replaced = in_use = 0
+        for attn, seat in zip(self._modules(), self.seats, strict=True):
+            processor = attn.processor
+            ours = _is_ours(processor)
+            if ours and processor.engine is None:
+                processor.adopt(self)
+            if seat.layer is None:
+                self.tally.cross += ours
+            else:
+                in_use += ours
+                replaced += not ours
+        self._set_once |= in_use > 0
+        if self._set_once and replaced:
+            self._count_dense("its processor was replaced after installation", False, replaced)
+        return in_use > 0
+
+    def _why_all_dense(self, hidden: Tensor) -> tuple[str, bool] | None:
+        call, options = self.call, self.options
+        assert call is not None
+        if call.noise > options.dense_above:
+            return f"noise level above {options.dense_above:g}", True
+        if call.noise < options.dense_below:
+            return f"noise level below {options.dense_below:g}", True
+        tokens, least = call.segments[-1][2], options.min_tokens
+        if least is None:
+            least = BREAK_EVEN_TOKENS.get(hidden.device.type, max(BREAK_EVEN_TOKENS.values()))
+        if tokens < least:
+            return f"fewer than {least} tokens, where dense is faster", True
+        module = self._module()
+        wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
+        if torch.is_grad_enabled() and wants_gradients:
+            # such calls never reach `attend`, so they are counted here
+            self._count_dense(_GRADIENTS, False, self.n_layers)
+            return _GRADIENTS, False
+        if any(getattr(seat.stock, "_parallel_config", None) is not None for seat in self.seats):
+            return "context parallelism is on", False
+        return None
+
+    def _layout_for(self, grid: tuple[int, int, int], order: str, device: torch.device) -> TokenLayout:
+        key = (grid, order, device)
+        if key not in self._layouts:
+            if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
+                self._layouts.clear()
+            self._layouts[key] = build_layout(grid, order, self.options.block, device)
+        return self._layouts[key]
+
+    # -- one attention
+
+    def attend(self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        """Attend for one self-attention: sparse where nothing speaks against it, else as diffusers would.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE; as are key and value.
+            call: the dispatcher's other arguments: attn_mask, dropout_p, is_causal, scale, enable_gqa.
+
+        Raises:
+            FallbackError: under `strict`, if the call would fall back unplanned.
+            KernelUnavailable: if an executor was asked for by name and cannot run this.
+        """
+        reason = self._why_dense(seat, query, key, value, call)
+        if reason is not None:
+            if reason[0] != _GRADIENTS:
+                self._count_dense(*reason, 1)
+            return seat.dense(query, key, value, **call)
+        from dit_accel.kernels.block_sparse import block_sparse, choose
+
+        now = self.call.at(seat.layer)
+        state = self._state_for(now, query)
+        plan = self.method.predict(query, key, self.layout, now, state)
+        executor = choose(query, key, value, plan, impl=self.options.impl)
+        self._say_once(f"sparse attention runs on the {executor} executor")
+        out, _ = block_sparse(query, key, value, plan, scale=call["scale"], layout="bshd", impl=executor)
+        self.tally.note_sparse(now, executor, plan.key_fraction())
+        return out
+
+    def _why_dense(
+        self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+    ) -> tuple[str, bool] | None:
+        if self.call is None or not self.installed:
+            return "attention outside a forward of its transformer", False
+        if self._dense_reason is not None:
+            return self._dense_reason
+        if seat.layer in self.dense_layers:
+            return "dense layer", True
+        if call["attn_mask"] is not None:
+            return "an attention mask", False
+        if call["is_causal"] or call["dropout_p"]:
+            return "causal attention or dropout", False
+        if query.shape != key.shape:
+            return "queries and keys of different shape", False
+        if query.shape[1] != self.layout.n_tokens:
+            return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
+        return None
+
+    def _state_for(self, call: Call, query: Tensor) -> Any:
+        init = getattr(self.method, "init_state", None)
+        if init is None:
+            return None
+        if call.branch is None:
+            self.tally.stateless["branch unknown"] += 1
+            return None
+        return self.state.get(call, tuple(query.shape), lambda: init(query, self.layout))
+
+    def _count_dense(self, reason: str, planned: bool, calls: int) -> None:
+        if not planned and self.options.strict:
+            raise FallbackError(
+                f"strict=True, and {calls} self-attention call(s) would run dense: {reason}. "
+                "Remove the cause, or set strict=False to let them."
+            )
+        self.tally.note_dense(reason, planned, calls)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.info(what)
+
+    # -- copying
+
+    def is_copied_in(self, memo: dict) -> bool:
+        """Whether a deep copy under way also copies the transformer."""
+        return id(self._module()) in memo
+
+    def __deepcopy__(self, memo: dict) -> Engine:
+        """An engine for the copied transformer, with a clock, counts and state of its own."""
+        new = memo[id(self)] = object.__new__(type(self))
+        for name in ("adapter", "options", "method", "role", "n_layers", "dense_layers", "_names", "_paths"):
+            setattr(new, name, getattr(self, name))
+        target = memo.get(id(self._module()))
+        new._module = (lambda: None) if target is None else weakref.ref(target)
+        new.call = new.layout = new.order = new._dense_reason = new._attentions = None
+        new._layouts, new._said, new._set_once = {}, set(), False
+        new.tally = copy.deepcopy(self.tally, memo)
+        new.state = copy.deepcopy(self.state, memo)
+        new.trajectory = copy.deepcopy(self.trajectory, memo)
+        new._listener = copy.deepcopy(self._listener, memo)
+        new.seats = [copy.deepcopy(seat, memo) for seat in self.seats]
+        new._handles = copy.deepcopy(self._handles, memo)
+        return new
+
+    def __repr__(self) -> str:
+        return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.state!r})"
+
+
+class _Enter:
+    """Root hook before the forward. A class, so that a deep copy of the module copies it with its engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @_kept_out_of_graphs
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.engine.enter(args, kwargs)
+
+
+class _Leave:
+    """Root hook behind the forward; an exception skips it, which is how the clock learns of one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @_kept_out_of_graphs
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.engine.leave()
+
+
+class _Reorder:
+    """Hook behind a module whose output carries tokens."""
+
+    def __init__(self, engine: Engine, reorder: Any) -> None:
+        self.engine, self.reorder = engine, reorder
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        order = self.engine.order
+        return None if order is None else self.reorder(output, order)
+
+
+class _NoState(BaseState):
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _Listener(ModelHook):
+    """Hears the pipeline's `cache_context`, which diffusers tells stateful hooks only.
+
+    It takes the first place in the registry's order without wrapping `forward`: diffusers never relinks what
+    is below the first place when another hook is removed.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        super().__init__()
+        self.trajectory = trajectory
+        self.contexts = StateManager(_NoState)
+
+    def context(self) -> Context:
+        heard = self.contexts._context
+        return Context() if heard is None else Context(heard.name, getattr(heard, "step_index", None))
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Called by pipelines at their end."""
+        self.contexts.reset()
+        self.trajectory.begin()
+        return module
+
+    def join(self, module: nn.Module) -> None:
+        self._made_registry = not hasattr(module, "_diffusers_hook")
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        self.fn_ref = HookFunctionReference()
+        registry.hooks[LISTENER] = self
+        registry._hook_order.insert(0, LISTENER)
+        registry._fn_refs.insert(0, self.fn_ref)
+
+    def part(self, module: nn.Module) -> None:
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is None or registry.hooks.get(LISTENER) is not self:
+            return
+        place = registry._hook_order.index(LISTENER)
+        del registry.hooks[LISTENER], registry._hook_order[place], registry._fn_refs[place]
+        if self._made_registry and not registry.hooks:
+            del module._diffusers_hook
+
+
+def _is_ours(processor: Any) -> bool:
+    from dit_accel.processor import SparseProcessor
+
+    return isinstance(processor, SparseProcessor)
+
+
+def _stock_of(path: str, attn: nn.Module) -> Any:
+    """The processor that was there before us, however often we came."""
+    if not _is_ours(attn.processor):
+        return attn.processor
+    if not hasattr(attn, "_dit_accel"):
+        raise UsageError(f"{path} has a SparseProcessor made for another transformer; set its own first.")
+    return attn._dit_accel.stock
+
+
+def _resolve_layers(layers: tuple[int, ...], n_layers: int) -> frozenset[int]:
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise UsageError(
+                f"dense_layers names layer {layer}, but this transformer has {n_layers}: give 0 to "
+                f"{n_layers - 1}, or -1 to {-n_layers} to count from the last."
+            )
+    return frozenset(layer % n_layers for layer in layers)

@@ -1,0 +1,84 @@
+"""One file per sparse method; the file's name is the method's name.
+
+A method is a frozen dataclass `Method` with
+
+    predict(query, key, layout, call, state) -> BlockPlan
+
+for post-RoPE query and key `[B, S, H, D]` in the layout's order. A method that remembers something between
+steps also has `init_state(query, layout) -> state`; it is given that state back for the same transformer,
+branch and layer until the run ends, and None where the branch is not known. Shared steps live in `parts`.
+
+Method files import torch only inside their functions, so that options can be checked without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dit_accel.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_accel.layout import TokenLayout
+    from dit_accel.plan import BlockPlan
+    from dit_accel.trajectory import Call
+
+
+class Method(Protocol):
+    """What every method offers."""
+
+    def predict(
+        self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any
+    ) -> BlockPlan: ...
+
+
+def method_names() -> list[str]:
+    """Every method there is, by file name."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+
+
+def method_options(name: str) -> set[str]:
+    """The options of a method beside `keep` and `top_p`.
+
+    Raises:
+        UnknownNameError: no such method.
+    """
+    return {f.name for f in dataclasses.fields(_method_class(name))} - {"keep", "top_p"}
+
+
+def load_method(name: str, **options: Any) -> Method:
+    """Build a method by name; an option given as None counts as not given.
+
+    Raises:
+        UnknownNameError: no such method, or an option it does not have.
+        UsageError: a value it refuses, or an option missing.
+    """
+    cls = _method_class(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        if key not in known:
+            raise unknown_name(f"option of method {name!r}", key, known)
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in given
+    ]
+    if missing:
+        raise UsageError(f"Method {name!r} needs {', '.join(missing)}: give {missing[0]}=...")
+    return cls(**given)
+
+
+def _method_class(name: str) -> type:
+    if name not in method_names():
+        raise unknown_name("method", name, method_names())
+    cls = importlib.import_module(f"{__name__}.{name}").Method
+    assert inspect.isclass(cls) and dataclasses.is_dataclass(cls)
+    return cls

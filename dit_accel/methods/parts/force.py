@@ -1,0 +1,31 @@
+"""Force: blocks that are kept whatever their score. They count towards the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+
+
+def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Tensor | None:
+    """Key blocks that every query block reads.
+
+    Args:
+        layout: whose blocks.
+        neighbours: key blocks at most so many steps away, counted along the axes of the block grid (in raster
+            order along the sequence); 0 is the query's own block, None forces none.
+        first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
+
+    Returns:
+        bool `[N, N]`, query block by key block, or None if nothing is forced.
+    """
+    if neighbours is None and not first_frame:
+        return None
+    places = layout.places
+    forced = torch.zeros(layout.n_blocks, layout.n_blocks, dtype=torch.bool, device=places.device)
+    if neighbours is not None:
+        forced |= (places[:, None] - places[None]).abs().sum(-1) <= neighbours
+    if first_frame:
+        forced |= layout.first_frame[None]
+    return forced

@@ -1,0 +1,24 @@
+"""Plans: put chosen blocks and a layout together."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import BlockPlan
+
+
+def plan_of(counts: Tensor, indices: Tensor, layout: TokenLayout) -> BlockPlan:
+    """The plan that reads `indices` up to `counts`, with the layout's blocks on both sides. Never waits for a
+    device."""
+    starts = layout.starts.to(counts.device)
+    return BlockPlan(
+        counts=counts,
+        indices=indices,
+        q_starts=starts,
+        k_starts=starts,
+        n_q_tokens=layout.n_tokens,
+        n_k_tokens=layout.n_tokens,
+        max_q_block=layout.max_block,
+        max_k_block=layout.max_block,
+    )

@@ -1,0 +1,114 @@
+"""SparseOptions: what a user may say about sparse attention, checked when it is said.
+
+Importing this module imports no torch, so that presets can be listed and dry runs shown without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dit_accel.errors import UsageError, unknown_name
+
+ORDERS = ("raster", "tiles")
+IMPLS = ("auto", "cpu", "reference", "triton")
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """Everything `SparseProcessor` can be told. A preset's `[sparse]` table has exactly these names.
+
+    The options of the method itself (`neighbours`, ...) stand beside them in a flat mapping and are kept in
+    `method_options`; `from_mapping` sorts them out and refuses a name that neither side knows.
+
+    Raises:
+        UsageError: a value outside its range; the message names the range.
+    """
+
+    method: str = "pooled"  # file name in dit_accel/methods
+    keep: float | None = None  # requested share of visual key blocks, forced ones included; (0, 1]
+    top_p: float | None = None  # keep the fewest blocks that hold this much predicted attention; (0, 1]
+    order: str = "tiles"  # token order: "tiles" (space-time tiles) or "raster" (as the model has it)
+    block: int = 128  # most tokens in one block; 8 to 128
+    dense_above: float = 1.0  # dense while the noise level (timestep / training timesteps) is above this
+    dense_below: float = 0.0  # dense while the noise level is below this
+    dense_layers: tuple[int, ...] = ()  # layers that stay dense; negative ones count from the last
+    impl: str = "auto"  # executor; "auto" chooses and says so, a name runs or raises
+    min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
+    strict: bool = False  # raise where a call would fall back to dense unplanned
+    method_options: Mapping[str, Any] = field(default_factory=dict)  # what the method itself takes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        object.__setattr__(self, "method_options", dict(self.method_options))
+        _need(isinstance(self.method, str), "method", self.method, "a method's name")
+        _need_share("keep", self.keep)
+        _need_share("top_p", self.top_p)
+        if self.order not in ORDERS:
+            raise unknown_name("token order", self.order, ORDERS)
+        if self.impl not in IMPLS:
+            raise unknown_name("executor", self.impl, IMPLS)
+        fits = _is_int(self.block) and 8 <= self.block <= 128
+        _need(fits, "block", self.block, "a whole number from 8 to 128")
+        for name in ("dense_above", "dense_below"):
+            value = getattr(self, name)
+            _need(_is_number(value) and 0 <= value <= 1, name, value, "a noise level from 0 to 1")
+        _need(
+            all(map(_is_int, self.dense_layers)), "dense_layers", self.dense_layers, "a list of whole numbers"
+        )
+        fits = self.min_tokens is None or (_is_int(self.min_tokens) and self.min_tokens >= 0)
+        _need(
+            fits, "min_tokens", self.min_tokens, "a whole number from 0, or nothing for the measured default"
+        )
+        _need(isinstance(self.strict, bool), "strict", self.strict, "true or false")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> SparseOptions:
+        """Build from a flat mapping (a preset's `[sparse]` table, or keyword arguments).
+
+        Raises:
+            UnknownNameError: a key that is neither an option nor one of the method's own.
+            UsageError: a value outside its range.
+        """
+        own = {f.name for f in fields(cls)} - {"method_options"}
+        known = {key: value for key, value in options.items() if key in own}
+        method = known.get("method", cls.method)
+        rest = {key: value for key, value in options.items() if key not in own}
+        if rest:
+            from dit_accel.methods import method_options
+
+            allowed = method_options(method)
+            for key in rest:
+                if key not in allowed:
+                    raise unknown_name(f"sparse option (method {method!r})", key, own | allowed)
+        return cls(**known, method_options=rest)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The flat mapping that `from_mapping` turns into an equal object; JSON-able."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method_options"}
+        return {**own, "dense_layers": list(self.dense_layers), **self.method_options}
+
+    def merged(self, overrides: Mapping[str, Any]) -> SparseOptions:
+        """These options with some replaced. A change of method drops the former method's own options."""
+        base = self.to_mapping()
+        if overrides.get("method", self.method) != self.method:
+            base = {key: value for key, value in base.items() if key not in self.method_options}
+        return type(self).from_mapping({**base, **overrides})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _need_share(name: str, value: object) -> None:
+    _need(value is None or (_is_number(value) and 0 < value <= 1), name, value, "a share above 0 and up to 1")
+
+
+def _need(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise UsageError(f"{name}={value!r} is not possible: {name} is {rule}.")

@@ -1,0 +1,168 @@
+"""Report: what really ran. `Tally` counts while it happens, `Report` is what it comes to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_accel.trajectory import Call, Trajectory
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ran since sparse attention was installed (or the report was last cleared)."""
+
+    sparse_calls: int
+    dense_calls: int
+    cross_attention_calls: int
+    dense_reasons: dict[str, int]  # planned and unplanned
+    fallbacks: dict[str, int]  # the unplanned ones among them
+    keep_requested: float | None
+    keep_achieved: float | None  # key tokens read / present, mean over query tokens, heads and sparse calls
+    keep_per_layer: dict[int, float]
+    keep_per_step: dict[int, float]
+    executors: dict[str, int]
+    token_orders: dict[str, int]  # forwards with sparse calls, by the order their tokens had
+    stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
+    runs: int
+    bytes_held: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "self_attention_calls": {"sparse": self.sparse_calls, "dense": self.dense_calls},
+            "dense_reasons": dict(self.dense_reasons),
+            "cross_attention_calls": self.cross_attention_calls,
+            "keep": {
+                "requested": self.keep_requested,
+                "achieved": self.keep_achieved,
+                "per_layer": {str(layer): keep for layer, keep in self.keep_per_layer.items()},
+                "per_step": {str(step): keep for step, keep in self.keep_per_step.items()},
+            },
+            "executor": dict(self.executors),
+            "token_order": dict(self.token_orders),
+            "stateless": dict(self.stateless),
+            "fallbacks": dict(self.fallbacks),
+            "runs": self.runs,
+            "bytes_held": self.bytes_held,
+        }
+
+    @property
+    def sparse_share(self) -> float:
+        """Share of self-attention calls that ran sparse; 0 if there were none."""
+        calls = self.sparse_calls + self.dense_calls
+        return self.sparse_calls / calls if calls else 0.0
+
+    @property
+    def closing_line(self) -> str:
+        """The bargain in one line."""
+        calls = self.sparse_calls + self.dense_calls
+        if not calls:
+            return "No self-attention has run yet."
+        line = f"{self.sparse_calls} of {calls} self-attention calls sparse ({self.sparse_share:.0%})"
+        if self.keep_achieved is not None:
+            asked = "" if self.keep_requested is None else f" (asked {self.keep_requested:.1%})"
+            line += f", reading {self.keep_achieved:.1%} of the keys{asked}"
+        fallen = sum(self.fallbacks.values())
+        return f"{line}, {fallen or 'no'} fall-back{'' if fallen == 1 else 's'}."
+
+    def __str__(self) -> str:
+        lines = [self.closing_line]
+        for title, table in (
+            ("executor", self.executors),
+            ("token order", self.token_orders),
+            ("without memory because", self.stateless),
+            ("dense because", self.dense_reasons),
+            ("of these unplanned", self.fallbacks),
+        ):
+            lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
+        lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
+        lines.append(f"  runs: {self.runs}, memory held: {self.bytes_held / 2**20:.2f} MiB")
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class Tally:
+    """Counts of one handle, shared by its transformers. Kept shares stay on the device until asked for."""
+
+    sparse: int = 0
+    dense: int = 0
+    cross: int = 0
+    runs: int = 0
+    dense_reasons: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    executors: Counter[str] = field(default_factory=Counter)
+    token_orders: Counter[str] = field(default_factory=Counter)
+    stateless: Counter[str] = field(default_factory=Counter)
+    kept: dict[tuple[int, int], tuple[Tensor, int]] = field(
+        default_factory=dict
+    )  # (layer, step) -> sum, calls
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Tally:
+        """A tally that counts this trajectory's runs."""
+        tally = cls()
+        trajectory.on_new_run(tally.note_run)
+        return tally
+
+    def note_run(self) -> None:
+        self.runs += 1
+
+    def note_sparse(self, call: Call, executor: str, kept: Tensor) -> None:
+        """Count a sparse call and the 0-d share of key tokens it read."""
+        self.sparse += 1
+        self.executors[executor] += 1
+        assert call.layer is not None
+        total, calls = self.kept.get((call.layer, call.step), (None, 0))
+        self.kept[call.layer, call.step] = (kept if total is None else total + kept, calls + 1)
+
+    def note_dense(self, reason: str, planned: bool, calls: int = 1) -> None:
+        self.dense += calls
+        self.dense_reasons[reason] += calls
+        if not planned:
+            self.fallbacks[reason] += calls
+
+    def report(self, keep_requested: float | None, bytes_held: int) -> Report:
+        """Add everything up; waits for the device."""
+        kept = {place: (float(total), calls) for place, (total, calls) in self.kept.items()}
+        return Report(
+            sparse_calls=self.sparse,
+            dense_calls=self.dense,
+            cross_attention_calls=self.cross,
+            dense_reasons=dict(self.dense_reasons),
+            fallbacks=dict(self.fallbacks),
+            keep_requested=keep_requested,
+            keep_achieved=_mean(kept.values()),
+            keep_per_layer=_grouped(kept, 0),
+            keep_per_step=_grouped(kept, 1),
+            executors=dict(self.executors),
+            token_orders=dict(self.token_orders),
+            stateless=dict(self.stateless),
+            runs=self.runs,
+            bytes_held=bytes_held,
+        )
+
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.__init__()
+
+    def __deepcopy__(self, memo: dict) -> Tally:
+        new = memo[id(self)] = type(self)()
+        return new
+
+
+def _mean(parts: Any) -> float | None:
+    parts = list(parts)
+    calls = sum(count for _, count in parts)
+    return sum(total for total, _ in parts) / calls if calls else None
+
+
+def _grouped(kept: dict[tuple[int, int], tuple[float, int]], axis: int) -> dict[int, float]:
+    groups: dict[int, list[tuple[float, int]]] = {}
+    for place, part in kept.items():
+        groups.setdefault(place[axis], []).append(part)
+    return {index: _mean(parts) for index, parts in sorted(groups.items())}

@@ -1,0 +1,266 @@
+"""The one clock: which run, branch, step and noise level a transformer call belongs to.
+
+Sparse methods and caches read the same `Call`. A pipeline tells little of this, so the clock gathers it from
+what every pipeline must pass: the timestep, the conditioning and, where the pipeline opens one, the cache
+context. It never counts calls: pipelines differ in how many they make per step.
+
+A new run is recognised at its start, by any of
+- the scheduler's `set_timesteps`, where the pipeline is known (it leaves a new `timesteps` tensor behind;
+equal
+  ones are no signal, the tensor object is);
+- a forward that never returned (an exception, Ctrl-C);
+- the cache context going back to an earlier step, or to step 0 again;
+- a rising noise level (an equal one is no signal: bf16 timesteps tie);
+- another latent shape;
+- new conditioning in a branch that had another;
+- `begin()`, and the pipeline resetting its stateful hooks at its end.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# A pipeline that makes new conditioning tensors for every call would otherwise grow the table without end.
+MAX_NAMELESS_BRANCHES = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one attention call is part of. Read-only; `layer` is None outside an attention call."""
+
+    run: int  # counts runs from 1
+    branch: str | None  # "cond", "uncond", ... as the pipeline says; "#0", ... by conditioning; else unknown
+    step: int  # denoising step within the run, from 0
+    noise: float  # timestep / training timesteps, 0 to 1
+    grid: tuple[int, int, int]  # frames, rows, columns, in tokens
+    segments: tuple[tuple[str, int, int], ...]  # kinds of tokens as (name, first, after the last)
+    role: str  # which transformer of the pipeline
+    n_layers: int
+    layer: int | None = None
+
+    def at(self, layer: int) -> Call:
+        """This call, seen from the self-attention of one layer."""
+        return dataclasses.replace(self, layer=layer)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an adapter reads from the arguments of one transformer forward."""
+
+    timestep: float  # the largest one, in the scheduler's units
+    grid: tuple[int, int, int]
+    shape: tuple[int, ...]  # of the latents
+    condition: Tensor | None  # text embeddings; None if this model has none
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the pipeline said through `cache_context`, if it did."""
+
+    name: str | None = None
+    step: int | None = None
+
+
+class Trajectory:
+    """Follows the transformers of one pipeline through its runs.
+
+    Two experts of one pipeline are two roles on one trajectory. Owners of per-run state subscribe with
+    `on_new_run`; they are called before the first forward of each run.
+    """
+
+    def __init__(self, pipe: Any = None, train_timesteps: int = 1000) -> None:
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._train_timesteps = train_timesteps
+        self._timesteps: object = None
+        self._listeners: list[Callable[[], None]] = []
+        self.run = 0
+        self._over = True  # the next forward starts a new run
+        self._forget()
+
+    def on_new_run(self, listener: Callable[[], None]) -> None:
+        self._listeners.append(listener)
+
+    def begin(self) -> None:
+        """Declare that the next forward starts a new run."""
+        self._over = True
+
+    def enter(self, role: str, facts: Facts, context: Context, n_layers: int) -> Call:
+        """Note the start of a transformer forward and say what it is part of."""
+        noise = facts.timestep / self._steps_of_training()
+        identity = _identity(facts.condition)
+        if self._starts_a_run(role, noise, facts.shape, context, identity):
+            self.run += 1
+            self._forget()
+            for listener in self._listeners:
+                listener()
+        self._over = False
+        self._timesteps = self._timesteps_now()
+        self._open.add(role)
+        self._shapes[role] = facts.shape
+        branch = self._branch(context, identity, facts.condition)
+        step = self._step_of(context, noise)
+        self._noise, self._step = noise, step
+        if branch is not None:
+            self._branch_steps[branch] = step
+        return Call(
+            run=self.run,
+            branch=branch,
+            step=step,
+            noise=noise,
+            grid=facts.grid,
+            segments=(("video", 0, facts.grid[0] * facts.grid[1] * facts.grid[2]),),
+            role=role,
+            n_layers=n_layers,
+        )
+
+    def leave(self, role: str) -> None:
+        """Note that the forward returned. One that never does makes the next forward start a new run."""
+        self._open.discard(role)
+
+    def _forget(self) -> None:
+        self._noise: float | None = None
+        self._step = 0
+        self._open: set[str] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        # conditioning of each branch; holding the tensor keeps its address from being reused
+        self._branches: dict[str, tuple[tuple, Tensor | None]] = {}
+        self._branch_steps: dict[str, int] = {}
+
+    def _starts_a_run(
+        self, role: str, noise: float, shape: tuple[int, ...], context: Context, identity: tuple | None
+    ) -> bool:
+        if self._over or self._open or self._timesteps_now() is not self._timesteps:
+            return True
+        if self._noise is not None and noise > self._noise:
+            return True
+        if self._shapes.get(role, shape) != shape:
+            return True
+        if self._scheduler() is not None:
+            return False  # the scheduler would have said so
+        if context.step is not None:
+            last = self._branch_steps.get(context.name or "", -1)
+            return context.step < last or context.step == last == 0
+        if context.name is not None:
+            known = self._branches.get(context.name)
+            return known is not None and known[0] != identity
+        # No context: a conditioning tensor never seen may be the second branch of the first step, not later.
+        unseen = identity is not None and all(identity != known for known, _ in self._branches.values())
+        return unseen and self._noise is not None and (noise < self._noise or self._step > 0)
+
+    def _branch(self, context: Context, identity: tuple | None, condition: Tensor | None) -> str | None:
+        if context.name is not None:
+            known = self._branches.get(context.name)
+            if known is not None and known[0] != identity:
+                # New conditioning in mid-run (a callback may swap the prompt): whatever was learnt about this
+                # branch is about another prompt.
+                for listener in self._listeners:
+                    listener()
+            self._branches[context.name] = (identity or (), condition)
+            return context.name
+        if identity is None:
+            return None
+        for name, (known, _) in self._branches.items():
+            if known == identity:
+                return name
+        if len(self._branches) >= MAX_NAMELESS_BRANCHES:
+            return None
+        name = f"#{len(self._branches)}"
+        self._branches[name] = (identity, condition)
+        return name
+
+    def _step_of(self, context: Context, noise: float) -> int:
+        if context.step is not None:
+            return context.step
+        scheduler = self._scheduler()
+        if scheduler is not None and hasattr(scheduler, "step_index"):
+            # None until the scheduler has made its first step
+            index = scheduler.step_index
+            return 0 if index is None else index - (getattr(scheduler, "begin_index", None) or 0)
+        if self._noise is None:
+            return 0
+        return self._step + (noise < self._noise)
+
+    def _scheduler(self) -> Any:
+        pipe = None if self._pipe is None else self._pipe()
+        return getattr(pipe, "scheduler", None)
+
+    def _timesteps_now(self) -> object:
+        return getattr(self._scheduler(), "timesteps", None)
+
+    def _steps_of_training(self) -> int:
+        config = getattr(self._scheduler(), "config", None)
+        return getattr(config, "num_train_timesteps", None) or self._train_timesteps
+
+    def __deepcopy__(self, memo: dict) -> Trajectory:
+        """A copied pipeline starts with a clock of its own that has seen nothing."""
+        pipe = None if self._pipe is None else memo.get(id(self._pipe()))
+        new = type(self)(pipe, self._train_timesteps)
+        memo[id(self)] = new
+        new._listeners = [copy.deepcopy(listener, memo) for listener in self._listeners]
+        return new
+
+
+class StateTable:
+    """What a method remembers between steps, kept as `[role, branch, layer]` and dropped at each new run.
+
+    Args:
+        trajectory: whose runs bound the memory.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._entries: dict[tuple[str, str, int], tuple[tuple[int, ...], Any]] = {}
+        trajectory.on_new_run(self.clear)
+
+    def get(self, call: Call, shape: tuple[int, ...], init: Callable[[], Any]) -> Any:
+        """The state of one attention, made by `init` at first use or when the shape of its queries
+        changed."""
+        assert call.branch is not None and call.layer is not None
+        key = (call.role, call.branch, call.layer)
+        held = self._entries.get(key)
+        if held is None or held[0] != shape:
+            held = self._entries[key] = (shape, init())
+        return held[1]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def bytes_held(self) -> int:
+        return sum(_bytes_in(state) for _, state in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"StateTable({len(self)} entries, {self.bytes_held()} bytes)"
+
+    def __deepcopy__(self, memo: dict) -> StateTable:
+        new = memo[id(self)] = object.__new__(type(self))
+        new._entries = {}
+        return new
+
+
+def _identity(condition: Tensor | None) -> tuple | None:
+    """Which memory a tensor is, so that two views of one buffer are told apart and two objects of it are
+    not."""
+    if condition is None:
+        return None
+    return (condition.untyped_storage().data_ptr(), condition.storage_offset(), tuple(condition.shape))
+
+
+def _bytes_in(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if dataclasses.is_dataclass(state):
+        return sum(_bytes_in(getattr(state, f.name)) for f in dataclasses.fields(state))
+    if isinstance(state, dict):
+        return sum(map(_bytes_in, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(_bytes_in, state))
+    return 0
