@@ -27,6 +27,7 @@ from typing import Any
 
 import dit_accel.presets as shipped
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.methods import load_method
 from dit_accel.options import SparseOptions
 
 STATUSES = ("measured", "provisional")
@@ -147,9 +148,16 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         value = tomllib.loads(f"value = {raw}")
     except tomllib.TOMLDecodeError:
-        value = {"value": raw}
+        value = {"value": _number_or_text(raw)}
     # More than one key means that the text broke out of its line; such a value is no single setting.
     return _full_key(key), value["value"] if len(value) == 1 else raw
+
+
+def _number_or_text(raw: str) -> float | str:
+    try:
+        return float(raw)  # `.5`, which TOML does not take for a number
+    except ValueError:
+        return raw
 
 
 def _full_key(key: str) -> str:
@@ -269,9 +277,14 @@ def _generate_options(values: Mapping[str, Any], where: str) -> GenerateOptions:
 
 def _sparse_options(values: Mapping[str, Any], where: str) -> SparseOptions:
     try:
-        return SparseOptions.from_mapping(values)
+        options = SparseOptions.from_mapping(values)
+        # Built and thrown away: an unknown method or a value it refuses is found here, not after loading a model.
+        load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)
+        return options
     except UsageError as error:
         raise type(error)(f"{where}: {error}") from None
+    except TypeError as error:
+        raise UsageError(f"{where}: a sparse option has a value of the wrong type ({error})") from None
 
 
 def _checked(value: Any, kind: Any, key: str, where: str) -> Any:

@@ -73,6 +73,9 @@ def _staged(paths: list[Path]) -> Iterator[list[Path]]:
     parts = [path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") for path in paths]
     try:
         paths[0].parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {paths[0]}: {error.strerror or error}") from error
+    try:
         yield parts
         for part, path in zip(parts, paths, strict=True):
             os.replace(part, path)

@@ -74,7 +74,7 @@ def load(
         model: shipped name, folder or hub id.
         device: a torch device, or "auto": the first GPU, else the CPU.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 on a GPU; float32 on a CPU, where
-            bfloat16 is about three times slower. The VAE always runs in float32, as Wan's own documentation asks.
+            bfloat16 is about three times slower. The VAE always runs in float32, as Wan's documentation asks.
         offload: "none", "model" (whole components wait in main memory) or "group" (layers do).
         flow_shift: shift of the noise schedule; None leaves the model's own.
         loras: LoRA files or folders, each with an optional strength: `style.safetensors=0.8`.
@@ -100,7 +100,7 @@ def load(
     try:
         pipe = WanPipeline.from_pretrained(
             str(folder),
-            torch_dtype={"default": kind, "vae": torch.float32},
+            dtype={"default": kind, "vae": torch.float32},
             use_safetensors=True,
             local_files_only=True,
         )

@@ -1,7 +1,7 @@
-"""Find a model's folder and judge it before anything heavy is imported. No torch: a bad path ends in a moment.
+"""Find a model's folder and judge it before anything heavy is imported. No torch: bad paths end at once.
 
-A model is a shipped name, a folder in diffusers' format, or a hub id (`org/name`). Hub ids are looked up in the
-local cache first; the hub is asked only for what is not there.
+A model is a shipped name, a folder in diffusers' format, or a hub id (`org/name`). Hub ids are looked up in
+the local cache first; the hub is asked only for what is not there.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def _weight_files(place: Path) -> list[Path]:
     pickled = sorted(file.name for file in place.iterdir() if file.suffix in _PICKLED)
     if pickled:
         raise EnvironmentProblem(
-            f"{place} holds only pickled weights ({pickled[0]}), which can run code when opened; dit_accel reads "
-            "safetensors only: convert them with save_pretrained(..., safe_serialization=True) where you trust them"
+            f"{place} holds only pickled weights ({pickled[0]}), which can run code when opened; dit_accel "
+            "reads safetensors only: convert them with save_pretrained on a machine where you trust them"
         )
     raise EnvironmentProblem(
         f"weights missing: no .safetensors file in {place}; copy or download the model again"
@@ -206,8 +206,8 @@ class SizeRule:
         near_w, near_h = _nearest(width, self.width_step), _nearest(height, self.height_step)
         if (width, height) != (near_w, near_h):
             raise UsageError(
-                f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights in "
-                f"steps of {self.height_step}; the nearest is {near_w}x{near_h}"
+                f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights "
+                f"in steps of {self.height_step}; the nearest is {near_w}x{near_h}"
             )
         near_f = 1 + self.frame_step * max(0, math.floor((frames - 1) / self.frame_step + 0.5))
         if frames != near_f:

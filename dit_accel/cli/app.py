@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -76,12 +77,22 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(
             error, "format_message"
         ):  # typer's own: wrong usage; some releases carry click, some a copy of it
-            complain(f"{error.format_message()} (see dit-accel {_verb(error)}--help)")
+            # Without a message it is "no arguments", for which the help has been shown already.
+            if error.format_message():
+                complain(f"{_misuse(error)} (see dit-accel {_verb(error)}--help)")
             return 2
         if verbose:
             traceback.print_exc()
         complain(f"{_kind(error)}: {error}" + ("" if verbose else " (-v shows the traceback)"))
         return 1
+
+
+def _misuse(error: Exception) -> str:
+    """typer's message, with the nearest option where one was unknown (for commands it says so itself)."""
+    message = error.format_message()
+    known = list(getattr(error, "possibilities", None) or ())
+    near = difflib.get_close_matches(getattr(error, "option_name", ""), known, n=1, cutoff=0.5)
+    return f"{message.split(' (')[0]}. Did you mean {near[0]}?" if near else message
 
 
 def _verb(error: Exception) -> str:

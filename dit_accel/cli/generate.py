@@ -12,11 +12,14 @@ from dit_accel.cli import request as requests
 from dit_accel.cli.terminal import remark, tables
 from dit_accel.errors import EnvironmentProblem, UsageError
 
+_PRESET = "tiny-wan-fast"
+
 
 def generate(
     preset: Annotated[
-        str, typer.Option(help="Preset: a name, FILE.toml or FILE.toml#NAME.", show_default=True)
-    ] = "tiny-wan-fast",
+        str | None,
+        typer.Option(help=f"A name, FILE.toml or FILE.toml#NAME. [default: {_PRESET}]", show_default=False),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the video shall show.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="A text file with one prompt a line; # starts a remark.")
@@ -87,7 +90,8 @@ def generate(
     with its source, timings and the report of what really ran.
     """
     request = requests.build(
-        preset=preset,
+        preset=preset or _PRESET,
+        preset_given=preset is not None,
         prompt=prompt,
         prompts_file=prompts_file,
         values={

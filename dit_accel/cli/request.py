@@ -37,7 +37,7 @@ class Request:
         """(name, value, source) of every resolved value."""
         told = self.preset.to_dict()
         rows = [
-            ("preset", self.preset.name, "cli"),
+            ("preset", self.preset.name, self.sources["preset"]),
             ("status", told["status"], self.preset.provenance.get("status", "default")),
         ]
         rows += [(key, told[key], self.preset.provenance[key]) for key in ("pipeline", "model")]
@@ -82,6 +82,7 @@ def show(value: Any) -> str:
 def build(
     *,
     preset: str,
+    preset_given: bool,
     prompt: str | None,
     prompts_file: Path | None,
     values: Mapping[str, Any],
@@ -124,6 +125,7 @@ def build(
         machine={key: value for key, (value, _) in machine.items()},
         sources={key: "cli" if was_given else "default" for key, (_, was_given) in machine.items()}
         | {
+            "preset": "cli" if preset_given else "default",
             "prompt": "cli" if prompts_file is None else str(prompts_file),
             "seed": "cli" if seed is not None else "random",
             "output": "cli" if output is not None else "default",
@@ -162,7 +164,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
 def name_outputs(
     output: str | None, preset: str, seed: int, count: int, *, numbered: bool
 ) -> tuple[Path, ...]:
-    """One path a prompt. A folder gets `{preset}-{seed}-{n}.mp4`; a file is taken as is, numbered for a list."""
+    """One path a prompt: `{preset}-{seed}-{n}.mp4` in a folder, or the file as named, numbered for a list."""
     safe = re.sub(r"[^\w.-]", "_", preset)
     if output is None:
         output = f"outputs/{safe}-{seed}/"

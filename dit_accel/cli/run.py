@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.accelerate import accelerate
+from dit_accel import accelerate
 from dit_accel.cli.request import Request, dense_name
 from dit_accel.cli.terminal import remark
 from dit_accel.cli.versions import machine, versions

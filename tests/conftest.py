@@ -1,0 +1,91 @@
+"""Small random models in the layout of the real repositories, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+# Nothing in a test may reach for the hub; a test that wants the answer of an unreachable hub unsets it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def wan21_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan 2.1: one transformer of four layers, sharded bf16 safetensors."""
+    return save_wan(tmp_path_factory.mktemp("wan21"), two_experts=False)
+
+
+@pytest.fixture(scope="session")
+def wan22_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan 2.2: two experts, sharded bf16 safetensors."""
+    return save_wan(tmp_path_factory.mktemp("wan22"), two_experts=True)
+
+
+def save_wan(folder: Path, *, two_experts: bool) -> Path:
+    import torch
+
+    from dit_accel.testing import tiny_wan_pipeline
+
+    pipe = tiny_wan_pipeline(two_experts=two_experts, transformer={"num_layers": 4})
+    pipe.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cli_environment() -> dict[str, str]:
+    """The environment of a user who is offline and whose terminal is 100 columns wide."""
+    plain = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "CI")}
+    return plain | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def cli(cli_environment: dict[str, str]) -> Cli:
+    """Run `dit-accel` in a process of its own: `cli("generate", "--prompt", "x", cwd=folder)`."""
+
+    def run(
+        *arguments: str | Path, cwd: Path, timeout: float = 120, **environment: str
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command(*arguments),
+            cwd=cwd,
+            env=cli_environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_cli(cli_environment: dict[str, str]) -> Callable[..., subprocess.Popen]:
+    """Start `dit-accel` and leave it running, with Ctrl-C as a terminal would deliver it."""
+
+    def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env=cli_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            # A test run in the background ignores SIGINT, and its children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    return start
+
+
+def command(*arguments: str | Path) -> list[str]:
+    # -P: the repository's root must not shadow Hugging Face's `kernels` when the tests run from there.
+    return [sys.executable, "-P", "-m", "dit_accel.cli", *map(str, arguments)]
