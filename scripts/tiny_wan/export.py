@@ -1,0 +1,36 @@
+"""Turn trained shards into the folder that ships: bf16, diffusers' layout, no file over 15 MB."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from .models import load_shards, make_pipeline, make_text_encoder, make_tokenizer, make_transformer, make_vae
+
+
+def build_pipeline(run: Path):
+    """A `WanPipeline` (fp32) of the shards in `run`: vae-*, vae.json, dit-*, text-*."""
+    record = json.loads((run / "vae.json").read_text())
+    vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
+    vae.load_state_dict(load_shards(run, "vae"))
+    tokenizer = make_tokenizer()
+    text_encoder = make_text_encoder(len(tokenizer))
+    text_encoder.load_state_dict(load_shards(run, "text"))
+    transformer = make_transformer()
+    transformer.load_state_dict(load_shards(run, "dit"))
+    return make_pipeline(tokenizer, text_encoder, transformer, vae)
+
+
+def export_pipeline(run: Path, to: Path) -> None:
+    """Write the pipeline next to `to` and swap it in, so that an interrupted export leaves the old one."""
+    draft = to.with_name(to.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    build_pipeline(run).to(torch.bfloat16).save_pretrained(draft, max_shard_size="12MB", safe_serialization=True)
+    shutil.rmtree(to, ignore_errors=True)
+    draft.replace(to)
+    files = [f for f in to.rglob("*") if f.is_file()]
+    print(f"{to}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB in {len(files)} files, "
+          f"largest {max(f.stat().st_size for f in files) / 2**20:.1f} MiB")
