@@ -29,7 +29,7 @@ MOTIONS = ("left", "right", "up", "down", "around", "bounce", "grow", "spin")
 BACKGROUNDS = ("checkered", "striped", "gradient", "cloudy")
 RADII = {"small": 0.105, "medium": 0.14, "large": 0.175}
 
-_MOTION_WORDS = {
+MOTION_WORDS = {
     "left": "moving left",
     "right": "moving right",
     "up": "moving up",
@@ -199,7 +199,7 @@ def object_path(thing: SceneObject, time: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _describe_object(thing: SceneObject) -> str:
     size = "" if thing.size == "medium" else thing.size + " "
-    return f"a {size}{thing.colour} {thing.shape} {_MOTION_WORDS[thing.motion]}"
+    return f"a {size}{thing.colour} {thing.shape} {MOTION_WORDS[thing.motion]}"
 
 
 def _sample_object(rng: random.Random, held_out: bool, smaller: bool) -> SceneObject:
