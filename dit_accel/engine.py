@@ -267,11 +267,12 @@ class Engine:
         now = self.call.at(seat.layer)
         state = self._state_for(now, query)
         plan = self.method.predict(query, key, self.layout, now, state)
-        executor = choose(query, key, value, plan, impl=self.options.impl)
+        by_head = [x.transpose(1, 2) for x in (query, key, value)]
+        executor = choose(*by_head, plan, impl=self.options.impl)
         self._say_once(f"sparse attention runs on the {executor} executor")
-        out, _ = block_sparse(query, key, value, plan, scale=call["scale"], layout="bshd", impl=executor)
+        out, _ = block_sparse(*by_head, plan, scale=call["scale"], layout="bhsd", impl=executor)
         self.tally.note_sparse(now, executor, plan.key_fraction())
-        return out
+        return out.transpose(1, 2)
 
     def _why_dense(
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]

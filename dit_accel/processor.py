@@ -96,8 +96,7 @@ class SparseProcessor:
         return self._adopted().report()
 
     def remove(self) -> None:
-        """Put every processor back that was there before, and take every hook away. Does nothing the second
-        time."""
+        """Restore the processors that were there before, take every hook away. Nothing the second time."""
         self._adopted().remove()
 
     def __call__(
@@ -119,10 +118,9 @@ class SparseProcessor:
         num_ref_tokens: int | None = None,
         scale: float | None = None,
     ) -> Any:
-        """Run one attention. The keywords are those of every host: old `Attention` modules pass only what is
-        named here.
+        """Run one attention.
 
-        Positional arguments go on as they came, keywords as far as the stock processor takes them.
+        The keywords are those of every host: old `Attention` modules pass only what is named here. Positional arguments go on as they came, keywords as far as the stock processor takes them.
         """
         seat = getattr(attn, "_dit_accel", None)
         if seat is None:

@@ -247,8 +247,7 @@ class StateTable:
 
 
 def _identity(condition: Tensor | None) -> tuple | None:
-    """Which memory a tensor is, so that two views of one buffer are told apart and two objects of it are
-    not."""
+    """Which memory a tensor is: two views of one buffer differ, two objects of one view do not."""
     if condition is None:
         return None
     return (condition.untyped_storage().data_ptr(), condition.storage_offset(), tuple(condition.shape))

@@ -40,8 +40,7 @@ class Seat:
     Args:
         owner: attends for this seat (an `Engine`).
         stock: the processor that was there before us; never changed.
-        layer: which self-attention this is, or None if it is not one (then the stock processor runs as it
-        was).
+        layer: which self-attention this is, or None if it is not one (the stock processor then runs).
     """
 
     def __init__(self, owner: Any, stock: Any, layer: int | None) -> None:
@@ -58,8 +57,7 @@ class Seat:
         self.key = torch.tensor(_entry().add(self), device="cpu")
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        """What diffusers would have computed here: the backend and parallel configuration the stock processor
-        has."""
+        """What diffusers would have computed here, with the backend the stock processor has."""
         return dense(
             query,
             key,

@@ -1,5 +1,4 @@
-"""random: as many blocks as a real method would read, chosen by lot. The control in comparisons, not for
-use."""
+"""random: as many blocks as a real method would read, chosen by lot. A control for comparisons."""
 
 from __future__ import annotations
 

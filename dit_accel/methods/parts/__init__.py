@@ -1,2 +1,1 @@
-"""Steps that methods share: score (how much a block matters), force (what is always kept), budget (how
-many)."""
+"""Steps that methods share: score (what matters), force (what is always kept), budget (how many)."""

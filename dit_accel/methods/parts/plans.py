@@ -9,8 +9,7 @@ from dit_accel.plan import BlockPlan
 
 
 def plan_of(counts: Tensor, indices: Tensor, layout: TokenLayout) -> BlockPlan:
-    """The plan that reads `indices` up to `counts`, with the layout's blocks on both sides. Never waits for a
-    device."""
+    """The plan that reads `indices` up to `counts`, with the layout's blocks on both sides."""
     starts = layout.starts.to(counts.device)
     return BlockPlan(
         counts=counts,
