@@ -1,34 +1,34 @@
-"""Import `dit_accel` from this source tree without installing it: `import _source_tree` before `import dit_accel`.
+"""Lets a script use the repository without installing it: `import _source_tree` first.
 
-Putting the repository's root on `sys.path` is not enough and not safe: `dit_accel.kernels` lives in `kernels/`, and a
-root on the path would shadow Hugging Face's `kernels` package, which diffusers imports.
+`dit_accel.kernels`, `dit_accel.pipelines` and `dit_accel.presets` are folders of the repository's root that
+packaging maps into the package. In a bare clone Python cannot find them there; this adds a finder that can. Where
+dit_accel is installed it stays as it is, and nothing is added.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_MAPPED = {f"dit_accel.{name}": ROOT / name for name in ("kernels", "pipelines", "presets")}
+MAPPED = {f"dit_accel.{folder}": ROOT / folder for folder in ("kernels", "pipelines", "presets")}
 
 
-class SourceTreeFinder(MetaPathFinder):
-    """Finds `dit_accel` and the three packages that are mapped into it; everything below them is found as usual."""
+class SourceTreeFinder:
+    """Finds the three mapped folders under the name they have when installed; everything below them follows."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        if fullname == "dit_accel":
-            return PathFinder.find_spec(fullname, [str(ROOT)])
-        if fullname in _MAPPED:
-            folder = _MAPPED[fullname]
-            return importlib.util.spec_from_file_location(
-                fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
-            )
-        return None
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        folder = MAPPED.get(name)
+        if folder is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
 
 
-if not any(isinstance(finder, SourceTreeFinder) for finder in sys.meta_path):
-    sys.meta_path.insert(0, SourceTreeFinder())
+if importlib.util.find_spec("dit_accel") is None:
+    sys.path.append(str(ROOT))
+if importlib.util.find_spec("dit_accel.kernels") is None:
+    sys.meta_path.append(SourceTreeFinder)

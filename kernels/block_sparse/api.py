@@ -1,0 +1,140 @@
+"""The front door of block-sparse attention: validate, choose an implementation, run it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.plan import BlockPlan
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+Layout = Literal["bshd", "bhsd"]
+
+
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    layout: Layout = "bshd",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention in which each query block reads only the key blocks its plan lists.
+
+    A query block with an empty list gives 0, with lse -inf. There is no backward: inputs that need a gradient are
+    refused, not silently detached.
+
+    Args:
+        q: `[B, S, H, D]` (layout "bshd") or `[B, H, S, D]` ("bhsd"); float32, float16 or bfloat16, and float64
+            for "reference" and "cpu"; any strides, no copy is made on a GPU.
+        k, v: the same with their own S.
+        plan: covers exactly the tokens of q and of k; its batch and head sizes are those of q or 1.
+        scale: factor of the scores; None is `D ** -0.5`.
+        layout: the order of the dimensions of q, k, v and out.
+        impl: "reference", "cpu", "triton", or "auto" (`choose`). A named one runs or raises.
+
+    Returns:
+        `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
+        (float64 for float64 inputs).
+
+    Raises:
+        UsageError: shapes, types, devices or the plan do not fit together, or an input needs a gradient.
+        UnknownNameError: no such implementation or layout.
+        KernelUnavailable: the named implementation cannot run this call.
+    """
+    if layout not in ("bshd", "bhsd"):
+        raise unknown_name("layout", layout, ("bshd", "bhsd"))
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
+    _validate(q, k, v, plan)
+    name = choose(q, k, v, plan, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    match name:
+        case "reference":
+            from .reference import block_sparse as run
+        case "cpu":
+            from .cpu import block_sparse as run
+        case "triton":
+            from .triton import block_sparse as run
+    with torch.no_grad():
+        out, lse = run(q, k, v, plan, scale)
+    return (out.transpose(1, 2) if layout == "bshd" else out), lse
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto") -> str:
+    """The implementation that will run. "auto" is "triton" on CUDA and "cpu" on the CPU.
+
+    Where Triton cannot run a CUDA call, "auto" raises as the named choice would: the reference is an oracle, not
+    something to fall back to unseen.
+
+    Args:
+        q, k, v: `[B, H, S, D]`.
+        plan: the call's plan.
+        impl: "auto" or a name.
+
+    Raises:
+        UnknownNameError: no such implementation.
+        KernelUnavailable: it cannot run this call; the message says why.
+    """
+    if impl == "auto":
+        impl = "triton" if q.device.type == "cuda" else "cpu"
+    reason = why_not(impl, q, k, v, plan)
+    if reason is not None:
+        raise KernelUnavailable(f"block_sparse impl={impl!r} cannot run this call: {reason}")
+    return impl
+
+
+def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+    """Why `impl` cannot run this call, or None if it can. Arguments as in `choose`.
+
+    Raises:
+        UnknownNameError: no such implementation.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise unknown_name("block_sparse implementation", impl, (*IMPLEMENTATIONS, "auto"))
+    if impl == "triton":
+        return _why_not_triton(q, plan)
+    if q.dtype not in (*FLOATS, torch.float64):
+        return f"it takes float32, float16, bfloat16 and float64, not {q.dtype}."
+    if impl == "cpu" and q.device.type != "cpu":
+        return f"the tensors are on {q.device}; it runs on the CPU only."
+    return None
+
+
+def _why_not_triton(q: Tensor, plan: BlockPlan) -> str | None:
+    try:
+        from . import triton as implementation
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with `pip install triton`."
+    return implementation.why_not(q, plan)
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    """Raise UsageError unless q, k, v (`[B, H, S, D]`) and the plan describe one call."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise UsageError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}.")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise UsageError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; make them alike.")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError(f"{name} requires a gradient, and block_sparse has none: call it under torch.no_grad().")
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise UsageError(
+            "q, k and v must agree in batch, heads and head size, and k and v in everything; got [B, H, S, D] = "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    if plan.device != q.device:
+        raise UsageError(f"The plan is on {plan.device}, q on {q.device}; build the plan where q is.")
+    for axis, what in enumerate(("batch", "head")):
+        if plan.lead[axis] not in (1, q.shape[axis]):
+            raise UsageError(f"The plan's {what} size is {plan.lead[axis]}; q's is {q.shape[axis]}. Use that or 1.")
+    for side, tokens, x in (("query", plan.n_q_tokens, q), ("key", plan.n_k_tokens, k)):
+        if tokens != x.shape[2]:
+            raise UsageError(f"The plan covers {tokens} {side} tokens, but there are {x.shape[2]}.")

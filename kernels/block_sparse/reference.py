@@ -1,0 +1,58 @@
+"""Block-sparse attention as a masked softmax: the oracle every other implementation is judged by.
+
+    s = scale * q k^T        where the query token's block keeps the key token's block, else -inf
+    lse = log sum exp(s)     natural log
+    out = exp(s - lse) v     0 where a row keeps nothing (lse is -inf there)
+
+It computes in the dtype of its inputs (float64 for an exact answer, bfloat16 for the error that dtype costs anyone)
+and skips nothing. Scores are formed for a limited number of query rows at a time, so memory grows with N, not N^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.plan import BlockPlan
+
+# Scores held at once, per batch row and head; 2^22 of them are 32 MB in float64.
+SCORES_AT_ONCE = 1 << 22
+
+
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Masked attention.
+
+    Args:
+        q: `[B, H, Sq, D]`, any floating dtype, any strides.
+        k, v: `[B, H, Sk, D]`.
+        plan: which key blocks each query block reads.
+        scale: factor of the scores.
+
+    Returns:
+        `out [B, H, Sq, D]` in q's dtype and `lse [B, H, Sq]` (float64 for float64 inputs, else float32).
+    """
+    batch, heads, n_q, _ = q.shape
+    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros_like(q)
+    lse = torch.full((batch, heads, n_q), -torch.inf, dtype=acc_dtype, device=q.device)
+    mask = plan.to_mask().expand(batch, heads, -1, -1)
+    q_owner = _owners(plan.q_starts, n_q).expand(batch, heads, -1)
+    k_owner = _owners(plan.k_starts, k.shape[2]).expand(batch, heads, -1)
+    rows = max(1, SCORES_AT_ONCE // k.shape[2])
+    for b in range(batch):
+        for h in range(heads):
+            for row in range(0, n_q, rows):
+                own = slice(row, row + rows)
+                keep = mask[b, h][q_owner[b, h, own]][:, k_owner[b, h]]
+                scores = (q[b, h, own] @ k[b, h].T * scale).masked_fill(~keep, -torch.inf).to(acc_dtype)
+                lse[b, h, own] = scores.logsumexp(dim=-1)
+                # An empty row has lse -inf; its weights exp(-inf - 0) are the zeros it should have.
+                weights = (scores - lse[b, h, own].clamp_min(torch.finfo(acc_dtype).min)[:, None]).exp()
+                out[b, h, own] = weights.to(v.dtype) @ v[b, h]
+    return out, lse
+
+
+def _owners(starts: Tensor, n_tokens: int) -> Tensor:
+    """The block each token belongs to, `[B|1, H|1, n_tokens]`: the last one that starts at or before it."""
+    token = torch.arange(n_tokens, device=starts.device)
+    return (starts[..., None, 1:] <= token[:, None]).sum(dim=-1)

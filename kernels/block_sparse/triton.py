@@ -1,0 +1,202 @@
+"""Block-sparse attention forward in Triton: one program per query block and head, pointers only (sm_80 and newer).
+
+The online softmax runs in base 2 with the scale folded into the scores:
+
+    s = q k^T * scale * log2(e);  m' = max(m, rowmax s);  a = 2^(m - m');  p = 2^(s - m')
+    l' = l a + rowsum p;  acc' = acc a + p v;  out = acc / l;  lse = (m + log2 l) ln 2
+
+One program takes `BLOCK_M` rows of one query block and walks its list from last to first. A key block is read in
+steps of `BLOCK_N` rows; rows past its end belong to the next block and are masked. One fixed configuration per head
+size and type: none is used that was not compiled and checked. Source of the online form: FlashAttention-2,
+arXiv:2307.08691, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.plan import BlockPlan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """A compiled shape of the kernel; every row of the table fits the 99 KB of shared memory of sm_86 and sm_89."""
+
+    block_m: int  # query rows of one program
+    block_n: int  # key rows of one step
+    warps: int
+    stages: int
+
+
+def config_for(head: int, dtype: torch.dtype) -> Config:
+    """The one configuration for this head size (padded to a power of two) and type."""
+    padded = padded_head(head)
+    if dtype == torch.float32:
+        # Full-precision products run on the scalar units: small tiles keep the accumulators in registers.
+        return Config(32, 32, 4, 1) if padded > 128 else Config(64, 32, 4, 2)
+    if padded > 128:
+        return Config(64, 32, 4, 2)
+    return Config(128, 64, 8, 2) if padded == 128 else Config(128, 64, 4, 3)
+
+
+def padded_head(head: int) -> int:
+    """The head size a program works on: the next power of two, at least 16 (the smallest `tl.dot` takes)."""
+    return max(16, triton.next_power_of_2(head))
+
+
+def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+    """Why this kernel cannot run, or None. q: `[B, H, S, D]`."""
+    if q.device.type != "cuda" and not interpreting():
+        return f"the tensors are on {q.device}; it runs on CUDA devices."
+    if q.dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {q.dtype}."
+    if q.shape[3] > LARGEST_HEAD:
+        return f"head size {q.shape[3]} is above {LARGEST_HEAD}."
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(q.device)} is older than sm_80."
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1 before this module is imported)."""
+    return not isinstance(block_sparse_kernel, triton.JITFunction)
+
+
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
+    batch, heads, n_q, head = q.shape
+    config = config_for(head, q.dtype)
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=q.device)
+    # A program covers block_m rows of a query block; longer blocks take several.
+    parts = max(1, triton.cdiv(plan.max_q_block, config.block_m))
+    grid = (plan.n_q * parts, heads, batch)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        block_sparse_kernel[grid](
+            *(q, k, v, out, lse),
+            *(plan.counts, plan.indices, plan.q_starts, plan.k_starts),
+            *(*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2]),
+            *(*_lead_strides(plan.counts), *_lead_strides(plan.indices), plan.indices.stride(2)),
+            *(*_lead_strides(plan.q_starts), *_lead_strides(plan.k_starts)),
+            scale * math.log2(math.e),
+            parts,
+            HEAD=head,
+            BLOCK_D=padded_head(head),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            STEPS=max(1, triton.cdiv(plan.max_k_block, config.block_n)),
+            # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
+            UPCAST=interpreting() and q.dtype == torch.bfloat16,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out, lse
+
+
+def _lead_strides(tensor: Tensor) -> tuple[int, int]:
+    """Batch and head strides, 0 where one entry stands for all."""
+    return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
+
+
+@triton.jit
+def block_sparse_kernel(
+    q, k, v, out, lse,
+    counts, indices, q_starts, k_starts,
+    stride_qb, stride_qh, stride_qs, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd,
+    stride_ob, stride_oh, stride_os, stride_od,
+    stride_lb, stride_lh,
+    stride_cb, stride_ch,
+    stride_ib, stride_ih, stride_iq,
+    stride_qsb, stride_qsh,
+    stride_ksb, stride_ksh,
+    scale_log2,
+    parts,
+    HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program: `BLOCK_M` rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements."""
+    i_block = tl.program_id(0) // parts
+    i_part = tl.program_id(0) % parts
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+
+    p_start = q_starts + i_b * stride_qsb + i_h * stride_qsh + i_block
+    first = tl.load(p_start) + i_part * BLOCK_M
+    end = tl.load(p_start + 1)
+    if first >= end:
+        return
+
+    rows = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_D)
+    row_ok = rows < end
+    q_ok = row_ok[:, None] if HEAD == BLOCK_D else row_ok[:, None] & (lanes < HEAD)[None, :]
+
+    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + lanes[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=q_ok, other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+
+    k_head = k + i_b * stride_kb + i_h * stride_kh
+    v_head = v + i_b * stride_vb + i_h * stride_vh
+    starts_head = k_starts + i_b * stride_ksb + i_h * stride_ksh
+    p_list = indices + i_b * stride_ib + i_h * stride_ih + i_block.to(tl.int64) * stride_iq
+    count = tl.load(counts + i_b * stride_cb + i_h * stride_ch + i_block)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    # One flat loop over (list entry, step in its block), so that loads are pipelined across blocks.
+    for i in range(0, count * STEPS):
+        entry = tl.load(p_list + (count - 1 - i // STEPS))
+        low = tl.load(starts_head + entry) + (i % STEPS) * BLOCK_N
+        high = tl.load(starts_head + entry + 1)
+        keys = (low + columns).to(tl.int64)
+        key_ok = low + columns < high
+        kt_ok = key_ok[None, :] if HEAD == BLOCK_D else key_ok[None, :] & (lanes < HEAD)[:, None]
+        v_ok = key_ok[:, None] if HEAD == BLOCK_D else key_ok[:, None] & (lanes < HEAD)[None, :]
+
+        b_kt = tl.load(k_head + keys[None, :] * stride_ks + lanes[:, None] * stride_kd, mask=kt_ok, other=0.0)
+        if UPCAST:
+            b_kt = b_kt.to(tl.float32)
+        scores = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
+        scores = tl.where(key_ok[None, :], scores, -float("inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
+        anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.math.exp2(scores - anchor[:, None])
+        fade = tl.math.exp2(top - anchor)
+        total = total * fade + tl.sum(weights, 1)
+        top = new_top
+
+        # Masked to zero, not only weighted by zero: 0 times a stray NaN is NaN.
+        b_v = tl.load(v_head + keys[:, None] * stride_vs + lanes[None, :] * stride_vd, mask=v_ok, other=0.0)
+        if UPCAST:
+            b_v = b_v.to(tl.float32)
+        acc = acc * fade[:, None]
+        acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
+
+    empty = total == 0.0
+    b_out = acc / tl.where(empty, 1.0, total)[:, None]
+    b_lse = tl.where(empty, -float("inf"), (top + tl.math.log2(total)) * 0.6931471805599453)
+    p_out = out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=q_ok)
+    tl.store(lse + i_b * stride_lb + i_h * stride_lh + rows, b_lse, mask=row_ok)
