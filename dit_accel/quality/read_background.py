@@ -29,9 +29,11 @@ def read_background(frames: Tensor, cover: Tensor) -> tuple[str, tuple[float, fl
     size = (round(height * scale), round(width * scale))
     chosen = torch.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().long()
     time = chosen / max(len(frames) - 1, 1) - 0.5
-    hidden = F.max_pool2d(cover[chosen, None], 7, 1, 3) > 0.12
+    # Averaged first, so that noise hides nothing; grown after, so that no soft edge of an object is left.
+    hidden = F.max_pool2d(F.avg_pool2d(cover[chosen, None], 5, 1, 2), 9, 1, 4) > 0.15
     free = F.interpolate((~hidden).float(), size=size, mode="area").floor()
     light = F.interpolate(frames[chosen].mean(1, keepdim=True), size=size, mode="area")
+    light = F.avg_pool2d(light, 3, 1, 1, count_include_pad=False)
 
     pans = _candidate_pans()
     variance = torch.stack([_misalignment(light, free, time, pan) for pan in pans])
@@ -109,7 +111,7 @@ def _explain_checks(x: Tensor, y: Tensor, level: Tensor) -> float:
             best, best_form = score, (sx, cx, sy, cy, gain)
     sx, cx, sy, cy, gain = best_form
     # A product of two waves has a 2x2 gain of rank 1; its factors are the two phases.
-    left, size, right = torch.linalg.svd(gain.view(2, 2))
+    left, _, right = torch.linalg.svd(gain.view(2, 2))
     product = (sx * left[0, 0] + cx * left[1, 0]) * (sy * right[0, 0] + cy * right[0, 1])
     square = torch.tanh(6 * product)
     square = square - square.mean()
