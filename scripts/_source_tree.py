@@ -8,6 +8,7 @@ dit_accel is installed it stays as it is, and nothing is added.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 

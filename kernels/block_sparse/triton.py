@@ -42,8 +42,8 @@ def config_for(head: int, dtype: torch.dtype) -> Config:
     """The one configuration for this head size (padded to a power of two) and type."""
     padded = padded_head(head)
     if dtype == torch.float32:
-        # Full-precision products run on the scalar units: small tiles keep the accumulators in registers.
-        return Config(32, 32, 4, 1) if padded > 128 else Config(64, 32, 4, 2)
+        # Full-precision products run on the scalar units: small tiles keep everything in registers.
+        return Config(32, 16, 8, 1) if padded > 64 else Config(64, 32, 8, 1)
     if padded > 128:
         return Config(64, 32, 4, 2)
     return Config(128, 64, 8, 2) if padded == 128 else Config(128, 64, 4, 3)
@@ -108,7 +108,14 @@ def _lead_strides(tensor: Tensor) -> tuple[int, int]:
     return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
 
 
-@triton.jit
+# Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
+UNSPECIALIZED = (
+    *("stride_lb", "stride_lh", "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_iq"),
+    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "parts"),
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def block_sparse_kernel(
     q, k, v, out, lse,
     counts, indices, q_starts, k_starts,
