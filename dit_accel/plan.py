@@ -36,7 +36,9 @@ def uniform_starts(n_tokens: int, block: int, device: torch.device | str | None 
     if n_tokens < 1 or block < 1:
         raise UsageError(f"uniform_starts needs n_tokens >= 1 and block >= 1, got {n_tokens} and {block}.")
     count = -(-n_tokens // block)
-    return (torch.arange(count + 1, device=device, dtype=torch.int32) * block).clamp_(max=n_tokens)[None, None]
+    return (torch.arange(count + 1, device=device, dtype=torch.int32) * block).clamp_(max=n_tokens)[
+        None, None
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +128,16 @@ class BlockPlan:
             low, high = (int(x) for x in sizes.aminmax())
             ends = starts[..., [0, -1]].reshape(-1, 2)
             if low < 0 or bool((ends != ends.new_tensor([0, tokens])).any()):
-                raise UsageError(f"{side}_starts must rise from 0 to n_{side}_tokens={tokens} and never fall.")
+                raise UsageError(
+                    f"{side}_starts must rise from 0 to n_{side}_tokens={tokens} and never fall."
+                )
             if high > longest:
                 raise UsageError(f"A {side} block holds {high} tokens, more than max_{side}_block={longest}.")
         low, high = (int(x) for x in self.counts.aminmax())
         if low < 0 or high > self.indices.shape[3]:
-            raise UsageError(f"counts must lie in 0..{self.indices.shape[3]} (the list width), got {low}..{high}.")
+            raise UsageError(
+                f"counts must lie in 0..{self.indices.shape[3]} (the list width), got {low}..{high}."
+            )
         if self.indices.shape[3] == 0:
             return
         slot = torch.arange(self.indices.shape[3], device=self.device)
@@ -140,7 +146,9 @@ class BlockPlan:
         if bool((outside & valid).any()):
             raise UsageError(f"indices must lie in 0..{self.n_k - 1} up to counts; some entry does not.")
         if bool(((self.indices.diff(dim=-1) <= 0) & valid[..., 1:]).any()):
-            raise UsageError("indices must ascend strictly up to counts; build the plan with BlockPlan.from_mask.")
+            raise UsageError(
+                "indices must ascend strictly up to counts; build the plan with BlockPlan.from_mask."
+            )
 
     @classmethod
     def from_mask(
@@ -175,7 +183,9 @@ class BlockPlan:
         k_starts, n_k_tokens, max_k_block = _measure(k_starts, n_k_tokens, max_k_block, mask.device)
         n_k = mask.shape[3]
         if k_starts.shape[2] != n_k + 1:
-            raise UsageError(f"k_starts must hold {n_k + 1} offsets for a mask {n_k} wide, got {k_starts.shape[2]}.")
+            raise UsageError(
+                f"k_starts must hold {n_k + 1} offsets for a mask {n_k} wide, got {k_starts.shape[2]}."
+            )
         block = torch.arange(n_k, device=mask.device, dtype=torch.int32)
         # Dropped blocks sort behind every kept one; what follows the valid part is harmless, never out of range.
         order = torch.where(mask, block, block + n_k).sort(dim=-1).values
@@ -280,7 +290,9 @@ def _measure(
     if host.dim() == 1:
         host = host[None, None]
     if host.dim() != 3 or host.shape[-1] < 2 or host.is_floating_point():
-        raise UsageError(f"Offsets must be integers [B|1, H|1, N+1] or [N+1] with N >= 1, got {tuple(host.shape)}.")
+        raise UsageError(
+            f"Offsets must be integers [B|1, H|1, N+1] or [N+1] with N >= 1, got {tuple(host.shape)}."
+        )
     if n_tokens is None:
         n_tokens = int(host[0, 0, -1])
     if longest is None:
@@ -290,7 +302,9 @@ def _measure(
 
 def _owner(starts: Tensor, n_tokens: int) -> Tensor:
     """The block each token belongs to, int64 `[., ., n_tokens]`."""
-    token = torch.arange(n_tokens, device=starts.device, dtype=starts.dtype).expand(*starts.shape[:2], n_tokens)
+    token = torch.arange(n_tokens, device=starts.device, dtype=starts.dtype).expand(
+        *starts.shape[:2], n_tokens
+    )
     return torch.searchsorted(starts.contiguous(), token.contiguous(), right=True) - 1
 
 

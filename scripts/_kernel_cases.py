@@ -59,7 +59,9 @@ def make(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Bl
         shape = (b, h, tokens, d) if case.layout == "bhsd" else (b, tokens, h, d)
         wide = torch.randn(*shape, generator=generator).to(device, case.dtype)
         # Neighbours in memory that must not be read: NaN there would show.
-        return torch.stack([wide, wide * torch.nan, wide], 2)[:, :, 0] if case.layout == "bshd fused" else wide
+        return (
+            torch.stack([wide, wide * torch.nan, wide], 2)[:, :, 0] if case.layout == "bshd fused" else wide
+        )
 
     lead = (1, 1) if case.plan == "broadcast" else (case.batch, case.heads)
     mask = torch.rand(*lead, len(case.q_blocks), len(case.k_blocks), generator=generator) < 0.4
@@ -84,7 +86,12 @@ def judge(run: Callable, case: Case, q: Tensor, k: Tensor, v: Tensor, plan: Bloc
         out, lse = run(q, k, v, plan, layout=layout)
     exact, exact_lse = block_sparse(q.double(), k.double(), v.double(), plan, layout=layout, impl="reference")
     plain, plain_lse = block_sparse(q, k, v, plan, layout=layout, impl="reference")
-    if out.shape != q.shape or out.dtype != q.dtype or lse.shape != exact_lse.shape or lse.dtype != torch.float32:
+    if (
+        out.shape != q.shape
+        or out.dtype != q.dtype
+        or lse.shape != exact_lse.shape
+        or lse.dtype != torch.float32
+    ):
         return Verdict(0.0, 0.0, f"gave {out.dtype} {tuple(out.shape)}, {lse.dtype} {tuple(lse.shape)}")
     if not bool(out.isfinite().all()) or bool(lse.isnan().any()):
         return Verdict(0.0, 0.0, "not finite")

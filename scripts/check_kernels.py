@@ -23,7 +23,9 @@ from dit_accel.kernels.block_sparse import block_sparse, why_not
 SHAPES = {
     "even": dict(batch=1, heads=2, q_blocks=(128,) * 4, k_blocks=(128,) * 8),
     "ragged": dict(batch=2, heads=3, q_blocks=(128, 128, 77), k_blocks=(128, 128, 128, 1)),
-    "tiles": dict(batch=1, heads=4, q_blocks=(128, 96, 128, 96, 96), k_blocks=(96, 128, 96, 128, 96, 96, 128)),
+    "tiles": dict(
+        batch=1, heads=4, q_blocks=(128, 96, 128, 96, 96), k_blocks=(96, 128, 96, 128, 96, 96, 128)
+    ),
     "zero-length": dict(batch=2, heads=2, q_blocks=(64, 0, 33, 128, 0), k_blocks=(0, 17, 128, 0, 64, 0)),
     "tiny blocks": dict(batch=1, heads=2, q_blocks=(16,) * 7 + (5,), k_blocks=(16,) * 9 + (3,)),
     "cross": dict(batch=2, heads=2, q_blocks=(100, 28), k_blocks=(128,) * 15 + (31,)),
@@ -80,7 +82,9 @@ def main() -> int:
         print("FAILED", line)
     seconds = time.perf_counter() - began
     total = sum(row["cases"] for row in table)
-    print(f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s")
+    print(
+        f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
+    )
     if options.output:
         write_record(options.output, dict(table=table, failures=failures, seconds=round(seconds, 1)))
     return 1 if failures else 0

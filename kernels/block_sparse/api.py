@@ -122,9 +122,13 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         if x.dim() != 4:
             raise UsageError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}.")
         if x.dtype != q.dtype or x.device != q.device:
-            raise UsageError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; make them alike.")
+            raise UsageError(
+                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; make them alike."
+            )
         if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError(f"{name} requires a gradient, and block_sparse has none: call it under torch.no_grad().")
+            raise UsageError(
+                f"{name} requires a gradient, and block_sparse has none: call it under torch.no_grad()."
+            )
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise UsageError(
             "q, k and v must agree in batch, heads and head size, and k and v in everything; got [B, H, S, D] = "
@@ -134,7 +138,9 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         raise UsageError(f"The plan is on {plan.device}, q on {q.device}; build the plan where q is.")
     for axis, what in enumerate(("batch", "head")):
         if plan.lead[axis] not in (1, q.shape[axis]):
-            raise UsageError(f"The plan's {what} size is {plan.lead[axis]}; q's is {q.shape[axis]}. Use that or 1.")
+            raise UsageError(
+                f"The plan's {what} size is {plan.lead[axis]}; q's is {q.shape[axis]}. Use that or 1."
+            )
     for side, tokens, x in (("query", plan.n_q_tokens, q), ("key", plan.n_k_tokens, k)):
         if tokens != x.shape[2]:
             raise UsageError(f"The plan covers {tokens} {side} tokens, but there are {x.shape[2]}.")

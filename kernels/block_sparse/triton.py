@@ -43,7 +43,7 @@ def config_for(head: int, dtype: torch.dtype) -> Config:
     padded = padded_head(head)
     if dtype == torch.float32:
         # Full-precision products run on the scalar units: small tiles keep everything in registers.
-        return Config(32, 16, 8, 1) if padded > 64 else Config(64, 32, 8, 1)
+        return Config(16, 32, 8, 1) if padded > 64 else Config(64, 32, 8, 1)
     if padded > 128:
         return Config(64, 32, 4, 2)
     return Config(128, 64, 8, 2) if padded == 128 else Config(128, 64, 4, 3)

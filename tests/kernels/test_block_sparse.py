@@ -1,0 +1,223 @@
+"""Every implementation against float64, on every kind of plan.
+
+The Triton cases run on a GPU, or in a process started with TRITON_INTERPRET=1 (test_triton.py starts one).
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate
+
+import pytest
+import torch
+
+from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
+from dit_accel.kernels.block_sparse import block_sparse, choose, why_not
+from dit_accel.plan import BlockPlan, uniform_starts
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
+        DEVICE == "cpu" and not INTERPRETING, reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+)
+ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU tensors"))
+IMPLEMENTATIONS = ["reference", ON_CPU, TRITON]
+
+# name: query block lengths, key block lengths, batch, heads
+SHAPES = {
+    "one block": ((50,), (50,), 1, 1),
+    "odd lengths": ((32, 32, 13), (32, 32, 32, 1), 1, 2),
+    "unequal blocks": ((96, 128, 96), (128, 96, 70), 1, 2),
+    "zero-length blocks": ((0, 40, 0, 17), (0, 30, 0, 64, 0), 2, 1),
+    "few queries many keys": ((20,), (64,) * 4 + (9,), 2, 2),
+    "tiny blocks": ((8,) * 5 + (3,), (8,) * 6 + (1,), 1, 1),
+}
+
+
+def make(shape: str, dtype: torch.dtype, head: int, *, plan: str = "random", layout: str = "bshd"):
+    """q, k, v in the given layout and a plan: "random", "empty" rows, "broadcast" over heads, or "full"."""
+    q_blocks, k_blocks, batch, heads = SHAPES[shape]
+    generator = torch.Generator().manual_seed(len(shape) * 1000 + head)
+
+    def tensor(tokens: int) -> torch.Tensor:
+        size = (batch, heads, tokens, head) if layout == "bhsd" else (batch, tokens, heads, head)
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    lead = (1, 1) if plan == "broadcast" else (batch, heads)
+    mask = torch.rand(*lead, len(q_blocks), len(k_blocks), generator=generator) < 0.5
+    mask[..., 0] |= plan != "empty"  # only "empty" asks for rows without a key
+    if plan == "empty":
+        mask[..., 0, :] = False
+    if plan == "full":
+        mask[:] = True
+    starts = ([0, *accumulate(q_blocks)], [0, *accumulate(k_blocks)])
+    q, k, v = tensor(sum(q_blocks)), tensor(sum(k_blocks)), tensor(sum(k_blocks))
+    return q, k, v, BlockPlan.from_mask(mask.to(DEVICE), *starts)
+
+
+def assert_within_low_precision_error(q, k, v, plan, impl: str, layout: str = "bshd") -> None:
+    """The error against float64 is at most twice that of the reference run in the inputs' own type."""
+    out, lse = block_sparse(q, k, v, plan, layout=layout, impl=impl)
+    plain, plain_lse = block_sparse(q, k, v, plan, layout=layout, impl="reference")
+    exact, exact_lse = block_sparse(*(x.double() for x in (q, k, v)), plan, layout=layout, impl="reference")
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert lse.shape == exact_lse.shape and lse.dtype == torch.float32
+    assert out.isfinite().all()
+    empty = exact_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    rows = empty if layout == "bhsd" else empty.transpose(1, 2)
+    assert (out[rows] == 0).all()
+    rounding = 4 * torch.finfo(torch.float32).eps
+    allowed = 2 * (plain - exact).norm() + rounding * exact.norm()
+    assert (out - exact).norm() <= allowed
+    seen = ~empty
+    gap, plain_gap = ((x[seen] - exact_lse[seen]).norm() for x in (lse, plain_lse))
+    assert gap <= 2 * plain_gap + rounding * exact_lse[seen].norm()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(shape: str, impl: str):
+    q, k, v, plan = make(shape, torch.float32, 64)
+    assert_within_low_precision_error(q, k, v, plan, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_type_and_head_size(dtype: torch.dtype, head: int, impl: str):
+    q, k, v, plan = make("odd lengths", dtype, head, plan="empty")
+    assert_within_low_precision_error(q, k, v, plan, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head", [8, 96, 256])
+def test_unusual_head_sizes(head: int, impl: str):
+    q, k, v, plan = make("odd lengths", torch.float32, head)
+    assert_within_low_precision_error(q, k, v, plan, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("plan", ["empty", "broadcast", "full"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_every_plan_and_layout(layout: str, plan: str, impl: str):
+    q, k, v, plan = make("zero-length blocks", torch.float32, 32, plan=plan, layout=layout)
+    assert_within_low_precision_error(q, k, v, plan, impl, layout)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_fused_projection_strides(impl: str):
+    """Slices of one [B, S, 3, H, D] tensor give what contiguous copies give."""
+    blocks = [0, 30, 70, 81]
+    packed = torch.randn(2, 81, 3, 2, 32, device=DEVICE)
+    q, k, v = packed.unbind(2)
+    plan = BlockPlan.full(blocks, blocks)
+    plan = BlockPlan.from_mask(plan.to_mask().to(DEVICE), blocks, blocks)
+    out, lse = block_sparse(q, k, v, plan, impl=impl)
+    copy, copy_lse = block_sparse(q.contiguous(), k.contiguous(), v.contiguous(), plan, impl=impl)
+    assert torch.equal(out, copy) and torch.equal(lse, copy_lse)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_full_plan_is_dense_attention(impl: str):
+    q, k, v, plan = make("odd lengths", torch.float32, 64, plan="full", layout="bhsd")
+    out, _ = block_sparse(q, k, v, plan, layout="bhsd", impl=impl)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, : k.shape[2]], v)
+    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropped_blocks_are_not_read(impl: str):
+    """NaN in every dropped key block, and in the neighbouring head, leaves no trace."""
+    q, k, v, _ = make("odd lengths", torch.float32, 32)
+    mask = torch.zeros(1, 2, 3, 4, dtype=torch.bool, device=DEVICE)
+    mask[0, 0, :, [0, 3]] = True
+    plan = BlockPlan.from_mask(mask, [0, 32, 64, 77], [0, 32, 64, 96, 97])
+    clean, _ = block_sparse(q, k, v, plan, impl=impl)
+    # The reference multiplies dropped columns by zero; only the ones that skip can be asked about v.
+    for x in (k, v) if impl != "reference" else (k,):
+        x[:, 32:96] = torch.nan
+        if impl != "reference":
+            x[:, :, 1] = torch.nan
+    dirty, _ = block_sparse(q, k, v, plan, impl=impl)
+    assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_halves_merge_by_lse(impl: str):
+    """Attention over two halves of the columns, merged by lse, is attention over all of them."""
+    q, k, v, plan = make("unequal blocks", torch.float32, 32, plan="full")
+    mask = plan.to_mask()
+    whole, _ = block_sparse(q, k, v, plan, impl=impl)
+    left, right = mask.clone(), mask.clone()
+    left[..., 1:] = False
+    right[..., :1] = False
+    parts = []
+    for half in (left, right):
+        half = BlockPlan.from_mask(half, plan.q_starts, plan.k_starts)
+        parts.append(block_sparse(q, k, v, half, impl=impl))
+    lse = torch.stack([lse for _, lse in parts]).softmax(0).transpose(-1, -2)[..., None]
+    torch.testing.assert_close(sum(w * out for w, (out, _) in zip(lse, parts, strict=True)), whole)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_scores_do_not_overflow(impl: str):
+    q, k, v, plan = make("odd lengths", torch.float32, 32)
+    assert_within_low_precision_error(q * 100, k * 100, v, plan, impl)
+
+
+def test_cpu_keeps_float64():
+    q, k, v, plan = (
+        x.double() if isinstance(x, torch.Tensor) else x for x in make("odd lengths", torch.float32, 16)
+    )
+    if DEVICE != "cpu":
+        pytest.skip("needs CPU tensors")
+    out, lse = block_sparse(q, k, v, plan, impl="cpu")
+    exact, exact_lse = block_sparse(q, k, v, plan, impl="reference")
+    torch.testing.assert_close((out, lse), (exact, exact_lse), rtol=1e-12, atol=1e-12)
+
+
+def test_auto_follows_the_device():
+    q, k, v, plan = make("one block", torch.float32, 16, layout="bhsd")
+    assert choose(q, k, v, plan) == ("triton" if DEVICE == "cuda" else "cpu")
+
+
+def test_a_named_choice_runs_or_raises():
+    q, k, v, plan = make("one block", torch.float64, 16, layout="bhsd")
+    assert why_not("reference", q, k, v, plan) is None
+    assert why_not("triton", q, k, v, plan)
+    with pytest.raises(KernelUnavailable, match="impl='triton' cannot run this call"):
+        block_sparse(q, k, v, plan, layout="bhsd", impl="triton")
+    with pytest.raises(UnknownNameError, match="Did you mean 'triton'"):
+        block_sparse(q, k, v, plan, layout="bhsd", impl="tritn")
+
+
+def test_gradients_are_refused():
+    q, k, v, plan = make("one block", torch.float32, 16)
+    q.requires_grad_()
+    with pytest.raises(UsageError, match="requires a gradient"):
+        block_sparse(q, k, v, plan)
+    with torch.no_grad():
+        block_sparse(q, k, v, plan)
+
+
+def test_misfits_are_refused():
+    q, k, v, plan = make("one block", torch.float32, 16)
+    with pytest.raises(UsageError, match="covers 50 query tokens, but there are 49"):
+        block_sparse(q[:, :49], k, v, plan)
+    with pytest.raises(UsageError, match="must agree"):
+        block_sparse(q, k[..., :8], v, plan)
+    with pytest.raises(UsageError, match="make them alike"):
+        block_sparse(q, k.double(), v, plan)
+    with pytest.raises(UnknownNameError, match="layout"):
+        block_sparse(q, k, v, plan, layout="sbhd")
+    wide = BlockPlan.from_mask(
+        torch.ones(1, 3, 1, 1, dtype=torch.bool, device=DEVICE),
+        uniform_starts(50, 50, DEVICE),
+        uniform_starts(50, 50, DEVICE),
+    )
+    with pytest.raises(UsageError, match="head size is 3; q's is 1"):
+        block_sparse(q, k, v, wide)

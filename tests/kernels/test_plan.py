@@ -1,0 +1,117 @@
+"""BlockPlan: lists, masks, fractions, coarsening, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dit_accel.errors import UsageError
+from dit_accel.plan import BlockPlan, uniform_starts
+
+Q, K = [0, 3, 3, 7, 20], [0, 1, 5, 5, 9, 30]
+
+
+def random_plan(batch: int = 2, heads: int = 3) -> tuple[BlockPlan, torch.Tensor]:
+    mask = torch.rand(batch, heads, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    return BlockPlan.from_mask(mask, Q, K), mask
+
+
+def test_lists_are_the_mask_in_ascending_order():
+    plan, mask = random_plan()
+    for row in range(4):
+        kept = plan.indices[1, 2, row, : plan.counts[1, 2, row]].tolist()
+        assert kept == mask[1, 2, row].nonzero().flatten().tolist()
+    assert torch.equal(plan.to_mask(), mask)
+    assert plan.indices.min() >= 0 and plan.indices.max() < plan.n_k
+
+
+def test_host_numbers():
+    plan, _ = random_plan()
+    assert (plan.n_q, plan.n_k, plan.n_q_tokens, plan.n_k_tokens) == (4, 5, 20, 30)
+    assert (plan.max_q_block, plan.max_k_block, plan.lead) == (13, 21, (2, 3))
+
+
+def test_token_mask_and_key_fraction_agree():
+    plan, mask = random_plan()
+    tokens = plan.to_token_mask()
+    assert tokens.shape == (2, 3, 20, 30)
+    assert torch.equal(
+        tokens[:, :, 7:], mask[:, :, 3:].repeat_interleave(torch.tensor(K).diff(), 3).expand(-1, -1, 13, -1)
+    )
+    torch.testing.assert_close(plan.key_fraction(), tokens.double().mean())
+
+
+def test_offsets_may_differ_between_heads():
+    starts = torch.tensor([[[0, 2, 8], [0, 6, 8]]], dtype=torch.int32)
+    mask = torch.eye(2, dtype=torch.bool)[None, None]
+    plan = BlockPlan.from_mask(mask, starts, starts)
+    assert plan.lead == (1, 2) and plan.to_token_mask().sum((0, 2, 3)).tolist() == [4 + 36, 36 + 4]
+    torch.testing.assert_close(plan.key_fraction(), torch.tensor(40 / 64, dtype=torch.float64))
+
+
+def test_full_keeps_everything():
+    plan = BlockPlan.full(uniform_starts(100, 16), uniform_starts(77, 16))
+    assert plan.key_fraction() == 1 and plan.to_token_mask().all()
+    assert (plan.n_q, plan.n_k, plan.max_q_block) == (7, 5, 16)
+
+
+@pytest.mark.parametrize("factors", [(1, 1), (2, 1), (1, 2), (3, 4)], ids=str)
+def test_coarsening_never_drops(factors):
+    plan, _ = random_plan()
+    coarse = plan.coarsen(*factors)
+    assert (coarse.to_token_mask() | ~plan.to_token_mask()).all()
+    assert coarse.n_q == -(-4 // factors[0]) and coarse.n_k == -(-5 // factors[1])
+
+
+def test_coarsening_is_or():
+    mask = torch.tensor([[True, False, False, False], [False] * 4])[None, None]
+    plan = BlockPlan.from_mask(mask, [0, 1, 2], [0, 1, 2, 3, 4]).coarsen(2, 2)
+    assert plan.to_mask().tolist() == [[[[True, False]]]]
+
+
+def test_plans_are_frozen():
+    plan, _ = random_plan()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.max_q_block = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": torch.zeros(1, 1, 2, dtype=torch.int64)}, "counts must be int32"),
+        ({"counts": torch.zeros(1, 2, dtype=torch.int32)}, "counts must have 3 dimensions"),
+        ({"counts": torch.full((1, 1, 2), 9, dtype=torch.int32)}, r"counts must lie in 0\.\.2"),
+        ({"indices": torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)}, "ascend strictly"),
+        ({"indices": torch.tensor([[[[0, 5], [0, 1]]]], dtype=torch.int32)}, r"indices must lie in 0\.\.1"),
+        ({"indices": torch.zeros(1, 1, 3, 2, dtype=torch.int32)}, "must be counts"),
+        ({"q_starts": torch.tensor([[[0, 5, 3]]], dtype=torch.int32)}, "q_starts must rise from 0"),
+        ({"k_starts": torch.tensor([[[1, 4, 8]]], dtype=torch.int32)}, "k_starts must rise from 0"),
+        ({"q_starts": torch.tensor([[[0, 8]]], dtype=torch.int32)}, "one offset more than the 2"),
+        ({"max_k_block": 2}, "more than max_k_block=2"),
+        ({"k_starts": torch.tensor([[[0, 4, 8]] * 2], dtype=torch.int32).expand(3, 2, 3)}, None),
+    ],
+)
+def test_bad_values_are_refused(change, message):
+    good = dict(
+        counts=torch.full((1, 1, 2), 2, dtype=torch.int32),
+        indices=torch.tensor([[[[0, 1], [0, 1]]]], dtype=torch.int32),
+        q_starts=torch.tensor([[[0, 4, 8]]], dtype=torch.int32),
+        k_starts=torch.tensor([[[0, 4, 8]]], dtype=torch.int32),
+        n_q_tokens=8, n_k_tokens=8, max_q_block=4, max_k_block=4,
+    )  # fmt: skip
+    if message is None:
+        assert BlockPlan(**good | change).lead == (3, 2)
+        return
+    with pytest.raises(UsageError, match=message):
+        BlockPlan(**good | change)
+
+
+def test_bad_masks_are_refused():
+    with pytest.raises(UsageError, match="mask must be bool"):
+        BlockPlan.from_mask(torch.ones(1, 1, 2, 2), [0, 1, 2], [0, 1, 2])
+    with pytest.raises(UsageError, match="k_starts must hold 3 offsets"):
+        BlockPlan.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), [0, 1, 2], [0, 1])
+    with pytest.raises(UsageError, match="n_tokens >= 1"):
+        uniform_starts(0, 4)

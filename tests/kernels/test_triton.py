@@ -1,0 +1,106 @@
+"""The Triton kernel where there is no GPU: interpreted, and cross-compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+# What a program may use of shared memory: sm_86 and sm_89 have the least, 99 KB.
+SMALLEST_SHARED = 99 * 1024
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def cannot_interpret() -> str:
+    """Triton's interpreter before 3.7 sets array shapes in a way numpy 2.4 no longer allows."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    old = Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4.0")
+    return "Triton before 3.7 cannot interpret with numpy 2.4" if old else ""
+
+
+@pytest.mark.skipif(bool(cannot_interpret()), reason=cannot_interpret() or "-")
+def test_interpreted_kernel_passes_the_oracle_tests():
+    told = run(
+        *(
+            "-P",
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            "triton",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "test_block_sparse.py"),
+        ),
+        TRITON_INTERPRET="1",
+        OMP_NUM_THREADS="1",
+    )
+    # Ran, not skipped.
+    assert " passed" in told and "skipped" not in told
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_spills(capability: int):
+    """On the tensor cores, within the smallest chip's shared memory, asynchronous copies for 16-bit types."""
+    told = run(
+        str(HERE / "_compile_probe.py"), str(capability), "64,96,128,256", TRITON_DEFAULT_FP_FUSION="1"
+    )
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 12
+    for kernel in kernels:
+        assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SMALLEST_SHARED, kernel
+        if kernel["dtype"] != "fp32":
+            assert kernel["wgmma" if capability == 90 else "mma"] and kernel["async"], kernel
+
+
+def test_importing_kernels_imports_no_triton():
+    run(
+        "-P",
+        "-c",
+        "import sys, dit_accel.kernels, dit_accel.kernels.block_sparse as b\n"
+        "import torch\n"
+        "from dit_accel.plan import BlockPlan\n"
+        "before = 'triton' in sys.modules\n"
+        "q = torch.ones(1, 4, 1, 8)\n"
+        "b.block_sparse(q, q, q, BlockPlan.full([0, 4], [0, 4]))\n"
+        "assert not before and 'dit_accel.kernels.block_sparse.triton' not in sys.modules",
+    )
+
+
+def test_the_folder_is_not_mistaken_for_the_hub_package():
+    root = HERE.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=HERE,
+        check=False,
+    )
+    assert done.returncode != 0 and "This folder is the package dit_accel.kernels" in done.stderr
