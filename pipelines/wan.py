@@ -89,11 +89,11 @@ def load(
         from diffusers import WanPipeline
     except ImportError as error:
         raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
-    place = pick_device(device)
-    kind = _pick_dtype(dtype, place)
+    where = pick_device(device)
+    kind = _pick_dtype(dtype, where)
     if offload not in OFFLOADS:
         raise UsageError(f"offload {offload!r}: one of {', '.join(OFFLOADS)}")
-    if offload != "none" and place.type == "cpu":
+    if offload != "none" and where.type == "cpu":
         raise UsageError(
             f"offload {offload!r} moves weights between a GPU and main memory; on the CPU use 'none'"
         )
@@ -109,7 +109,7 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     _set_flow_shift(pipe, flow_shift)
     _load_loras(pipe, loras)
-    _place(pipe, place, offload)
+    place(pipe, where, offload)
     return pipe
 
 
@@ -120,25 +120,25 @@ def pick_device(device: str) -> Any:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r}: write cpu, cuda or cuda:1") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             f"device {device!r}: torch {torch.__version__} sees no GPU here; use --device cpu"
         )
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(
             f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from 0"
         )
-    return place
+    return chosen
 
 
-def _pick_dtype(dtype: str, place: Any) -> Any:
+def _pick_dtype(dtype: str, device: Any) -> Any:
     import torch
 
     if dtype == "auto":
-        return torch.float32 if place.type == "cpu" else torch.bfloat16
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: one of auto, {', '.join(DTYPES)}")
     return getattr(torch, dtype)
@@ -211,7 +211,7 @@ def _load_lora(pipe: WanPipeline, file: Path, name: str, *, second: bool) -> Non
             use_safetensors=True,
             load_into_transformer_2=second,
         )
-    except (ImportError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a foreign file can trip the loader anywhere, up to an IndexError
         if "PEFT" in str(error).upper():
             raise EnvironmentProblem(f"--lora needs peft: pip install peft ({_first_line(error)})") from error
         raise EnvironmentProblem(f"LoRA {file} does not fit this model: {_first_line(error)}") from error
@@ -222,16 +222,16 @@ def _load_lora(pipe: WanPipeline, file: Path, name: str, *, second: bool) -> Non
         )
 
 
-def _place(pipe: WanPipeline, place: Any, offload: str) -> None:
+def place(pipe: WanPipeline, device: Any, offload: str) -> None:
+    """Put a pipeline on a device, or let its weights wait in main memory and come when they are needed."""
     if offload == "none":
-        pipe.to(place)
+        pipe.to(device)
     elif offload == "model":
-        pipe.enable_model_cpu_offload(device=place)
+        pipe.enable_model_cpu_offload(device=device)
     else:
         # Streams overlap the copy of the next layer with the work of this one; a CPU has none.
-        pipe.enable_group_offload(
-            onload_device=place, offload_type="leaf_level", use_stream=place.type == "cuda"
-        )
+        stream = device.type == "cuda"
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=stream)
 
 
 def generate(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,40 @@ def start_cli(cli_environment: dict[str, str]) -> Callable[..., subprocess.Popen
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def terminal(cli_environment: dict[str, str]) -> Callable[..., tuple[int, str]]:
+    """Run `dit-accel` on a pseudo-terminal; returns exit code and everything it showed there."""
+
+    def run(*arguments: str | Path, cwd: Path, colours: bool = False) -> tuple[int, str]:
+        environment = {
+            key: value for key, value in cli_environment.items() if not (colours and key == "NO_COLOR")
+        }
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (40, 100))
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env=environment | {"TERM": "xterm-256color"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end is closed: the process has ended
+                break
+            if not part:
+                break
+            shown += part
+        os.close(ours)
+        return process.wait(timeout=60), shown.decode(errors="replace")
+
+    return run
 
 
 def command(*arguments: str | Path) -> list[str]:

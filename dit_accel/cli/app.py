@@ -60,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
             args=list(arguments), prog_name="dit-accel", standalone_mode=False
         )
         sys.stdout.flush()
+        if outcome == 130:  # some releases of typer turn Ctrl-C into this
+            raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted; nothing half-written was left")

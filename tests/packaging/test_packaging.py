@@ -43,7 +43,7 @@ def test_every_folder_with_python_is_listed() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of what git knows, so that leftovers of earlier builds cannot hide a gap."""
+    """The wheel, built from a copy of what git knows: leftovers of earlier builds cannot hide a gap."""
     source = tmp_path_factory.mktemp("source")
     for name in tracked():
         if not name.startswith(("tests/", "scripts/")):
