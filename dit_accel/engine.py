@@ -41,7 +41,9 @@ _WHOLE_GRAPH = (
     "one graph: use `transformer.compile_repeated_blocks(fullgraph=True)`, or compile with fullgraph=False."
 )
 
-# Fewest tokens at which sparse attention at keep 0.25 was no slower than the dense backend, per device type.
+# Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
+# 64, prediction included), dense over sparse time at keep 0.5 was 0.87 at 1296 tokens, 1.15 at 2448 and 1.73 at
+# 4352. CUDA: an estimate, from the launches of a prediction (about 0.2 ms) against dense times on an H100.
 BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
@@ -155,7 +157,12 @@ class Engine:
         return bool(self._handles)
 
     def report(self) -> Report:
-        return self.tally.report(self.options.keep, self.bytes_held())
+        return self.tally.report(self.keep_requested, self.bytes_held())
+
+    @property
+    def keep_requested(self) -> float | None:
+        """The share of key blocks asked for; None where a method has no such option."""
+        return getattr(self.method, "keep", None)
 
     def bytes_held(self) -> int:
         """Memory this engine keeps between forwards."""

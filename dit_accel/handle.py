@@ -37,7 +37,7 @@ class Handle:
         Args:
             clear: count from zero afterwards.
         """
-        keep = self._engines[0].options.keep if self._engines else None
+        keep = self._engines[0].keep_requested if self._engines else None
         report = self._tally.report(keep, sum(engine.bytes_held() for engine in self._engines))
         if clear:
             self._tally.clear()
@@ -72,7 +72,7 @@ def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **
         preset: a preset's name or file, a loaded preset, sparse options, or None for options by keyword
         alone.
             A dense preset without overrides installs nothing.
-        overrides: sparse options that replace the preset's.
+        overrides: sparse options that replace the preset's; `method` may be a method object.
 
     Returns:
         The handle; leave its `with` block or call `remove()` to undo everything.
@@ -82,13 +82,17 @@ def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **
         UnknownModelError: a transformer of no known family.
         UsageError: a value outside its range. The pipeline is left as it was.
     """
-    options = _options(preset, overrides)
+    method = overrides.get("method")
+    if method is None or isinstance(method, str):
+        options = _options(preset, overrides)
+        method = None if options is None else method_of(options)
+    else:
+        options = _options(preset, {k: v for k, v in overrides.items() if k != "method"}) or SparseOptions()
     transformers = _transformers(pipe)
     trajectory = Trajectory(None if pipe in transformers.values() else pipe)
     tally = Tally.of(trajectory)
     engines: list[Engine] = []
-    if options is not None:
-        method = method_of(options)
+    if options is not None and method is not None:
         try:
             for role, transformer in transformers.items():
                 engine = Engine(transformer, options, method, trajectory, tally, role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,3 +159,21 @@ def _tiny_clip_vision() -> dict[str, Any]:
         ).eval(),  # 16 x 16 patches and one class token: 257, as Wan expects
         "image_processor": CLIPImageProcessor(size=size, crop_size=size),
     }
+
+
+def peak_bytes(run: Callable[[], Any]) -> tuple[int, int]:
+    """Memory that a call takes from torch's CPU allocator.
+
+    Returns:
+        the peak above what was held at the start, and the largest single piece; in bytes.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    pieces = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = largest = 0
+    for piece in sorted(pieces, key=lambda e: e.start_ns()):
+        held += piece.nbytes()
+        peak, largest = max(peak, held), max(largest, piece.nbytes())
+    return peak, largest

@@ -127,6 +127,7 @@ class Trajectory:
     def _forget(self) -> None:
         self._noise: float | None = None
         self._step = 0
+        self._first_index: int | None = None  # the scheduler's number for this run's first step
         self._open: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         # conditioning of each branch; holding the tensor keeps its address from being reused
@@ -180,9 +181,14 @@ class Trajectory:
             return context.step
         scheduler = self._scheduler()
         if scheduler is not None and hasattr(scheduler, "step_index"):
-            # None until the scheduler has made its first step
+            # None until the scheduler has made its first step. Then it counts in the whole schedule, of which
+            # video-to-video runs only the end.
             index = scheduler.step_index
-            return 0 if index is None else index - (getattr(scheduler, "begin_index", None) or 0)
+            if index is None:
+                return 0
+            if self._first_index is None:
+                self._first_index = index if self._noise is None else index - 1
+            return index - self._first_index
         if self._noise is None:
             return 0
         return self._step + (noise < self._noise)

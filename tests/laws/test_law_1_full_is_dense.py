@@ -1,0 +1,37 @@
+"""Law 1: keeping everything, through the sparse kernel, is stock diffusers."""
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("order", ["tiles", "raster"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("guidance", [True, False], ids=["cfg", "no-cfg"])
+def test_keeping_everything_is_stock_diffusers(bench, method, install, relative, order, batch, guidance):
+    dense = bench.sample(batch=batch, guidance=guidance, steps=2)
+    handle = install(bench.pipe, method(1.0), order=order)
+    sparse = bench.sample(batch=batch, guidance=guidance, steps=2)
+    report = handle.report()
+    assert relative(sparse, dense) < 1e-4
+    assert report.dense_calls == 0 and not report.fallbacks
+    assert report.sparse_calls == 2 * 2 * (2 if guidance else 1)  # steps x layers x branches
+    assert report.keep_achieved == 1.0
+    assert "dense" not in report.token_orders and set(report.token_orders) == {order}
+
+
+def test_the_grid_of_the_laws_has_many_blocks_and_a_ragged_tail(bench, method, install):
+    handle = install(bench.pipe, method(1.0), order="raster")
+    bench.sample(steps=1)
+    layouts = [layout for engine in handle._engines for layout in engine._layouts.values()]
+    assert layouts
+    for layout in layouts:
+        sizes = layout.sizes.tolist()
+        assert len(sizes) >= 8
+        assert sizes[-1] < sizes[0]
+
+
+def test_dense_steps_are_stock_diffusers_bit_for_bit(bench, method, install):
+    dense = bench.sample()
+    handle = install(bench.pipe, method(0.2), dense_above=0.0)
+    assert torch.equal(bench.sample(), dense)
+    assert handle.report().sparse_calls == 0

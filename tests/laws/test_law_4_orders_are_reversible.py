@@ -1,0 +1,43 @@
+"""Law 4: every token order can be undone exactly, on any grid."""
+
+import math
+
+import pytest
+import torch
+
+from dit_accel.layout import balanced_parts, build_layout, tile_parts
+from dit_accel.options import ORDERS
+
+GRIDS = [(1, 1, 1), (3, 5, 7), (17, 16, 16), (5, 1, 3), (1, 9, 11), (2, 8, 8), (13, 1, 1), (4, 45, 2)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("block", [8, 16, 128])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_order_and_back(grid, order, block):
+    layout = build_layout(grid, order, block)
+    x = torch.randn(2, math.prod(grid), 3)
+    assert torch.equal(layout.undo(layout.apply(x, 1), 1), x)
+    assert torch.equal(layout.apply(layout.undo(x, 1), 1), x)
+    starts = layout.starts.view(-1)
+    assert starts[0] == 0 and starts[-1] == math.prod(grid)
+    assert 1 <= starts.diff().min() and starts.diff().max() == layout.max_block <= block
+    assert torch.equal(starts.diff().float(), layout.sizes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_tile_is_a_box(grid):
+    layout = build_layout(grid, "tiles", 16)
+    frames, rows, columns = (torch.arange(n) for n in grid)
+    where = torch.stack(torch.meshgrid(frames, rows, columns, indexing="ij"), -1).view(1, -1, 3)
+    where = layout.apply(where, 1)[0]
+    for first, after in zip(layout.starts.view(-1)[:-1], layout.starts.view(-1)[1:], strict=True):
+        tile = where[first:after]
+        edges = tile.amax(0) - tile.amin(0) + 1
+        assert edges.prod() == len(tile)
+
+
+def test_parts_are_balanced():
+    assert balanced_parts(17, 5) == [4, 4, 3, 3, 3]
+    assert balanced_parts(3, 3) == [1, 1, 1]
+    assert tile_parts((17, 16, 16), 128) == (5, 2, 4)

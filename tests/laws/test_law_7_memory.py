@@ -1,0 +1,30 @@
+"""Law 7: the fast path's peak memory is the dense path's, plus what the report declares, plus 2 %."""
+
+import torch
+
+from dit_accel import SparseProcessor
+from dit_accel.testing import peak_bytes, tiny_wan_inputs, tiny_wan_transformer
+
+
+def test_peak_memory(method):
+    transformer = tiny_wan_transformer(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024)
+    inputs = tiny_wan_inputs(transformer, (9, 16, 15))
+    tokens = 9 * 16 * 15
+
+    @torch.no_grad()
+    def forward():
+        transformer(**inputs, return_dict=False)
+
+    forward()
+    dense, _ = peak_bytes(forward)
+    processor = SparseProcessor(transformer, method(0.25), min_tokens=0)
+    transformer.set_attn_processor(processor)
+    forward()
+    sparse, largest = peak_bytes(forward)
+    assert processor.report.dense_calls == 0
+    assert sparse <= (dense + processor.report.bytes_held) * 1.02
+    assert largest < tokens * tokens * 4  # nothing N x N, not even for one head
+
+
+def test_peak_memory_sees_a_mask():
+    assert peak_bytes(lambda: torch.zeros(1000, 1000, dtype=torch.bool))[1] >= 1_000_000
