@@ -42,8 +42,8 @@ class Comparison:
         if math.isinf(self.psnr):
             return "equal to dense, pixel for pixel"
         return (
-            f"PSNR {self.psnr:.1f} dB (worst frame {self.worst_frame}: {self.worst_psnr:.1f} dB), SSIM {self.ssim:.3f}, "
-            f"temporal change {self.flicker:.2f} x dense"
+            f"PSNR {self.psnr:.1f} dB (worst frame {self.worst_frame}: {self.worst_psnr:.1f} dB), "
+            f"SSIM {self.ssim:.3f}, temporal change {self.flicker:.2f} x dense"
         )
 
 

@@ -122,7 +122,8 @@ def _as_pair(clip: Clip, reference: Clip) -> tuple[Tensor, Tensor]:
     a, b = torch.as_tensor(clip).detach().cpu(), torch.as_tensor(reference).detach().cpu()
     if a.ndim != 4 or a.shape != b.shape:
         raise UsageError(
-            f"clips to compare are [frames, height, width, channels] of one shape, not {list(a.shape)} and {list(b.shape)}"
+            "clips to compare are [frames, height, width, channels] of one shape, "
+            f"not {list(a.shape)} and {list(b.shape)}"
         )
     if (a.dtype == torch.uint8) != (b.dtype == torch.uint8):
         raise UsageError(f"clips to compare are both uint8 or both float, not {a.dtype} and {b.dtype}")

@@ -209,7 +209,9 @@ def _sample_object(rng: random.Random, held_out: bool, smaller: bool) -> SceneOb
             break
     size = rng.choice(("small", "small", "medium") if smaller else ("small", "medium", "large"))
     radius = RADII[size] * (1.5 if motion == "grow" else 1.2)
-    reach = {"around": rng.uniform(0.34, 0.46), "bounce": rng.uniform(0.32, 0.42)}.get(motion, rng.uniform(0.42, 0.56))
+    reach = {"around": rng.uniform(0.34, 0.46), "bounce": rng.uniform(0.32, 0.42)}.get(
+        motion, rng.uniform(0.42, 0.56)
+    )
     half_x = radius + (reach / 2 if motion in ("left", "right", "around") else 0)
     half_y = radius + (reach / 2 if motion in ("up", "down", "around", "bounce") else 0)
     x = rng.uniform(min(half_x, 0.5), max(1 - half_x, 0.5))
@@ -240,7 +242,9 @@ def _sample_background(rng: random.Random) -> Background:
     angle = math.atan2(pan[1], pan[0]) if pan != (0.0, 0.0) else rng.choice((0, 1, 2, 3)) * math.pi / 4
     if kind == "gradient":
         angle = rng.uniform(0, 2 * math.pi)
-    return Background(kind, pan, dark, light, rng.uniform(0.25, 0.36), angle, rng.random(), rng.getrandbits(31))
+    return Background(
+        kind, pan, dark, light, rng.uniform(0.25, 0.36), angle, rng.random(), rng.getrandbits(31)
+    )
 
 
 def _draw_background(ground: Background, time: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -253,7 +257,9 @@ def _draw_background(ground: Background, time: Tensor, xs: Tensor, ys: Tensor) -
     if ground.kind == "checkered":
         level = _soft_square(torch.sin(wave * x + shift) * torch.sin(wave * y + 2.4 * shift))
     elif ground.kind == "striped":
-        level = _soft_square(torch.sin(wave * (x * math.cos(ground.angle) + y * math.sin(ground.angle)) + shift))
+        level = _soft_square(
+            torch.sin(wave * (x * math.cos(ground.angle) + y * math.sin(ground.angle)) + shift)
+        )
     elif ground.kind == "gradient":
         level = 0.5 + 0.72 * ((x - 0.5) * math.cos(ground.angle) + (y - 0.5) * math.sin(ground.angle))
     elif ground.kind == "cloudy":

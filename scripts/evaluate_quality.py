@@ -1,0 +1,333 @@
+"""Generate held-out prompts dense and sparse, judge every clip, and record prompt accuracy and distance from dense.
+
+    python scripts/evaluate_quality.py --model presets/models/tiny-wan --variants dense fast random steps=12 --out q
+    python scripts/evaluate_quality.py --model DIR --grid large --variants dense keep=0.5 keep=0.25 random,keep=0.25 \
+        --shard 0/4 --device cuda:0 --out q
+    python scripts/evaluate_quality.py --merge q/record-0of4.json q/record-1of4.json ... --out q
+
+A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
+sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
+(`keep=0.5`), the number of steps (`steps=12`), or the kernel of dense attention (`kernel=math`: the noise floor of
+PSNR). Without a first word a variant is `fast`, or `dense` when it has only steps and kernel. Every variant starts
+a prompt from the same noise. Figures from random weights say nothing about quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import _source_tree  # noqa: F401  (must come before dit_accel)
+import numpy as np
+from _quality_record import describe_environment, merge_records, print_record, summarise
+
+import dit_accel
+from dit_accel.options import SparseOptions
+from dit_accel.preset import Preset, load_preset
+from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
+from dit_accel.quality.judge import judge_clip, matches
+from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
+
+GRIDS = {"default": (128, 33), "large": (352, 33)}  # side in pixels, frames
+KERNELS = {
+    "math": "MATH",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    sparse: SparseOptions | None  # None: stock dense attention
+    steps: int
+    kernel: str | None  # of dense attention; None: what torch chooses
+
+
+def main() -> None:
+    options = read_options()
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        record = merge_records([json.loads(Path(path).read_text()) for path in options.merge])
+        finish(record, out / "record.json")
+        return
+    if not options.model:
+        raise SystemExit("--model DIR is needed (or --merge RECORDS)")
+    shard, shards = (int(n) for n in options.shard.split("/"))
+    if not 0 <= shard < shards:
+        raise SystemExit(f"--shard {options.shard}: write i/n with 0 <= i < n")
+    preset = load_preset(options.preset)
+    steps = options.steps or preset.generate.steps
+    variants = [parse_variant(text, preset, steps) for text in options.variants]
+    record = evaluate(options, preset, steps, variants, (shard, shards), out)
+    name = "record.json" if shards == 1 else f"record-{shard}of{shards}.json"
+    finish(record, out / name)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder of a Wan model, or a shipped model's name")
+    parser.add_argument(
+        "--preset", default="tiny-wan-fast", help="sampling and sparse options (tiny-wan-fast)"
+    )
+    parser.add_argument("--variants", nargs="+", default=["dense", "fast", "random"])
+    parser.add_argument("--prompts", type=int, default=96, help="held-out prompts over all shards (96)")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")
+    parser.add_argument("--grid", choices=GRIDS, default="default")
+    parser.add_argument("--size", type=int, help="side in pixels instead of the grid's")
+    parser.add_argument("--frames", type=int, help="frames instead of the grid's")
+    parser.add_argument("--steps", type=int, help="denoising steps instead of the preset's")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt from the i-th on")
+    parser.add_argument(
+        "--judges", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="processes that judge"
+    )
+    parser.add_argument(
+        "--show", type=int, default=3, help="prompts of this shard drawn on the sheet and kept as clips"
+    )
+    parser.add_argument(
+        "--merge", nargs="+", metavar="RECORD", help="merge the records of all shards and print"
+    )
+    parser.add_argument("--out", required=True, help="folder for the record, the sheet and the clips")
+    return parser.parse_args()
+
+
+def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
+    head, *rest = text.split(",")
+    if "=" in head:
+        head, rest = None, [head, *rest]
+    settings: dict[str, Any] = {}
+    for item in rest:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SystemExit(f"variant {text!r}: {item!r} is not key=value")
+        settings[key] = parse_value(value)
+    steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
+    head = head or ("fast" if settings else "dense")
+    if head not in ("dense", "fast", "random"):
+        raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")
+    if kernel is not None and (kernel not in KERNELS or head != "dense"):
+        raise SystemExit(f"variant {text!r}: kernel is for dense and one of {', '.join(KERNELS)}")
+    if head == "dense":
+        if settings:
+            raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
+        return Variant(text, None, steps, kernel)
+    if preset.sparse is None:
+        raise SystemExit(
+            f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
+        )
+    if head == "random":
+        settings["method"] = "random"
+    return Variant(text, preset.sparse.merged(settings), steps, None)
+
+
+def parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def evaluate(
+    options, preset: Preset, steps: int, variants: list[Variant], shard: tuple[int, int], out: Path
+) -> dict:
+    import torch
+
+    from dit_accel.pipelines import wan
+
+    device = wan.pick_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    pipe = wan.load(
+        options.model, device=str(device), dtype=options.dtype, flow_shift=preset.generate.flow_shift
+    )
+    side, frames = GRIDS[options.grid]
+    side, frames = options.size or side, options.frames or frames
+    wan.size_rule_of(pipe).check(side, side, frames)
+    call = {
+        "negative_prompt": preset.generate.negative_prompt,
+        "guidance_scale": preset.generate.guidance,
+        "height": side,
+        "width": side,
+        "num_frames": frames,
+    }
+    record = {
+        "environment": describe_environment(device),
+        "model": Path(options.model).name,
+        "preset": preset.name,
+        "variants": [v.name for v in variants],
+        "options": {v.name: v.sparse and v.sparse.to_mapping() for v in variants},
+        "grid": options.grid,
+        "size": side,
+        "frames": frames,
+        "steps": steps,
+        "guidance": preset.generate.guidance,
+        "flow_shift": preset.generate.flow_shift,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.transformer.dtype),
+        "seed": options.seed,
+        "prompts": options.prompts,
+        "batch": options.batch,
+        "shard": list(shard),
+        "rows": {v.name: [] for v in variants},
+        "calls": {v.name: [] for v in variants},
+    }
+    prompts = held_out_prompts(options.prompts, options.seed)[shard[0] :: shard[1]]
+    if device.type == "cuda":
+        for variant in variants:  # compile and tune kernels outside the timing
+            run_batch(pipe, variant, prompts[: options.batch], {**call, "num_inference_steps": 2})
+    shown: dict[str, list[np.ndarray]] = {v.name: [] for v in variants}
+    with open_judges(options.judges) as judges:
+        waiting = []
+        for start in range(0, len(prompts), options.batch):
+            batch = prompts[start : start + options.batch]
+            dense = None
+            for variant in variants:
+                clips, seconds, denoise, calls = run_batch(pipe, variant, batch, call)
+                if variant.name == "dense":
+                    dense = clips
+                record["calls"][variant.name].append(calls)
+                shown[variant.name] += list(clips[: max(0, options.show - start)])
+                for i, prompt in enumerate(batch):
+                    reference = dense[i] if dense is not None and variant.name != "dense" else None
+                    cost = {"seconds": seconds / len(batch), "denoise_seconds": denoise / len(batch)}
+                    waiting.append(
+                        (variant.name, judges.submit(measure_clip, prompt, clips[i], reference, cost))
+                    )
+            print(f"{min(start + options.batch, len(prompts))} of {len(prompts)} prompts", flush=True)
+        for name, row in waiting:
+            record["rows"][name].append(row.result())
+    record["summary"] = summarise(record)
+    write_pictures(shown, prompts, preset.generate.fps, out, f"{shard[0]}of{shard[1]}")
+    return record
+
+
+def run_batch(
+    pipe, variant: Variant, batch: list[Prompt], call: dict
+) -> tuple[np.ndarray, float, float, dict]:
+    """Generate a batch.
+
+    Returns:
+        uint8 `[B, F, H, W, 3]`, seconds of the whole generation, seconds until the last step was done (text encoding
+        included, decoding not), and what attention ran.
+    """
+    import torch
+
+    def wait() -> None:
+        if pipe.device.type == "cuda":
+            torch.cuda.synchronize(pipe.device)
+
+    steps = call.get("num_inference_steps", variant.steps)
+    denoised = 0.0
+
+    def after_step(_, step: int, __, kwargs: dict) -> dict:
+        nonlocal denoised
+        if step == steps - 1:
+            wait()
+            denoised = time.perf_counter()
+        return kwargs
+
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse)) if variant.sparse else None
+        if variant.kernel:
+            backend = getattr(torch.nn.attention.SDPBackend, KERNELS[variant.kernel])
+            stack.enter_context(torch.nn.attention.sdpa_kernel(backend))
+        wait()
+        began = time.perf_counter()
+        (video,) = pipe(
+            prompt=[prompt.text for prompt in batch],
+            # CPU generators, one a prompt: the same noise for every variant, device, batch size and shard.
+            generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in batch],
+            output_type="np",
+            return_dict=False,
+            callback_on_step_end=after_step,
+            **{**call, "num_inference_steps": steps},
+        )
+        seconds = time.perf_counter() - began
+        report = handle.report() if handle else None
+    video = np.asarray(video)
+    if not np.isfinite(video).all():
+        raise SystemExit(f"variant {variant.name}: the pipeline returned values that are not finite")
+    calls = {
+        "sparse": report.sparse_calls if report else 0,
+        "dense": report.dense_calls if report else 0,
+        "keep": report.keep_achieved if report else None,
+        "fallbacks": dict(report.fallbacks) if report else {},
+        "executors": dict(report.executors) if report else {},
+    }
+    return np.rint(video * 255).astype(np.uint8), seconds, denoised - began, calls
+
+
+def measure_clip(prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cost: dict) -> dict:
+    """Judge one clip and compare it with the dense one. Runs in a judging process."""
+    import torch
+
+    torch.set_num_threads(1)
+    reading = judge_clip(clip)
+    objects = [
+        {"colour": o.colour, "shape": o.shape, "motion": o.motion, "presence": o.presence, "fit": o.fit}
+        for o in reading.objects
+    ]
+    return {
+        "prompt": prompt.index,
+        "text": prompt.text,
+        "seed": prompt.seed,
+        "objects": len(prompt.expected.objects),
+        "asked": asdict(prompt.expected),
+        "read": {"objects": objects, "background": reading.background, "panning": reading.panning},
+        "match": asdict(matches(reading, prompt.expected)),
+        "compared": compare_clips(dense, clip).to_dict() if dense is not None else None,
+        **cost,
+    }
+
+
+def open_judges(count: int) -> Executor:
+    # Spawned, not forked: a forked child of a process with a GPU context would hang.
+    return ProcessPoolExecutor(max_workers=max(count, 1), mp_context=get_context("spawn"))
+
+
+def write_pictures(
+    shown: dict[str, list[np.ndarray]], prompts: list[Prompt], fps: float, out: Path, tag: str
+) -> None:
+    """A contact sheet of the first prompts and, for each, a clip with the variants side by side."""
+    from dit_accel.pipelines.video import write_clip
+
+    try:
+        import av  # noqa: F401
+
+        suffix = ".mp4"
+    except ImportError:
+        suffix = ".gif"
+    rows = {}
+    for i, prompt in enumerate(prompts[: len(next(iter(shown.values())))]):
+        for name, clips in shown.items():
+            chosen = spread_frames(len(clips[i]), 8)
+            rows[f"{prompt.index} {name}: {prompt.text}"] = clips[i][chosen]
+        side_by_side = np.concatenate([clips[i] for clips in shown.values()], axis=2)
+        write_clip(out / f"prompt-{prompt.index}{suffix}", side_by_side, fps, ", ".join(shown))
+    if rows:
+        draw_sheet(rows, [f"frame {i}" for i in chosen]).save(out / f"sheet-{tag}.png")
+
+
+def finish(record: dict, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print_record(record)
+    print(f"\nrecord: {path}")
+
+
+if __name__ == "__main__":
+    main()
