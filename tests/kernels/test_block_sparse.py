@@ -180,6 +180,29 @@ def test_cpu_keeps_float64():
     torch.testing.assert_close((out, lse), (exact, exact_lse), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU tensors")
+def test_cpu_threads_change_neither_result_nor_settings():
+    """Also in inference mode, which each thread must enter by itself."""
+    q, k, v, plan = make("unequal blocks", torch.float32, 32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, alone_lse = block_sparse(q, k, v, plan, impl="cpu")
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            shared, shared_lse = block_sparse(q, k, v, plan, impl="cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, shared) and torch.equal(alone_lse, shared_lse)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU tensors")
+def test_cpu_without_onednn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert_within_low_precision_error(*make("unequal blocks", torch.float32, 32), "cpu")
+
+
 def test_auto_follows_the_device():
     q, k, v, plan = make("one block", torch.float32, 16, layout="bhsd")
     assert choose(q, k, v, plan) == ("triton" if DEVICE == "cuda" else "cpu")
