@@ -20,6 +20,7 @@ _SMALLEST = (
     0.0022  # area of the smallest object, in squared shorter sides: a third of a small star's first frame
 )
 _RIVAL = 0.35  # a second piece of one colour at least this large beside the first is another object
+_TINT = 0.2  # chroma of the strongest tint of a whole clip that is taken away; pure colours have 0.6 to 0.7
 _NOTICED = 0.4  # share of frames that must show an object
 
 
@@ -47,9 +48,11 @@ def measure_cover(frames: Tensor) -> Tensor:
     pure = pure - pure.mean(1, keepdim=True)
     strength = pure.norm(dim=1)
     chroma = _blur(frames - frames.mean(1, keepdim=True))
-    # A tint of the whole clip belongs to the background; objects cover far less than half of the pixels.
+    # A tint of the whole clip belongs to the background; objects cover far less than half of the pixels. A strong
+    # one is no tint: taking it away would turn the rest of the frame into an object of the opposite colour.
     sample = chroma[::4, :, ::4, ::4].transpose(0, 1).flatten(1)
-    chroma = chroma - sample.median(dim=1).values[:, None, None]
+    tint = sample.median(dim=1).values
+    chroma = chroma - (tint * (_TINT / tint.norm().clamp_min(_TINT)))[:, None, None]
     along = torch.einsum("fchw,kc->kfhw", chroma, pure / strength[:, None])
     nearest = along.argmax(0)
     cover = along / strength[:, None, None, None]

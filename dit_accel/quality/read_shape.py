@@ -15,13 +15,14 @@ from dit_accel.quality.scenes import SHAPES, signed_distance
 _ANGLES = 72
 _SIDE = 36  # samples across a patch
 _HALF = 1.15  # half a patch, in square roots of the object's area: a star's tip lies at 0.9
+_RECOGNISED = 0.4  # fit below which no shape is named; blurred small stars reach 0.59, clutter 0.2
 _FASTEST = 2.0  # whole turns per clip that are still searched
 _RATE_STEP = 0.125
 
 
 @dataclass(frozen=True)
 class ShapeReading:
-    shape: str
+    shape: str  # `unclear` when no template resembles it
     fit: float  # intersection over union with the best templates, mean over frames, in [0, 1]
     turns: float  # rotations during the clip, signed; 0 unless rotating explains the frames clearly better
     radius: Tensor  # fp32 [F], pixels, NaN where not seen
@@ -89,7 +90,8 @@ def read_shape(track: Track, templates: Templates, time: Tensor) -> ShapeReading
     fit = torch.minimum(patches, drawn).sum(1) / torch.maximum(patches, drawn).sum(1)
     radius = torch.full_like(time, torch.nan)
     radius[seen] = (track.area[seen] / templates.area[shape]).sqrt()
-    return ShapeReading(SHAPES[shape], float(fit.mean()), turns, radius)
+    name = SHAPES[shape] if fit.mean() >= _RECOGNISED else "unclear"
+    return ShapeReading(name, float(fit.mean()), turns, radius)
 
 
 def _patch_steps() -> Tensor:

@@ -13,7 +13,8 @@ ATTRIBUTES = ("colour", "shape", "motion", "background")
 class ObjectReading:
     """One object as seen in the pixels. Lengths are fractions of the frame's shorter side.
 
-    `motion` is one of the scenes' motions, or `still` (it only stays) or `unclear` (no closed form fits).
+    `shape` is one of the scenes' shapes or `unclear`; `motion` one of their motions, `still` (it only stays) or
+    `unclear` (no closed form fits).
     """
 
     colour: str
@@ -22,7 +23,7 @@ class ObjectReading:
     centres: tuple[tuple[float, float], ...]  # x right, y down; NaN in frames where the object is missing
     radii: tuple[float, ...]  # circumradius, NaN where missing
     presence: float  # share of frames that show it
-    fit: float  # agreement with the best template in [0, 1]; below about 0.6 the shape is a guess
+    fit: float  # agreement with the best template in [0, 1]
     turns: float  # whole rotations during the clip, signed
     growth: float  # last radius over first
 

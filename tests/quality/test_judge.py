@@ -161,6 +161,20 @@ def test_matching_pairs_left_over_objects_by_best_agreement():
     assert not match.colour and match.shape and match.motion and match.count
 
 
+def test_a_foreign_form_is_no_shape():
+    frames = draw(Scene((), GREY))
+    for t in range(17):
+        frames[t, 60:64, 10 + t : 90 + t] = torch.tensor([235, 25, 30], dtype=torch.uint8)
+    (seen,) = judge_clip(frames).objects
+    assert (seen.colour, seen.shape) == ("red", "unclear")
+
+
+def test_a_clip_of_one_colour_shows_no_opposite_object():
+    frames = torch.tensor([0.1, 0.85, 0.9]).repeat(9, 64, 64, 1)
+    frames[:, 20:30, 20:30] = 0.5
+    assert "red" not in {o.colour for o in judge_clip(frames).objects}
+
+
 @pytest.mark.parametrize(
     "frames",
     [torch.zeros(9, 3, 32, 32), torch.zeros(2, 32, 32, 3), torch.zeros(9, 32, 32, 3, dtype=torch.int32)],
