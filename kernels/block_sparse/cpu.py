@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def _attend_rows(
     acc = torch.zeros_like(b_q, memory_format=torch.contiguous_format)
     top = torch.full((len(b_q), 1), -torch.inf, dtype=dtype)
     total = torch.ones(len(b_q), 1, dtype=dtype)
-    for first, last, kept in zip(starts, starts[1:], _kept_tokens(plan, b, h, blocks), strict=True):
+    for (first, last), kept in zip(pairwise(starts), _kept_tokens(plan, b, h, blocks), strict=True):
         if first == last or len(kept) == 0:
             continue
         own = slice(first - base, last - base)
