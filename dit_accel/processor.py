@@ -120,7 +120,8 @@ class SparseProcessor:
     ) -> Any:
         """Run one attention.
 
-        The keywords are those of every host: old `Attention` modules pass only what is named here. Positional arguments go on as they came, keywords as far as the stock processor takes them.
+        The keywords are those of every host: old `Attention` modules pass only what is named here.
+        Positional arguments go on as they came, keywords as far as the stock processor takes them.
         """
         seat = getattr(attn, "_dit_accel", None)
         if seat is None:
