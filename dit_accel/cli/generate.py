@@ -18,7 +18,7 @@ _PRESET = "tiny-wan-fast"
 def generate(
     preset: Annotated[
         str | None,
-        typer.Option(help=f"A name, FILE.toml or FILE.toml#NAME. [default: {_PRESET}]", show_default=False),
+        typer.Option(help=f"A name, FILE.toml or FILE.toml#NAME (default: {_PRESET}).", show_default=False),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the video shall show.")] = None,
     prompts_file: Annotated[
@@ -46,7 +46,7 @@ def generate(
     ] = "auto",
     offload: Annotated[str, typer.Option(help="none, model or group: what waits in main memory.")] = "none",
     lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA .safetensors, [high:|low:]FILE[=STRENGTH]. Repeatable.")
+        list[str] | None, typer.Option(help="LoRA .safetensors as FILE or FILE=STRENGTH. Repeatable.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -59,7 +59,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.mp4, .gif or .png, or a folder. [default: outputs/PRESET-SEED/]",
+            help="FILE.mp4, .gif or .png, or a folder (default: outputs/PRESET-SEED/).",
             show_default=False,
         ),
     ] = None,
