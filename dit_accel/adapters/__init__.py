@@ -1,7 +1,6 @@
 """One file per model family: what its tokens mean and where they may be reordered.
 
 An adapter module offers
-- `FAMILIES`: the transformer classes it describes, by name;
 - `self_attentions(transformer)`: the attentions that may be sparse, as (module path, layer), in order of use;
 - `read(transformer, arguments)`: the `Facts` of one forward;
 - `order_hooks(transformer)`: where tokens are brought into another order and back, or an empty list;
@@ -17,8 +16,10 @@ from torch import nn
 
 from dit_accel.errors import UnknownModelError
 
-_ADAPTERS = {
+# transformer class -> module that describes it
+FAMILIES = {
     "WanTransformer3DModel": "dit_accel.adapters.wan",
+    "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",
 }
 
@@ -30,10 +31,10 @@ def find_adapter(transformer: nn.Module) -> ModuleType:
         UnknownModelError: no adapter describes any of them.
     """
     for cls in type(transformer).__mro__:
-        if cls.__name__ in _ADAPTERS:
-            return importlib.import_module(_ADAPTERS[cls.__name__])
+        if cls.__name__ in FAMILIES:
+            return importlib.import_module(FAMILIES[cls.__name__])
     raise UnknownModelError(
         f"{type(transformer).__name__} is of no family that dit_accel knows. Known: "
-        f"{', '.join(sorted(_ADAPTERS))}. "
+        f"{', '.join(sorted(FAMILIES))}. "
         "Leave the model as it is, or describe it in a new file in dit_accel/adapters."
     )

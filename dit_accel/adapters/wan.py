@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video, image to video, VACE, and the 5B model with per-token timesteps.
+"""Wan 2.1 and 2.2: text to video, image to video, VACE, Animate, and the 5B model with per-token timesteps.
 
 Self-attention sees video tokens only (text comes in through cross-attention), so every token is a visual one.
 The flat order is frame, row, column of the patched latents.
@@ -22,10 +22,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.trajectory import Facts
 
 TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
-_REORDERED = (
-    "WanTransformer3DModel",
-    "WanVACETransformer3DModel",
-)  # classes that pass tests/adapters' permutation test
+# classes that pass the permutation test of tests/adapters
+_REORDERED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 
@@ -61,6 +59,8 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
+    if type(transformer).__name__ == "WanAnimateTransformer3DModel":
+        return "Animate's face blocks attend frame by frame"
     if type(transformer).__name__ not in _REORDERED:
         return f"reordering is not proven for {type(transformer).__name__}"
     control = arguments.get("control_hidden_states")

@@ -1,0 +1,52 @@
+"""Run diffusers' own Wan model tests with sparse attention in every model they build.
+
+    python scripts/run_diffusers_tests.py CHECKOUT [pytest arguments]
+
+CHECKOUT is a folder with diffusers' `tests`, `setup.py` and `pyproject.toml` (its wheels hold no tests), as
+`git archive HEAD tests setup.py pyproject.toml | tar -x -C CHECKOUT` makes in a clone of
+https://github.com/huggingface/diffusers. The diffusers that is tested is the installed one. Needs pytest, peft,
+parameterized and requests-mock; nothing is downloaded.
+
+Exit code: pytest's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PLUGINS = Path(__file__).resolve().parent.parent / "tests" / "conformance"
+TESTS = "tests/models/transformers"
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if arguments else 2
+    checkout = Path(arguments[0])
+    files = sorted((checkout / TESTS).glob("test_models_transformer_wan*.py"))
+    if not files:
+        print(
+            f"{checkout} holds no {TESTS}/test_models_transformer_wan*.py; see --help for how to make a checkout."
+        )
+        return 2
+    paths = [str(PLUGINS), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    selected = [
+        "-m",
+        "not compile and not quantization",
+        "-p",
+        "sparse_under_test",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
+    names = [str(file.relative_to(checkout)) for file in files]
+    command = [sys.executable, "-m", "pytest", *selected, *names, *arguments[1:]]
+    return subprocess.run(command, cwd=checkout, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""A pytest plugin for diffusers' own test-suite: every Wan model it builds attends through our sparse kernel.
+
+`scripts/run_diffusers_tests.py` runs it. With everything kept in blocks of 16 tokens and no auto-dense, each
+model must still do all that its tests ask: save and load, change type, fuse, take LoRA, be cast layer by layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import diffusers
+
+from dit_accel import SparseProcessor
+from dit_accel.adapters import FAMILIES
+
+TALLIES: list[Any] = []
+
+
+def put_under_test(cls: type) -> None:
+    """Make a model class set a SparseProcessor on every instance it constructs."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)  # register_to_config reads the signature
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        if type(self) is cls:
+            processor = SparseProcessor(self, keep=1.0, block=16, min_tokens=0)
+            self.set_attn_processor(processor)
+            TALLIES.append(processor.engine.tally)
+
+    cls.__init__ = init
+
+
+for name in FAMILIES:
+    put_under_test(getattr(diffusers, name))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    sparse, dense = sum(t.sparse for t in TALLIES), sum(t.dense for t in TALLIES)
+    cross = sum(t.cross for t in TALLIES)
+    terminalreporter.section("dit_accel")
+    terminalreporter.write_line(
+        f"{len(TALLIES)} models, self-attention calls: {sparse} sparse, {dense} dense; {cross} cross-attention calls"
+    )
+    for reason, count in sum((t.dense_reasons for t in TALLIES), Counter()).most_common():
+        terminalreporter.write_line(f"  dense because {reason}: {count}")
