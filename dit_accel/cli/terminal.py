@@ -27,4 +27,5 @@ def tables() -> Console:
     """A rich console on stdout, for tables that are the answer. Wide where nobody watches: nothing is cut."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if told else 160)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,8 +118,45 @@ def test_without_a_seed_it_is_drawn_told_and_kept(cli: Callable, wan21_folder: P
     assert read_clip(tmp_path / done.stdout.strip())[0].shape == (1, 32, 32, 3)
 
 
-def test_strict_leaves_nothing_when_it_fails(cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
-    """A user's preset whose executor cannot run here: asked for by name, it must not fall back."""
+def test_strict_forbids_a_fall_back(
+    cli_environment: dict[str, str], wan21_folder: Path, tmp_path: Path
+) -> None:
+    """Another plugin takes one attention over in mid-run, which sparse attention can only notice."""
+    code = (
+        "import sys\n"
+        "from diffusers.models.transformers.transformer_wan import WanAttnProcessor\n"
+        "from dit_accel.cli.app import run\n"
+        "from dit_accel.pipelines import wan\n"
+        "load = wan.load\n"
+        "def load_with_a_rival(*a, **k):\n"
+        "    pipe = load(*a, **k)\n"
+        "    take = lambda module, *_: module.blocks[3].attn1.set_processor(WanAttnProcessor())\n"
+        "    pipe.transformer.register_forward_hook(take)\n"
+        "    return pipe\n"
+        "wan.load = load_with_a_rival\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    arguments = [*FAST, "--model", wan21_folder, "--prompt", "x", "-o", "new/a.mp4"]
+    for strict, expected in (["--strict"], 4), ([], 0):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *arguments, *strict],
+            cwd=tmp_path,
+            env=cli_environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == expected, done.stderr
+        if strict:
+            assert last.startswith("error: ") and "processor was replaced" in last
+            assert not list(tmp_path.iterdir())
+        else:
+            assert "fall-backs." in last and "no fall-backs" not in last
+
+
+def test_a_named_executor_runs_or_fails(cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
+    """An executor asked for by name that cannot run here must not be replaced in silence."""
     done = cli(
         *FAST, "--model", wan21_folder, "--prompt", "x", "-o", "new/a.mp4", "--set", "impl=triton", "--strict",
         cwd=tmp_path,
