@@ -1,0 +1,186 @@
+"""Time block-sparse attention side by side with dense attention, in turns, in one process.
+
+    python scripts/bench_kernels.py --output scripts/results/bench_kernels.json         # the GPU
+    python scripts/bench_kernels.py --device cpu --threads 2                            # the break-even on a CPU
+
+Needs torch, triton (for the GPU) and numpy, and no installation. Every timed output is first checked against float64;
+a shape that fails is not timed and the exit status is 1. A sample is several calls in a row on warm caches. `ideal`
+is the time of the fastest dense attention times the kept fraction; `of ideal` is ideal over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
+import torch
+from _kernel_cases import Case, environment, judge, write_record
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.plan import BlockPlan
+
+GPU_SHAPES = (
+    dict(heads=12, tokens=32768, head=128, blocks=(128,)),
+    dict(heads=4, tokens=32912, head=64, blocks=(128,)),
+    dict(heads=4, tokens=4352, head=64, blocks=(128,)),
+    dict(heads=4, tokens=4352, head=64, blocks=(128, 96)),
+)
+CPU_SHAPES = tuple(dict(heads=4, tokens=n, head=64, blocks=(128, 96)) for n in (512, 1024, 2048, 4352, 8192))
+KEEPS = {"cuda": (0.5, 0.25, 0.1, 0.05), "cpu": (1.0, 0.5, 0.35, 0.25, 0.15)}
+SAMPLE_SECONDS = 2e-3  # calls are repeated within a sample until it lasts about this long
+
+
+def cut(tokens: int, blocks: tuple[int, ...]) -> list[int]:
+    """Offsets of blocks whose lengths take turns, the last one ragged."""
+    starts = [0]
+    while starts[-1] < tokens:
+        starts.append(min(tokens, starts[-1] + blocks[len(starts) % len(blocks)]))
+    return starts
+
+
+def random_plan(heads: int, starts: list[int], keep: float, device: str) -> BlockPlan:
+    """Each query block of each head keeps its own random key blocks, the same number of them."""
+    blocks = len(starts) - 1
+    score = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    kept = score.topk(max(1, round(keep * blocks)), dim=-1).indices
+    return BlockPlan.from_mask(
+        torch.zeros_like(score, dtype=torch.bool).scatter_(-1, kept, True).to(device), starts, starts
+    )
+
+
+def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The dense kernels that run here. q, k, v: `[B, S, H, D]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    found = {}
+    names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    for name, backend in names.items() if q.is_cuda else {"sdpa": None}.items():
+
+        def run(backend=backend) -> Tensor:
+            if backend is None:
+                return scaled_dot_product_attention(q, k, v)
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        try:
+            run()
+        except RuntimeError as error:
+            print(f"dense {name} does not run here: {str(error).splitlines()[0]}")
+            continue
+        found[name] = run
+    return found
+
+
+def time_in_turns(runs: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds per call of each, one sample of each per round."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def sample(run: Callable, calls: int) -> float:
+        wait()
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            wait()
+            return start.elapsed_time(end) / calls
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - began) * 1e3 / calls
+
+    calls = {}
+    for name, run in runs.items():
+        sample(run, 2)
+        calls[name] = max(1, round(SAMPLE_SECONDS * 1e3 / sample(run, 2)))
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(sample(run, calls[name]))
+    return times
+
+
+def check(
+    heads: int, starts: list[int], head: int, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+) -> str | None:
+    """Why the output of the first and last head is wrong, or None."""
+    blocks = tuple(b - a for a, b in pairwise(starts))
+    # Two heads of all the tokens: enough to catch a wrong offset, and float64 stays affordable.
+    some = torch.tensor([0, heads - 1], device=q.device)
+    mask = plan.to_mask()[:, some]
+    case = Case(q.dtype, head, "bench", 1, 2, blocks, blocks, "random", "bshd")
+    run = block_sparse(q, k, v, plan)
+    picked = run[0][:, :, some], run[1][:, some]
+    verdict = judge(lambda *_a, **_kw: picked, case, *(x[:, :, some] for x in (q, k, v)),
+                    BlockPlan.from_mask(mask, starts, starts))  # fmt: skip
+    return verdict.problem
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU"
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--output", help="write a JSON record here")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    print(f"{environment()['device']}, {dtype}, {options.rounds} rounds, ms: median (quartiles)")
+    print(f"{'shape':36}{'keep':>6}{'dense':>20}{'sparse':>30}{'ratio':>9}{'of ideal':>10}")
+    table, failures = [], 0
+    for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        heads, tokens, head = shape["heads"], shape["tokens"], shape["head"]
+        starts = cut(tokens, shape["blocks"])
+        generator = torch.Generator().manual_seed(1)
+        q, k, v = (
+            torch.randn(1, tokens, heads, head, generator=generator).to(device, dtype) for _ in range(3)
+        )
+        title = f"H={heads} N={tokens} D={head} blocks {'/'.join(map(str, shape['blocks']))}"
+        for keep in KEEPS[device]:
+            plan = random_plan(heads, starts, keep, device)
+            problem = check(heads, starts, head, q, k, v, plan)
+            if problem:
+                failures += 1
+                print(f"{title:36}{keep:6} WRONG, not timed: {problem}")
+                table.append(dict(**shape, keep=keep, problem=problem))
+                continue
+            sparse = {"sparse": lambda: block_sparse(q, k, v, plan)}  # noqa: B023
+            times = time_in_turns(dense_candidates(q, k, v) | sparse, device, options.rounds)
+            quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+            dense = min((name for name in times if name != "sparse"), key=lambda name: quartiles[name][1])
+            achieved = float(plan.key_fraction())
+            low, middle, high = quartiles["sparse"]
+            ratio = statistics.median(a / b for a, b in zip(times[dense], times["sparse"], strict=True))
+            table.append(dict(**shape, keep=keep, achieved_keep=achieved, dense=dense, ratio=ratio,
+                              of_ideal=ratio * achieved, milliseconds=quartiles))  # fmt: skip
+            measured = f"{middle:.3f} ({low:.3f}-{high:.3f})"
+            baseline = f"{dense} {quartiles[dense][1]:.3f}"
+            print(
+                f"{title:36}{keep:6}{baseline:>20}{measured:>30}{ratio:8.2f}x{ratio * achieved:10.0%}",
+                flush=True,
+            )
+    if options.output:
+        write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
