@@ -1,0 +1,96 @@
+"""scripts/evaluate_quality.py runs sharded on a source tree, merges, and records what the tables need."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_quality.py"
+VARIANTS = ["dense", "fast,min_tokens=0", "random,keep=0.5,min_tokens=0", "steps=1", "dense,kernel=math"]
+
+
+def run(*words, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    from dit_accel.testing import tiny_wan_pipeline
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_shards_merge_into_one_record(model, tmp_path):
+    common = [
+        "--model",
+        model,
+        "--variants",
+        *VARIANTS,
+        "--prompts",
+        3,
+        "--size",
+        64,
+        "--frames",
+        17,
+        "--steps",
+        2,
+    ]
+    for shard in ("0/2", "1/2"):
+        run(*common, "--shard", shard, "--batch", 2, "--judges", 1, "--show", 1, "--out", "out", cwd=tmp_path)
+    shards = [tmp_path / "out" / f"record-{i}of2.json" for i in range(2)]
+    text = run("--merge", *shards, "--out", "merged", cwd=tmp_path)
+    record = json.loads((tmp_path / "merged" / "record.json").read_text())
+
+    assert [row["prompt"] for row in record["rows"]["dense"]] == [0, 1, 2]
+    summary = record["summary"]
+    assert summary["dense"]["accuracy"]["shape"]["of"] == 3
+    assert summary["dense"]["two_objects"]["shape"]["of"] == 1
+    assert "psnr_mean" not in summary["dense"]
+    assert summary["fast,min_tokens=0"]["sparse_share"] > 0
+    assert summary["fast,min_tokens=0"]["fallbacks"] == {}
+    assert summary["steps=1"]["psnr_mean"] < summary["dense,kernel=math"]["psnr_mean"]
+    assert record["environments"][0]["versions"]["torch"]
+    assert "against dense: PSNR" in text
+    assert (tmp_path / "out" / "sheet-0of2.png").exists()
+    assert any((tmp_path / "out").glob("prompt-0.*"))
+
+
+def test_a_lost_shard_is_noticed(tmp_path):
+    record = {"rows": {"dense": [{"prompt": 1}]}, "variants": ["dense"], "prompts": 2, "environment": {}}
+    keys = ("model", "options", "grid", "seed", "steps", "size", "frames", "dtype", "batch")
+    (tmp_path / "one.json").write_text(json.dumps({**dict.fromkeys(keys), **record}))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--merge", "one.json", "--out", "."],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "exactly once" in done.stderr
+
+
+@pytest.mark.parametrize("variant", ["dence", "dense,keep=0.5", "fast,keeep=0.5", "fast,kernel=math"])
+def test_unknown_variants_are_refused(variant, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", "none", "--variants", variant, "--out", "."],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "keeep" in done.stderr or "variant" in done.stderr
