@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dit_accel.pipelines.weights import SizeRule, check_safetensors, expect, locate, read_json
 
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
+from dit_accel.pipelines.weights import SizeRule, check_safetensors, expect, locate, read_json
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline

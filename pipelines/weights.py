@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel.presets import model_path, shipped_models
-
 from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
+from dit_accel.presets import model_path, shipped_models
 
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all; a download then takes what it takes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel.pipelines.video import check_writable, read_clip, write_clip
 
 from dit_accel.errors import EnvironmentProblem, UsageError
+from dit_accel.pipelines.video import check_writable, read_clip, write_clip
 
 COMMENT = '{"prompt": "ein größerer Stern", "n": [1, 2]}' + " " * 4000
 

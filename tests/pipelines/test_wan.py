@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dit_accel.pipelines import wan
 
 import dit_accel
 from dit_accel.errors import EnvironmentProblem, UsageError
+from dit_accel.pipelines import wan
 from dit_accel.preset import GenerateOptions
 
 SMALL = GenerateOptions(width=64, height=64, frames=5, steps=2, guidance=3.0, negative_prompt="grey")

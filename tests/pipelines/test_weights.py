@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from dit_accel.pipelines import wan
-from dit_accel.pipelines.weights import SizeRule, locate
 
 from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
+from dit_accel.pipelines import wan
+from dit_accel.pipelines.weights import SizeRule, locate
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
