@@ -123,7 +123,12 @@ def generate(
         return
     requests.check_outputs(request, compare_dense)
     folder = _check_model(request, download=True)
-    # torch and diffusers come in with this import; whatever could be refused without them has been.
+    # torch and diffusers come in here; whatever could be refused without them has been.
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
     from dit_accel.cli.run import run
 
     record = run(
@@ -131,6 +136,7 @@ def generate(
         folder,
         compare_dense=compare_dense,
         metadata=not no_metadata,
+        print_files=not as_json,
         quiet=quiet,
         verbose=verbose,
     )

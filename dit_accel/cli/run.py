@@ -28,6 +28,7 @@ def run(
     *,
     compare_dense: bool,
     metadata: bool,
+    print_files: bool,
     quiet: bool,
     verbose: bool,
 ) -> dict[str, Any]:
@@ -71,9 +72,8 @@ def run(
         clip = _make(pipe, request, prompt, path, title, record, compare_dense, metadata, quiet, verbose)
         record["clips"].append(clip)
         write_text(request.record, json.dumps(record, indent=2) + "\n")
-        if "--json" not in sys.argv:
-            for file in clip["files"]:
-                print(file, flush=True)
+        if print_files:
+            print(*clip["files"], sep="\n", flush=True)
     return record
 
 

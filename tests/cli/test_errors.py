@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +127,18 @@ def test_somebody_elses_record_is_not_overwritten(cli: Callable, model: Path, tm
     (tmp_path / "run.json").write_text('{"tool": "another"}')
     code, line = bad(cli, tmp_path, "--model", "model", "-o", "a.mp4")
     assert code == 2 and "run.json is not one of ours" in line
+
+
+def test_diffusers_is_an_extra(cli_environment: dict[str, str], model: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['diffusers'] = None; from dit_accel.cli.app import run; "
+        "sys.exit(run(['generate', '--preset', 'wan21-fast', '--prompt', 'x', '--model', 'model', "
+        "'--size', '64x64', '--frames', '5']))"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=cli_environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and "pip install 'dit-accel[diffusers]'" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "outputs").exists()
 
 
 def test_a_traceback_comes_only_when_asked_for(cli: Callable, tmp_path: Path) -> None:
