@@ -273,7 +273,10 @@ class Engine:
 
         now = self.call.at(seat.layer)
         state = self._state_for(now, query)
-        plan = self.method.predict(query, key, self.layout, now, state)
+        layout = self.layout
+        if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
+            layout = self._layout_for(layout.grid, layout.order, query.device)
+        plan = self.method.predict(query, key, layout, now, state)
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
         executor = choose(*by_head, plan, impl=self.options.impl)
         self._say_once(f"sparse attention runs on the {executor} executor")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """Block means of query and key, their softmax as the expected share of attention, and a budget.
+    """Logits between block means, and a budget: a number of blocks, or a share of the attention they predict.
 
     With both `keep` and `top_p` the larger of the two budgets holds, row by row.
 
@@ -52,8 +52,9 @@ class Method:
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.force import forced_blocks
         from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import block_means, expected_attention
+        from dit_accel.methods.parts.score import expected_attention, mean_scores
 
-        scores = expected_attention(block_means(query, layout), block_means(key, layout), layout)
+        scores = mean_scores(query, key, layout)
+        shares = None if self.top_p is None else expected_attention(scores, layout)
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
-        return plan_of(*choose_blocks(scores, forced, self.keep, self.top_p), layout)
+        return plan_of(*choose_blocks(scores, forced, self.keep, self.top_p, shares), layout)

@@ -36,9 +36,9 @@ class Remember:
     def predict(self, query: torch.Tensor, key: torch.Tensor, layout: Any, call: Any, state: Any) -> Any:
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import block_means, expected_attention
+        from dit_accel.methods.parts.score import mean_scores
 
-        scores = expected_attention(block_means(query, layout), block_means(key, layout), layout)
+        scores = mean_scores(query, key, layout)
         if state is not None:
             owner = (call.run, call.role, call.branch, call.layer)
             assert state["owner"] in (None, owner), (
@@ -48,7 +48,7 @@ class Remember:
             if state["scores"] is not None:
                 scores = (scores + state["scores"]) / 2
             state["scores"] = scores
-        return plan_of(*choose_blocks(scores, None, self.keep, None), layout)
+        return plan_of(*choose_blocks(scores, None, self.keep), layout)
 
 
 METHODS: dict[str, Callable[[float], Any]] = {
@@ -140,5 +140,3 @@ def install() -> Callable[..., dit_accel.Handle]:
 @pytest.fixture
 def relative() -> Callable[[torch.Tensor, torch.Tensor], float]:
     return lambda x, true: float((x - true).norm() / true.norm())
-
-

@@ -51,14 +51,14 @@ def test_forced_blocks_count_towards_the_budget():
 
 def test_the_larger_of_two_budgets_holds_row_by_row():
     scores = torch.tensor([[[[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]]])
-    assert chosen(*choose_blocks(scores, None, 0.5, 0.6)) == [[[0, 1], [0, 1, 2]]]
-    assert chosen(*choose_blocks(scores, None, None, 0.6)) == [[[0], [0, 1, 2]]]
-    assert chosen(*choose_blocks(scores, None, None, 1.0))[0][1] == [0, 1, 2, 3]
+    assert chosen(*choose_blocks(scores, None, 0.5, 0.6, scores)) == [[[0, 1], [0, 1, 2]]]
+    assert chosen(*choose_blocks(scores, None, None, 0.6, scores)) == [[[0], [0, 1, 2]]]
+    assert chosen(*choose_blocks(scores, None, None, 1.0, scores))[0][1] == [0, 1, 2, 3]
 
 
 def test_indices_ascend_up_to_the_count():
     scores = torch.rand(2, 3, 9, 9)
-    counts, indices = choose_blocks(scores, torch.eye(9, dtype=torch.bool), 0.3, 0.8)
+    counts, indices = choose_blocks(scores, torch.eye(9, dtype=torch.bool), 0.3, 0.8, scores.softmax(-1))
     behind = torch.arange(9) >= counts[..., None]
     assert ((indices.diff(dim=-1) > 0) | behind[..., 1:]).all()
 
@@ -76,8 +76,19 @@ def test_block_means_are_those_of_the_blocks(dtype):
 
 def test_a_larger_block_is_expected_to_take_more():
     layout = build_layout((1, 1, 20), "raster", 16)  # blocks of 16 and 4
-    same = torch.ones(1, 1, 2, 8)
-    torch.testing.assert_close(expected_attention(same, same, layout)[0, 0, 0], torch.tensor([0.8, 0.2]))
+    shares = expected_attention(torch.zeros(1, 1, 2, 2), layout)
+    torch.testing.assert_close(shares[0, 0, 0], torch.tensor([0.8, 0.2]))
+
+
+def test_size_alone_does_not_make_a_block_matter():
+    """Kept blocks then hold about the requested share of tokens, whatever their sizes."""
+    layout = build_layout((5, 16, 16), "tiles", 128)
+    assert layout.sizes.unique().numel() > 1
+    query, key = torch.randn(
+        2, 1, layout.n_tokens, 8, 16, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    plan = load_method("pooled", keep=0.5, neighbours=None).predict(query, key, layout, call(), None)
+    assert abs(float(plan.key_fraction()) - 0.5) < 0.04
 
 
 def test_forced_neighbours_and_first_frame():

@@ -14,7 +14,11 @@ def blocks_for(keep: float, n_blocks: int) -> int:
 
 
 def choose_blocks(
-    scores: Tensor, forced: Tensor | None, keep: float | None, top_p: float | None
+    scores: Tensor,
+    forced: Tensor | None,
+    keep: float | None,
+    top_p: float | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks by score: the forced ones, then the best until both budgets are met.
 
@@ -22,10 +26,13 @@ def choose_blocks(
     choice.
 
     Args:
-        scores: fp32 `[B, H, Nq, Nk]`; for `top_p` the share of attention each key block is expected to take.
+        scores: fp32 `[B, H, Nq, Nk]`, how much a token of each key block matters. Per token, not per block: a
+            larger block matters more in proportion but costs as much more, so ranking by the whole would read
+            more tokens than the share of blocks says.
         forced: bool `[Nq, Nk]` or None.
         keep: share of the key blocks to read, forced ones included.
-        top_p: read the fewest blocks that together reach this share of the scores.
+        top_p: read the first blocks that together reach this much of `shares`.
+        shares: fp32 like scores, the attention each key block is expected to take; `top_p` needs it.
 
     Returns:
         counts int32 `[B, H, Nq]` and indices int32 `[B, H, Nq, M]`, ascending up to the count; what stands
@@ -39,7 +46,8 @@ def choose_blocks(
     if forced is not None:
         counts = counts.maximum(forced.sum(-1, dtype=torch.int32))
     if top_p is not None:
-        mass = scores.gather(-1, order).cumsum(-1)
+        assert shares is not None
+        mass = shares.gather(-1, order).cumsum(-1)
         reached = (mass < top_p).sum(-1, dtype=torch.int32) + 1
         counts = counts.maximum(reached.clamp_max(n_keys))
     if top_p is None and forced is None:

@@ -35,18 +35,28 @@ def block_means(x: Tensor, layout: TokenLayout) -> Tensor:
     return means.view(batch, layout.n_blocks, heads, dim).transpose(1, 2)
 
 
-def expected_attention(query_means: Tensor, key_means: Tensor, layout: TokenLayout) -> Tensor:
-    """Share of attention each key block should take if every token were its block's mean.
+def mean_scores(query: Tensor, key: Tensor, layout: TokenLayout) -> Tensor:
+    """Attention logits between the means of every query block and every key block.
+
+    Args:
+        query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
+
+    Returns:
+        fp32 `[B, H, N, N]`.
+    """
+    queries, keys = block_means(query, layout), block_means(key, layout)
+    return queries @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+
+def expected_attention(scores: Tensor, layout: TokenLayout) -> Tensor:
+    """Share of attention each key block would take if every token were its block's mean.
 
     A key block of b tokens appears b times in that softmax, hence the logarithm of its size.
 
     Args:
-        query_means: fp32 `[B, H, N, D]`.
-        key_means: fp32 `[B, H, N, D]`.
+        scores: fp32 `[B, H, N, N]`, from `mean_scores`.
 
     Returns:
         fp32 `[B, H, N, N]`, rows summing to one.
     """
-    scale = query_means.shape[-1] ** -0.5
-    logits = query_means @ key_means.transpose(-1, -2) * scale
-    return torch.softmax(logits + layout.sizes.to(logits.device).log(), dim=-1)
+    return torch.softmax(scores + layout.sizes.to(scores.device).log(), dim=-1)
