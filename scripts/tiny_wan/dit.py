@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dit_accel.quality.scenes import render_scenes, sample_scene, write_caption
+from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene, write_caption
 
 from .models import (
     FLOW_SHIFT,
@@ -35,6 +36,7 @@ from .models import (
 CAPTION_DROP = 0.1
 CAPTION_TOKENS = 48
 WEIGHT_DECAY = 0.01
+OBJECT_WEIGHT = 4.0  # extra weight of latents that show an object, fading out towards pure noise
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class _LatentPool:
                      for v in (vae.config.latents_mean, vae.config.latents_std))
         grid = ((frames - 1) // 2 + 1, size // 4, size // 4)
         self.latents = torch.empty(count, vae.config.z_dim, *grid, dtype=torch.float16, device=device)
+        self.objects = torch.empty(count, 1, *grid, dtype=torch.bool, device=device)
         captions, chunk = [], max(1, 8 * 128 * 128 // size**2)
         for start in range(0, count, chunk):
             scenes = [sample_scene(rng) for _ in range(min(chunk, count - start))]
@@ -86,18 +89,22 @@ class _LatentPool:
             with torch.no_grad(), torch.autocast(device.split(":")[0], torch.bfloat16):
                 moments = vae.encode(clip).latent_dist.mode().float()
             self.latents[start : start + chunk] = ((moments - mean) / std).half()
+            masks = object_masks(scenes, frames, size, size, device)
+            first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
+            self.objects[start : start + chunk] = torch.cat([first, rest], 2) > 0
         tokens = tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True,
                            return_tensors="pt")
         self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         empty = tokenizer([""], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
         self.empty = empty.input_ids.to(device), empty.attention_mask.to(device)
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device = self.latents.device
         which = torch.randint(len(self.latents), (count,), device=device)
         drop = torch.rand(count, 1, device=device) < CAPTION_DROP
         ids = torch.where(drop, self.empty[0], self.ids[which])
-        return self.latents[which].float(), ids, torch.where(drop, self.empty[1], self.mask[which])
+        mask = torch.where(drop, self.empty[1], self.mask[which])
+        return self.latents[which].float(), self.objects[which].float(), ids, mask
 
 
 def train_dit(options: DitOptions) -> None:
@@ -111,7 +118,7 @@ def train_dit(options: DitOptions) -> None:
     vae = _load_vae(options.vae_from, device)
     pools = [(_LatentPool(vae, tokenizer, rng, options.clips, 128, device), options.batch)]
     if options.large_share > 0:
-        pools.append((_LatentPool(vae, tokenizer, rng, max(64, options.clips // 16), 352, device), options.large_batch))
+        pools.append((_LatentPool(vae, tokenizer, rng, max(2, options.clips // 16), 352, device), options.large_batch))
     if rank == 0:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {world} GPUs", flush=True)
 
@@ -174,7 +181,7 @@ def train_dit(options: DitOptions) -> None:
 
 
 def _take_step(student, optimiser, parameters, drawn, world: int) -> Tensor:
-    latents, ids, mask = drawn
+    latents, objects, ids, mask = drawn
     noise = torch.randn_like(latents)
     uniform = torch.rand(len(latents), device=latents.device)
     sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
@@ -184,7 +191,10 @@ def _take_step(student, optimiser, parameters, drawn, world: int) -> Tensor:
     blend = sigma.view(-1, 1, 1, 1, 1)
     with torch.autocast(latents.device.type, torch.bfloat16):
         velocity = student(blend * noise + (1 - blend) * latents, sigma * 1000, ids, mask)
-    loss = (velocity.float() - (noise - latents)).square().mean()
+    error = (velocity.float() - (noise - latents)).square()
+    # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
+    weight = 1 + OBJECT_WEIGHT * (1 - blend) * objects
+    loss = (error * weight).sum() / (weight.sum() * error.shape[1])
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     if world > 1:
@@ -192,7 +202,7 @@ def _take_step(student, optimiser, parameters, drawn, world: int) -> Tensor:
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if torch.isfinite(norm):  # equal on every rank, since the gradients are
         optimiser.step()
-    return loss.detach()
+    return error.detach().mean()
 
 
 def _average_gradients(parameters: list[nn.Parameter], world: int) -> None:
