@@ -1,11 +1,4 @@
-"""Engine: one transformer wired for sparse attention. It installs and removes everything, and attends.
-
-Hooks are torch's own module hooks, not diffusers' `ModelHook`, for three measured reasons: a deep copy of a
-module with a `ModelHook` runs the original's weights; torch hooks are always outermost, however many hooks
-diffusers adds later (a root hook must see whole latents, not shards); and `forward` stays the class's
-function. The one thing only a `ModelHook` is told, the pipeline's cache context, comes through a listener
-that sits in diffusers' hook registry without touching `forward`.
-"""
+"""Engine: one transformer wired for sparse attention. It installs and removes everything, and attends."""
 
 from __future__ import annotations
 
@@ -17,29 +10,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from dit_accel.adapters import find_adapter
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.errors import FallbackError, UsageError
+from dit_accel.hooks import Enter, Leave, Listener, Reorder
 from dit_accel.layout import TokenLayout, build_layout
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.report import Report, Tally
-from dit_accel.trajectory import Call, Context, StateTable, Trajectory
+from dit_accel.trajectory import Call, StateTable, Trajectory
 
 if TYPE_CHECKING:
     pass
 
 logger = logging.getLogger("dit_accel")
-
-LISTENER = "dit_accel"  # its name in diffusers' hook registry
-_WHOLE_GRAPH = (
-    "dit_accel reads the denoising step in Python before each forward, so the whole transformer cannot be "
-    "one graph: use `transformer.compile_repeated_blocks(fullgraph=True)`, or compile with fullgraph=False."
-)
 
 # Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
 # 64, prediction included), dense over sparse time at keep 0.5 was 0.87 at 1296 tokens, 1.15 at 2448 and 1.73 at
@@ -47,13 +33,6 @@ _WHOLE_GRAPH = (
 BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
-
-
-def _kept_out_of_graphs(function: Any) -> Any:
-    """Keep a hook out of torch.compile's graphs, which would apply what it writes only after the forward."""
-    if "reason" in inspect.signature(torch.compiler.disable).parameters:
-        return torch.compiler.disable(function, reason=_WHOLE_GRAPH)
-    return torch.compiler.disable(function)
 
 
 class Engine:
@@ -122,12 +101,12 @@ class Engine:
             attn._dit_accel = Seat(self, stocks[path], layers.get(path))
             self.seats.append(attn._dit_accel)
         self._handles = [
-            transformer.register_forward_pre_hook(_Enter(self), with_kwargs=True),
-            transformer.register_forward_hook(_Leave(self)),
+            transformer.register_forward_pre_hook(Enter(self), with_kwargs=True),
+            transformer.register_forward_hook(Leave(self)),
         ]
         for module, reorder in self.adapter.order_hooks(transformer):
-            self._handles.append(module.register_forward_hook(_Reorder(self, reorder)))
-        self._listener = _Listener(self.trajectory)
+            self._handles.append(module.register_forward_hook(Reorder(self, reorder)))
+        self._listener = Listener(self.trajectory)
         self._listener.join(transformer)
 
     def _unhook(self) -> None:
@@ -350,86 +329,6 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.state!r})"
-
-
-class _Enter:
-    """Root hook before the forward. A class, so that a deep copy of the module copies it with its engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    @_kept_out_of_graphs
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.engine.enter(args, kwargs)
-
-
-class _Leave:
-    """Root hook behind the forward; an exception skips it, which is how the clock learns of one."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    @_kept_out_of_graphs
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.engine.leave()
-
-
-class _Reorder:
-    """Hook behind a module whose output carries tokens."""
-
-    def __init__(self, engine: Engine, reorder: Any) -> None:
-        self.engine, self.reorder = engine, reorder
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        order = self.engine.order
-        return None if order is None else self.reorder(output, order)
-
-
-class _NoState(BaseState):
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class _Listener(ModelHook):
-    """Hears the pipeline's `cache_context`, which diffusers tells stateful hooks only.
-
-    It takes the first place in the registry's order without wrapping `forward`: diffusers never relinks what
-    is below the first place when another hook is removed.
-    """
-
-    _is_stateful = True
-
-    def __init__(self, trajectory: Trajectory) -> None:
-        super().__init__()
-        self.trajectory = trajectory
-        self.contexts = StateManager(_NoState)
-
-    def context(self) -> Context:
-        heard = self.contexts._context
-        return Context() if heard is None else Context(heard.name, getattr(heard, "step_index", None))
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Called by pipelines at their end."""
-        self.contexts.reset()
-        self.trajectory.begin()
-        return module
-
-    def join(self, module: nn.Module) -> None:
-        self._made_registry = not hasattr(module, "_diffusers_hook")
-        registry = HookRegistry.check_if_exists_or_initialize(module)
-        self.fn_ref = HookFunctionReference()
-        registry.hooks[LISTENER] = self
-        registry._hook_order.insert(0, LISTENER)
-        registry._fn_refs.insert(0, self.fn_ref)
-
-    def part(self, module: nn.Module) -> None:
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is None or registry.hooks.get(LISTENER) is not self:
-            return
-        place = registry._hook_order.index(LISTENER)
-        del registry.hooks[LISTENER], registry._hook_order[place], registry._fn_refs[place]
-        if self._made_registry and not registry.hooks:
-            del module._diffusers_hook
 
 
 def _is_ours(processor: Any) -> bool:
