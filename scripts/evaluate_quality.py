@@ -7,7 +7,7 @@
 
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
-(`keep=0.5`), the number of steps (`steps=12`), or the kernel of dense attention (`kernel=math`: the noise floor of
+(`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), or the kernel of dense attention (`kernel=math`: the noise floor of
 PSNR). Without a first word a variant is `fast`, or `dense` when it has only steps and kernel. Every variant starts
 a prompt from the same noise. Figures from random weights say nothing about quality.
 """
@@ -51,6 +51,7 @@ class Variant:
     sparse: SparseOptions | None  # None: stock dense attention
     steps: int
     kernel: str | None  # of dense attention; None: what torch chooses
+    guidance: float | None = None  # None: the preset's
 
 
 def main() -> None:
@@ -116,7 +117,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         if not equals:
             raise SystemExit(f"variant {text!r}: {item!r} is not key=value")
         settings[key] = parse_value(value)
-    steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
+    steps, kernel, guidance = settings.pop("steps", steps), settings.pop("kernel", None), settings.pop("guidance", None)
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
         raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")
@@ -125,14 +126,14 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
     if head == "dense":
         if settings:
             raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
-        return Variant(text, None, steps, kernel)
+        return Variant(text, None, steps, kernel, guidance)
     if preset.sparse is None:
         raise SystemExit(
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
         )
     if head == "random":
         settings["method"] = "random"
-    return Variant(text, preset.sparse.merged(settings), steps, None)
+    return Variant(text, preset.sparse.merged(settings), steps, None, guidance)
 
 
 def parse_value(text: str) -> Any:
@@ -232,6 +233,8 @@ def run_batch(
             torch.cuda.synchronize(pipe.device)
 
     steps = call.get("num_inference_steps", variant.steps)
+    if variant.guidance is not None:
+        call = {**call, "guidance_scale": variant.guidance}
     denoised = 0.0
 
     def after_step(_, step: int, __, kwargs: dict) -> dict:
