@@ -7,9 +7,9 @@
 
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
-(`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), or the kernel of dense attention (`kernel=math`: the noise floor of
-PSNR). Without a first word a variant is `fast`, or `dense` when it has only steps and kernel. Every variant starts
-a prompt from the same noise. Figures from random weights say nothing about quality.
+(`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), or the kernel of dense attention
+(`kernel=math`: the noise floor of PSNR). Without a first word a variant is `fast`, or `dense` if
+it names no sparse option. Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 
 from __future__ import annotations
@@ -117,7 +117,11 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         if not equals:
             raise SystemExit(f"variant {text!r}: {item!r} is not key=value")
         settings[key] = parse_value(value)
-    steps, kernel, guidance = settings.pop("steps", steps), settings.pop("kernel", None), settings.pop("guidance", None)
+    steps, kernel, guidance = (
+        settings.pop("steps", steps),
+        settings.pop("kernel", None),
+        settings.pop("guidance", None),
+    )
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
         raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")

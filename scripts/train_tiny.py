@@ -53,8 +53,22 @@ def dit(
     """Train the transformer and the text encoder; run under torchrun for several GPUs."""
     from tiny_wan.dit import DitOptions, train_dit
 
-    train_dit(DitOptions(out, minutes, vae_from or out, resume, batch, large_share, large_batch, rate, clips, compiled,
-                         seed, device))
+    train_dit(
+        DitOptions(
+            out,
+            minutes,
+            vae_from or out,
+            resume,
+            batch,
+            large_share,
+            large_batch,
+            rate,
+            clips,
+            compiled,
+            seed,
+            device,
+        )
+    )
 
 
 @app.command()

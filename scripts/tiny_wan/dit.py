@@ -75,9 +75,13 @@ class _Student(nn.Module):
 class _LatentPool:
     """Clips of one size, rendered and encoded once."""
 
-    def __init__(self, vae, tokenizer, rng: random.Random, count: int, size: int, device: str, frames: int = 33):
-        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
-                     for v in (vae.config.latents_mean, vae.config.latents_std))
+    def __init__(
+        self, vae, tokenizer, rng: random.Random, count: int, size: int, device: str, frames: int = 33
+    ):
+        mean, std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
         grid = ((frames - 1) // 2 + 1, size // 4, size // 4)
         self.latents = torch.empty(count, vae.config.z_dim, *grid, dtype=torch.float16, device=device)
         self.objects = torch.empty(count, 1, *grid, dtype=torch.bool, device=device)
@@ -92,8 +96,9 @@ class _LatentPool:
             masks = object_masks(scenes, frames, size, size, device)
             first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
             self.objects[start : start + chunk] = torch.cat([first, rest], 2) > 0
-        tokens = tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True,
-                           return_tensors="pt")
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
+        )
         self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         empty = tokenizer([""], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
         self.empty = empty.input_ids.to(device), empty.attention_mask.to(device)
@@ -118,7 +123,9 @@ def train_dit(options: DitOptions) -> None:
     vae = _load_vae(options.vae_from, device)
     pools = [(_LatentPool(vae, tokenizer, rng, options.clips, 128, device), options.batch)]
     if options.large_share > 0:
-        pools.append((_LatentPool(vae, tokenizer, rng, max(2, options.clips // 16), 352, device), options.large_batch))
+        pools.append(
+            (_LatentPool(vae, tokenizer, rng, max(2, options.clips // 16), 352, device), options.large_batch)
+        )
     if rank == 0:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {world} GPUs", flush=True)
 
@@ -136,7 +143,9 @@ def train_dit(options: DitOptions) -> None:
     plain = [p for p in parameters if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.rate, betas=(0.9, 0.98), fused=device.startswith("cuda"),
+        lr=options.rate,
+        betas=(0.9, 0.98),
+        fused=device.startswith("cuda"),
     )
     history, spent, losses, step, saved = [], [1e-9, 1e-9], [[], []], 0, time.time()
     while True:
@@ -169,11 +178,20 @@ def train_dit(options: DitOptions) -> None:
             saved = time.time()
     if rank == 0:
         _save(options.out, average)
-        record = {"steps": step, "minutes": options.minutes, "gpus": world, "batch": options.batch * world,
-                  "large_batch": options.large_batch * world, "large_share": options.large_share,
-                  "rate": options.rate, "seed": options.seed, "resumed": options.resume is not None,
-                  "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-                  "torch": torch.__version__, "history": history}
+        record = {
+            "steps": step,
+            "minutes": options.minutes,
+            "gpus": world,
+            "batch": options.batch * world,
+            "large_batch": options.large_batch * world,
+            "large_share": options.large_share,
+            "rate": options.rate,
+            "seed": options.seed,
+            "resumed": options.resume is not None,
+            "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+            "torch": torch.__version__,
+            "history": history,
+        }
         (options.out / "dit.json").write_text(json.dumps(record))
     if world > 1:
         dist.barrier()
@@ -212,9 +230,13 @@ def _average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= world
-    torch._foreach_copy_([p.grad for p in parameters],
-                         [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in parameters]),
-                                                             parameters, strict=True)])
+    torch._foreach_copy_(
+        [p.grad for p in parameters],
+        [
+            part.view_as(p)
+            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
+        ],
+    )
 
 
 def _join_ranks(device: str) -> tuple[int, int, str]:

@@ -22,7 +22,9 @@ FLOW_SHIFT = 3.0
 SHARD_BYTES = 12 * 2**20
 
 
-def make_vae(base_dim: int = 24, latents_mean: list[float] | None = None, latents_std: list[float] | None = None):
+def make_vae(
+    base_dim: int = 24, latents_mean: list[float] | None = None, latents_std: list[float] | None = None
+):
     """A Wan VAE with 4x spatial and 2x temporal compression; both factors are config values that nothing derives."""
     return AutoencoderKLWan(
         base_dim=base_dim,
@@ -71,7 +73,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", model.token_to_id("</s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=PROMPT_LENGTH
+        tokenizer_object=model,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=PROMPT_LENGTH,
     )
 
 
@@ -96,7 +102,10 @@ def make_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 def make_scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=FLOW_SHIFT,
     )
 
 

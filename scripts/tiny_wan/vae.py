@@ -22,7 +22,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, WanResample
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene
 
@@ -73,7 +72,7 @@ def _start_as_average(resample: WanResample) -> None:
 
 
 def encode_clip(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
-    """Moments `[B, 2 z, 1 + (F - 1) / 2, H / 4, W / 4]` of a whole clip in one pass; equals the chunked `vae.encode`."""
+    """Moments `[B, 2 z, 1 + (F - 1) / 2, H / 4, W / 4]` of a clip in one pass; equals the chunked `vae.encode`."""
     encoder = vae.encoder
     x = encoder.conv_in(clip)
     for layer in encoder.down_blocks:
@@ -107,7 +106,9 @@ def _mid_without_attention(mid: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def export_vae(trained: AutoencoderKLWan, base_dim: int, mean: list[float], std: list[float]) -> AutoencoderKLWan:
+def export_vae(
+    trained: AutoencoderKLWan, base_dim: int, mean: list[float], std: list[float]
+) -> AutoencoderKLWan:
     """The stock causal VAE that computes what `trained` computes."""
     stock = make_vae(base_dim, mean, std)
     state = stock.state_dict()
@@ -131,7 +132,9 @@ def train_vae(
     started = time.time()
     vae = make_trainable_vae(base_dim).to(device).to(memory_format=torch.preserve_format)
     average = copy.deepcopy(vae)
-    optimiser = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99)
+    )
     small = _ClipPool(rng, clips_rendered, 33, 128, device)
     large = _ClipPool(rng, max(2, clips_rendered // 26), 33, 352, device)
     history, step, image_share = [], 0, 0.28
@@ -164,17 +167,35 @@ def train_vae(
             torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
         if step % 250 == 0:
             psnr = 10 * math.log10(4 / error.mean().item())
-            history.append({"step": step, "seconds": round(time.time() - started, 1), "clips": clips, "psnr": psnr})
-            print(f"vae[{base_dim}, {rate:g}] step {step} {history[-1]['seconds']}s clips={clips} psnr {psnr:.2f} "
-                  f"kl {kl.item():.2f} norm {norm.item():.2f}", flush=True)
+            history.append(
+                {"step": step, "seconds": round(time.time() - started, 1), "clips": clips, "psnr": psnr}
+            )
+            print(
+                f"vae[{base_dim}, {rate:g}] step {step} {history[-1]['seconds']}s clips={clips} psnr {psnr:.2f} "
+                f"kl {kl.item():.2f} norm {norm.item():.2f}",
+                flush=True,
+            )
     mean, std = measure_latents(average, small)
-    record = {"base_dim": base_dim, "rate": rate, "seed": seed, "steps": step, "minutes": minutes, "history": history,
-              "latents_mean": mean, "latents_std": std, "kl_weight": KL_WEIGHT}
-    record |= {"reconstruction_128": measure_reconstruction(average, 48, 128, device),
-               "reconstruction_352": measure_reconstruction(average, 6, 352, device)}
+    record = {
+        "base_dim": base_dim,
+        "rate": rate,
+        "seed": seed,
+        "steps": step,
+        "minutes": minutes,
+        "history": history,
+        "latents_mean": mean,
+        "latents_std": std,
+        "kl_weight": KL_WEIGHT,
+    }
+    record |= {
+        "reconstruction_128": measure_reconstruction(average, 48, 128, device),
+        "reconstruction_352": measure_reconstruction(average, 6, 352, device),
+    }
     save_shards(export_vae(average.float().cpu(), base_dim, mean, std).state_dict(), out, "vae")
     (out / "vae.json").write_text(json.dumps(record, indent=1))
-    print(f"vae[{base_dim}, {rate:g}] {record['reconstruction_128']} {record['reconstruction_352']}", flush=True)
+    print(
+        f"vae[{base_dim}, {rate:g}] {record['reconstruction_128']} {record['reconstruction_352']}", flush=True
+    )
     return record
 
 
@@ -194,7 +215,9 @@ class _ClipPool:
     def draw_frames(self, count: int) -> tuple[Tensor, Tensor]:
         which = torch.randint(len(self.clips), (count,), device=self.device)
         frame = torch.randint(self.clips.shape[2], (count,), device=self.device)
-        return self._as_float(self.clips[which, :, frame][:, :, None], self.masks[which, :, frame][:, :, None])
+        return self._as_float(
+            self.clips[which, :, frame][:, :, None], self.masks[which, :, frame][:, :, None]
+        )
 
     def draw_clips(self, count: int, frames: int) -> tuple[Tensor, Tensor]:
         which = torch.randint(len(self.clips), (count,), device=self.device)
@@ -226,7 +249,9 @@ def measure_latents(vae: AutoencoderKLWan, pool: _ClipPool) -> tuple[list[float]
 
 
 @torch.no_grad()
-def measure_reconstruction(vae: AutoencoderKLWan, count: int, size: int, device: str, frames: int = 33) -> dict:
+def measure_reconstruction(
+    vae: AutoencoderKLWan, count: int, size: int, device: str, frames: int = 33
+) -> dict:
     """PSNR in dB over unseen full-length clips, overall and inside the moving objects (fp32, clamped like the VAE)."""
     rng = random.Random(990_000)
     overall, inside = [], []

@@ -136,7 +136,9 @@ def test_diffusers_is_an_extra(cli_environment: dict[str, str], model: Path, tmp
         "'--size', '64x64', '--frames', '5']))"
     )
     command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=cli_environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=cli_environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 3 and "pip install 'dit-accel[diffusers]'" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "outputs").exists()
 

@@ -1,0 +1,106 @@
+"""The training of tiny-wan: its shortcuts equal the stock model, and what ships is what it wrote."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.presets import model_path
+from dit_accel.quality.scenes import COLOURS, MOTIONS, SHAPES, is_held_out, sample_scene
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+BASE_DIM = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_the_path():
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def pair(scripts_on_the_path):
+    """A VAE as it is trained, with every weight moved, and the stock VAE it is exported to."""
+    from tiny_wan.vae import export_vae, make_trainable_vae
+
+    torch.manual_seed(0)
+    trained = make_trainable_vae(BASE_DIM).eval()
+    for weight in trained.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn_like(weight)
+    return trained, export_vae(trained, BASE_DIM, [0.0] * 16, [1.0] * 16)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+@torch.no_grad()
+def test_coding_a_clip_in_one_pass_equals_the_chunked_stock_vae(pair, frames):
+    from tiny_wan.vae import decode_clip, encode_clip
+
+    trained, stock = pair
+    clip = torch.rand(2, 3, frames, 16, 24, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+    moments = encode_clip(trained, clip)
+    torch.testing.assert_close(moments, stock.encode(clip).latent_dist.parameters, rtol=1e-4, atol=1e-4)
+    latents = moments[:, :16]
+    whole = decode_clip(trained, latents).clamp(-1, 1)
+    assert whole.shape == clip.shape
+    torch.testing.assert_close(whole, stock.decode(latents, return_dict=False)[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_frame_is_coded_without_frames_two_latents_away(pair):
+    """What keeps long clips as good as short ones: the receptive field in time is bounded."""
+    _, stock = pair
+    latents = torch.randn(1, 16, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    changed = latents.clone()
+    changed[:, :, 1] += 1
+    before, after = (stock.decode(x, return_dict=False)[0] for x in (latents, changed))
+    differs = (before != after).flatten(3).any(-1).flatten(0, 1).any(0)  # per frame
+    assert differs[1] and not differs[0] and not differs[7:].any()
+
+
+def test_shards_come_back_and_stay_small(tmp_path, monkeypatch):
+    from tiny_wan import models
+
+    monkeypatch.setattr(models, "SHARD_BYTES", 5000)
+    tensors = {f"w{i}": torch.randn(500) for i in range(5)}
+    paths = models.save_shards(tensors, tmp_path, "part")
+    assert len(paths) == 3
+    back = models.load_shards(tmp_path, "part")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+    with pytest.raises(FileNotFoundError, match="train that stage first"):
+        models.load_shards(tmp_path, "other")
+
+
+def test_training_never_shows_a_held_out_combination():
+    rng = random.Random(0)
+    shown = [o for _ in range(300) for o in sample_scene(rng).objects]
+    assert not any(is_held_out(o.colour, o.shape, o.motion) for o in shown)
+    held = [o for _ in range(100) for o in sample_scene(rng, held_out=True).objects]
+    assert all(is_held_out(o.colour, o.shape, o.motion) for o in held)
+    combinations = [(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
+    assert sum(is_held_out(*each) for each in combinations) == len(combinations) // len(MOTIONS)
+
+
+def test_the_shipped_model_is_small_and_has_the_trained_layout(scripts_on_the_path):
+    from tiny_wan.models import make_text_encoder, make_tokenizer, make_transformer, make_vae
+
+    files = [path for path in model_path("tiny-wan").rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) <= 15e6
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(model_path("tiny-wan"), dtype=torch.float32)
+    for shipped, fresh in (
+        (pipe.transformer, make_transformer()),
+        (pipe.text_encoder, make_text_encoder(len(make_tokenizer()))),
+        (pipe.vae, make_vae(pipe.vae.config.base_dim)),
+    ):
+        assert {k: v.shape for k, v in shipped.state_dict().items()} == {
+            k: v.shape for k, v in fresh.state_dict().items()
+        }
+    assert pipe.tokenizer.get_vocab() == make_tokenizer().get_vocab()
