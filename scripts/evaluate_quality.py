@@ -8,8 +8,8 @@
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), or the kernel of dense attention
-(`kernel=math`: the noise floor of PSNR). Without a first word a variant is `fast`, or `dense` if
-it names no sparse option. Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
+(`kernel=math`: the noise floor of PSNR). Without a first word a variant is `fast`, or `dense` if it names no sparse
+option. Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ Stages, each of which writes safetensors shards that the next one reads:
 
     python scripts/train_tiny.py vae --out run --minutes 5
     torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 9
-    torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 6 --resume --large-share 0.5
+    torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 6 --resume run --large-share 0.2
     python scripts/train_tiny.py export --run run --to presets/models/tiny-wan
+
+To go on from the model that ships, give its folder to both --resume and --vae-from.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ def vae(
 def dit(
     out: Out,
     minutes: Annotated[float, typer.Option(help="Wall-clock time to train for, rendering included.")] = 9.0,
-    vae_from: Annotated[Path | None, typer.Option(help="Folder with the VAE shards; default: --out.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder with dit-*.safetensors to start from.")] = None,
+    vae_from: Annotated[
+        Path | None, typer.Option(help="Folder with the VAE: shards or a pipeline; default: --out.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder to start from: shards or a pipeline.")] = None,
     batch: Annotated[int, typer.Option(help="Default-size clips a step on each GPU.")] = 32,
     large_share: Annotated[float, typer.Option(help="Share of the time spent on 352x352 clips.")] = 0.0,
     large_batch: Annotated[int, typer.Option(help="Large clips a step on each GPU.")] = 3,

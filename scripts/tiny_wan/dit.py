@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import UMT5EncoderModel
 
 from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene, write_caption
 
@@ -132,8 +134,7 @@ def train_dit(options: DitOptions) -> None:
     torch.manual_seed(options.seed)  # equal initial weights on every rank
     student = _Student(len(tokenizer)).to(device)
     if options.resume:
-        student.transformer.load_state_dict(load_shards(options.resume, "dit"))
-        student.text_encoder.load_state_dict(load_shards(options.resume, "text"))
+        _resume(student, options.resume)
     average = copy.deepcopy(student)
     if options.compiled:
         student.transformer.compile_repeated_blocks(dynamic=False)
@@ -258,11 +259,27 @@ def _agree(value: float, device: str) -> float:
     return shared.item()
 
 
-def _load_vae(folder: Path, device: str):
-    record = json.loads((folder / "vae.json").read_text())
-    vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
-    vae.load_state_dict(load_shards(folder, "vae"))
+def _load_vae(folder: Path, device: str) -> AutoencoderKLWan:
+    """The VAE of a run's shards, or of an exported pipeline folder."""
+    if (folder / "vae").is_dir():
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+    else:
+        record = json.loads((folder / "vae.json").read_text())
+        vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
+        vae.load_state_dict(load_shards(folder, "vae"))
     return vae.to(device).eval().requires_grad_(False)
+
+
+def _resume(student: _Student, folder: Path) -> None:
+    """Take over the weights of a run's shards (fp32), or of an exported pipeline folder (bf16, as it ships)."""
+    if (folder / "transformer").is_dir():
+        shipped = WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+        student.transformer.load_state_dict(shipped.state_dict())
+        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        student.text_encoder.load_state_dict(encoder.state_dict())
+        return
+    student.transformer.load_state_dict(load_shards(folder, "dit"))
+    student.text_encoder.load_state_dict(load_shards(folder, "text"))
 
 
 def _save(out: Path, average: _Student) -> None:
