@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         "-m",
         "not compile and not quantization",
         "-p",
-        "sparse_under_test",
+        "inject_sparse",
         "-p",
         "no:cacheprovider",
         "-q",

@@ -2,6 +2,9 @@
 
 `scripts/run_diffusers_tests.py` runs it. With everything kept in blocks of 16 tokens and no auto-dense, each
 model must still do all that its tests ask: save and load, change type, fuse, take LoRA, be cast layer by layer.
+
+Importing it patches classes for the whole process. Its name must not look like a test file's (`test_*`, `*_test`),
+or pytest would import it among our own tests.
 """
 
 from __future__ import annotations
