@@ -7,7 +7,7 @@ Stages, each of which writes safetensors shards that the next one reads:
     torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 6 --resume run --large-share 0.2
     python scripts/train_tiny.py export --run run --to presets/models/tiny-wan
 
-To go on from the model that ships, give its folder to both --resume and --vae-from.
+To go on from the model that ships, give its folder to --resume and --vae-from.
 """
 
 from __future__ import annotations
@@ -77,13 +77,16 @@ def dit(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option(help="Folder with vae-*, dit-* and text-* shards.")],
+    run: Annotated[Path, typer.Option(help="Folder with dit-* and text-* shards.")],
     to: Annotated[Path, typer.Option(help="Folder to write in diffusers' format.")],
+    vae_from: Annotated[
+        Path | None, typer.Option(help="Folder with the VAE: shards or a pipeline; default: --run.")
+    ] = None,
 ) -> None:
     """Write the trained parts as a bf16 pipeline folder that a stock WanPipeline loads."""
     from tiny_wan.export import export_pipeline
 
-    export_pipeline(run, to)
+    export_pipeline(run, vae_from or run, to)
 
 
 if __name__ == "__main__":

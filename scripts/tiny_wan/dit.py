@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
@@ -28,10 +28,10 @@ from .models import (
     FLOW_SHIFT,
     PROMPT_LENGTH,
     load_shards,
+    load_vae,
     make_text_encoder,
     make_tokenizer,
     make_transformer,
-    make_vae,
     save_shards,
 )
 
@@ -122,7 +122,7 @@ def train_dit(options: DitOptions) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     rng = random.Random(f"{options.seed}-{rank}")
     tokenizer = make_tokenizer()
-    vae = _load_vae(options.vae_from, device)
+    vae = load_vae(options.vae_from).to(device)
     pools = [(_LatentPool(vae, tokenizer, rng, options.clips, 128, device), options.batch)]
     if options.large_share > 0:
         pools.append(
@@ -257,17 +257,6 @@ def _agree(value: float, device: str) -> float:
     shared = torch.tensor(value, device=device, dtype=torch.float64)
     dist.broadcast(shared, 0)
     return shared.item()
-
-
-def _load_vae(folder: Path, device: str) -> AutoencoderKLWan:
-    """The VAE of a run's shards, or of an exported pipeline folder."""
-    if (folder / "vae").is_dir():
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
-    else:
-        record = json.loads((folder / "vae.json").read_text())
-        vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
-        vae.load_state_dict(load_shards(folder, "vae"))
-    return vae.to(device).eval().requires_grad_(False)
 
 
 def _resume(student: _Student, folder: Path) -> None:

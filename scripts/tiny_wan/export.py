@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
+from diffusers import WanPipeline
 
-from .models import load_shards, make_pipeline, make_text_encoder, make_tokenizer, make_transformer, make_vae
+from .models import load_shards, load_vae, make_pipeline, make_text_encoder, make_tokenizer, make_transformer
 
 
-def build_pipeline(run: Path):
-    """A `WanPipeline` (fp32) of the shards in `run`: vae-*, vae.json, dit-*, text-*."""
-    record = json.loads((run / "vae.json").read_text())
-    vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
-    vae.load_state_dict(load_shards(run, "vae"))
+def build_pipeline(run: Path, vae_from: Path) -> WanPipeline:
+    """A `WanPipeline` (fp32) of the shards in `run` (dit-*, text-*) and the VAE of `vae_from`."""
+    vae = load_vae(vae_from)
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(len(tokenizer))
     text_encoder.load_state_dict(load_shards(run, "text"))
@@ -24,11 +22,11 @@ def build_pipeline(run: Path):
     return make_pipeline(tokenizer, text_encoder, transformer, vae)
 
 
-def export_pipeline(run: Path, to: Path) -> None:
+def export_pipeline(run: Path, vae_from: Path, to: Path) -> None:
     """Write the pipeline next to `to` and swap it in, so that an interrupted export leaves the old one."""
     draft = to.with_name(to.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
-    build_pipeline(run).to(torch.bfloat16).save_pretrained(
+    build_pipeline(run, vae_from).to(torch.bfloat16).save_pretrained(
         draft, max_shard_size="12MB", safe_serialization=True
     )
     shutil.rmtree(to, ignore_errors=True)

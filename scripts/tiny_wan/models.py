@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -144,3 +145,14 @@ def load_shards(folder: Path, stem: str) -> dict[str, torch.Tensor]:
     if not paths:
         raise FileNotFoundError(f"no {stem}-*.safetensors in {folder}; train that stage first")
     return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE of a run (`vae.json` and shards), or of a pipeline folder; fp32, frozen."""
+    if (folder / "vae").is_dir():
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+    else:
+        record = json.loads((folder / "vae.json").read_text())
+        vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
+        vae.load_state_dict(load_shards(folder, "vae"))
+    return vae.eval().requires_grad_(False)
