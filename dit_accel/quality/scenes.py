@@ -88,7 +88,10 @@ def is_held_out(colour: str, shape: str, motion: str) -> bool:
 
 
 def sample_scene(rng: random.Random, *, held_out: bool = False, n_objects: int | None = None) -> Scene:
-    """Draw a scene. With `held_out`, every object is a (colour, shape, motion) that training never shows."""
+    """Draw a scene. With `held_out`, every object is a (colour, shape, motion) that training never shows.
+
+    Objects, and so captions, go from left to right: with two, the order of the words says which is where.
+    """
     count = n_objects or (2 if rng.random() < 0.45 else 1)
     background = _sample_background(rng)
     while True:
@@ -100,7 +103,7 @@ def sample_scene(rng: random.Random, *, held_out: bool = False, n_objects: int |
                     objects.append(candidate)
                     break
         if len(objects) == count:
-            return Scene(tuple(objects), background)
+            return Scene(tuple(sorted(objects, key=lambda thing: thing.x)), background)
 
 
 def write_caption(scene: Scene, rng: random.Random | None = None) -> str:

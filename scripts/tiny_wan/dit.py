@@ -2,10 +2,13 @@
 
 Every GPU renders and encodes its own clips once, then draws batches from them. Ranks are kept equal by averaging
 gradients; the learning rate follows the share of the wall-clock budget that is used, so a run always ends its decay.
+Matrices inside the blocks are trained by Muon, everything else by AdamW. A head on a middle layer learns to say what
+each token shows (see `labels.py`); its weight falls with the learning rate.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -20,10 +23,11 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5EncoderModel
 
-from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene, write_caption
-
+from .clips import ClipPool, Drawn
+from .labels import TokenReader
 from .models import (
     FLOW_SHIFT,
     PROMPT_LENGTH,
@@ -35,9 +39,10 @@ from .models import (
     save_shards,
 )
 
-CAPTION_DROP = 0.1
-CAPTION_TOKENS = 48
 WEIGHT_DECAY = 0.01
+READ_AFTER = 4  # the block whose output says what each token shows
+READING_WEIGHT = 0.03
+MUON_RATE = 2.0  # times the rate of AdamW
 OBJECT_WEIGHT = 4.0  # extra weight of latents that show an object, fading out towards pure noise
 
 
@@ -50,9 +55,12 @@ class DitOptions:
     vae_from: Path
     resume: Path | None
     batch: int
+    short_share: float
+    short_batch: int
     large_share: float
     large_batch: int
     rate: float
+    final: float
     clips: int
     compiled: bool
     seed: int
@@ -74,60 +82,16 @@ class _Student(nn.Module):
         return self.transformer(latents, timestep, prompt, return_dict=False)[0]
 
 
-class _LatentPool:
-    """Clips of one size, rendered and encoded once."""
-
-    def __init__(
-        self, vae, tokenizer, rng: random.Random, count: int, size: int, device: str, frames: int = 33
-    ):
-        mean, std = (
-            torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
-            for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        grid = ((frames - 1) // 2 + 1, size // 4, size // 4)
-        self.latents = torch.empty(count, vae.config.z_dim, *grid, dtype=torch.float16, device=device)
-        self.objects = torch.empty(count, 1, *grid, dtype=torch.bool, device=device)
-        captions, chunk = [], max(1, 8 * 128 * 128 // size**2)
-        for start in range(0, count, chunk):
-            scenes = [sample_scene(rng) for _ in range(min(chunk, count - start))]
-            captions += [write_caption(s, rng) for s in scenes]
-            clip = render_scenes(scenes, frames, size, size, device)
-            with torch.no_grad(), torch.autocast(device.split(":")[0], torch.bfloat16):
-                moments = vae.encode(clip).latent_dist.mode().float()
-            self.latents[start : start + chunk] = ((moments - mean) / std).half()
-            masks = object_masks(scenes, frames, size, size, device)
-            first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
-            self.objects[start : start + chunk] = torch.cat([first, rest], 2) > 0
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
-        )
-        self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        empty = tokenizer([""], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
-        self.empty = empty.input_ids.to(device), empty.attention_mask.to(device)
-
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        device = self.latents.device
-        which = torch.randint(len(self.latents), (count,), device=device)
-        drop = torch.rand(count, 1, device=device) < CAPTION_DROP
-        ids = torch.where(drop, self.empty[0], self.ids[which])
-        mask = torch.where(drop, self.empty[1], self.mask[which])
-        return self.latents[which].float(), self.objects[which].float(), ids, mask
-
-
 def train_dit(options: DitOptions) -> None:
     """Train until `options.minutes` have passed; rank 0 writes `dit-*`, `text-*` shards (EMA, fp32) and `dit.json`."""
     started = time.time()
     world, rank, device = _join_ranks(options.device)
     torch.manual_seed(options.seed * 1000 + rank)
     torch.backends.cuda.matmul.allow_tf32 = True
-    rng = random.Random(f"{options.seed}-{rank}")
     tokenizer = make_tokenizer()
-    vae = load_vae(options.vae_from).to(device)
-    pools = [(_LatentPool(vae, tokenizer, rng, options.clips, 128, device), options.batch)]
-    if options.large_share > 0:
-        pools.append(
-            (_LatentPool(vae, tokenizer, rng, max(2, options.clips // 16), 352, device), options.large_batch)
-        )
+    shares, batches, pools = _render_pools(
+        options, tokenizer, random.Random(f"{options.seed}-{rank}"), device
+    )
     if rank == 0:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {world} GPUs", flush=True)
 
@@ -135,59 +99,49 @@ def train_dit(options: DitOptions) -> None:
     student = _Student(len(tokenizer)).to(device)
     if options.resume:
         _resume(student, options.resume)
+    reader = TokenReader(student.transformer.config.num_attention_heads * 64).to(device)
     average = copy.deepcopy(student)
+    tap = _Tap(student.transformer.blocks[READ_AFTER])
     if options.compiled:
-        student.transformer.compile_repeated_blocks(dynamic=False)
+        for (
+            block
+        ) in student.transformer.blocks:  # the bound method, so that the hook of the tap stays outside
+            block.forward = torch.compile(block.forward, dynamic=False)
     torch.manual_seed(options.seed * 1000 + rank + 1)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.rate,
-        betas=(0.9, 0.98),
-        fused=device.startswith("cuda"),
-    )
-    history, spent, losses, step, saved = [], [1e-9, 1e-9], [[], []], 0, time.time()
-    while True:
-        progress = _agree((time.time() - started) / (60 * options.minutes), device)
-        if progress >= 1:
-            break
-        share = _agree(spent[1] / sum(spent), device)
-        kind = int(len(pools) > 1 and share < options.large_share)
-        began = time.time()
-        pool, batch = pools[kind]
-        for group in optimiser.param_groups:
-            group["lr"] = options.rate * _warm_cosine(progress, step, warm=200)
-        loss = _take_step(student, optimiser, parameters, pool.draw(batch), world)
-        step += 1
-        decay = min(0.999, step / (step + 30))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
-        losses[kind].append(loss)
-        if device.startswith("cuda") and len(pools) > 1:
-            torch.cuda.synchronize()
-        spent[kind] += time.time() - began
-        if step % 100 == 0:
-            means = [round(torch.stack(part).mean().item(), 4) if part else None for part in losses]
-            losses = [[], []]
-            history.append({"step": step, "seconds": round(time.time() - started, 1), "loss": means})
-            if rank == 0:
-                print(f"dit step {step} {history[-1]['seconds']} s loss {means}", flush=True)
-        if rank == 0 and time.time() - saved > 150:
-            _save(options.out, average)
-            saved = time.time()
+    learner = _Learner(student, reader, tap, options, world)
+    order = random.Random(options.seed)  # the same kinds of batches in the same order on every rank
+    history, losses, step, progress, saved = [], [[] for _ in pools], 0, 0.0, time.time()
+    with _fastest_attention(device, rank):
+        while progress < 1:
+            kind = order.choices(range(len(pools)), shares)[0]
+            losses[kind].append(learner.take_step(pools[kind].draw(batches[kind]), progress, step))
+            step += 1
+            decay = min(0.999, step / (step + 30))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+            if step % (20 if device.startswith("cuda") else 1) == 0:  # agreeing makes the GPU wait
+                progress = _agree((time.time() - started) / (60 * options.minutes), device)
+            if step % 100 == 0:
+                means = [torch.stack(part).mean(0).tolist() if part else [None, None] for part in losses]
+                losses = [[] for _ in pools]
+                seconds = round(time.time() - started, 1)
+                history.append({"step": step, "seconds": seconds, "loss": [m[0] for m in means]})
+                if rank == 0:
+                    told = ", ".join(f"{m[0]:.4f} ({m[1]:.2f})" if m[0] else "-" for m in means)
+                    print(f"dit step {step} {seconds} s, loss (of reading) by kind: {told}", flush=True)
+            if rank == 0 and time.time() - saved > 150:
+                _save(options.out, average)
+                saved = time.time()
     if rank == 0:
         _save(options.out, average)
         record = {
             "steps": step,
-            "minutes": options.minutes,
+            **{name: getattr(options, name) for name in ("minutes", "batch", "short_share", "short_batch")},
+            **{
+                name: getattr(options, name)
+                for name in ("large_share", "large_batch", "rate", "final", "seed")
+            },
             "gpus": world,
-            "batch": options.batch * world,
-            "large_batch": options.large_batch * world,
-            "large_share": options.large_share,
-            "rate": options.rate,
-            "seed": options.seed,
             "resumed": options.resume is not None,
             "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
             "torch": torch.__version__,
@@ -199,45 +153,126 @@ def train_dit(options: DitOptions) -> None:
         dist.destroy_process_group()
 
 
-def _take_step(student, optimiser, parameters, drawn, world: int) -> Tensor:
-    latents, objects, ids, mask = drawn
-    noise = torch.randn_like(latents)
-    uniform = torch.rand(len(latents), device=latents.device)
-    sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
-    # Half of the draws follow the sampler's shifted schedule, half a logit-normal that dwells on the middle.
-    middle = torch.sigmoid(torch.randn(len(latents), device=latents.device))
-    sigma = torch.where(torch.rand_like(sigma) < 0.5, sigma, middle)
-    blend = sigma.view(-1, 1, 1, 1, 1)
-    with torch.autocast(latents.device.type, torch.bfloat16):
-        velocity = student(blend * noise + (1 - blend) * latents, sigma * 1000, ids, mask)
-    error = (velocity.float() - (noise - latents)).square()
-    # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
-    weight = 1 + OBJECT_WEIGHT * (1 - blend) * objects
-    loss = (error * weight).sum() / (weight.sum() * error.shape[1])
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    if world > 1:
-        _average_gradients(parameters, world)
-    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-    if torch.isfinite(norm):  # equal on every rank, since the gradients are
-        optimiser.step()
-    return error.detach().mean()
+def _render_pools(options: DitOptions, tokenizer, rng: random.Random, device: str):
+    """Share of the steps, clips a step, and clips, of the default size, of short clips and of large ones."""
+    vae = load_vae(options.vae_from).to(device)
+    kinds = [
+        (1 - options.short_share - options.large_share, options.batch, options.clips, 128, 33),
+        (options.short_share, options.short_batch, options.clips, 128, 17),
+        (options.large_share, options.large_batch, max(2, options.clips // 16), 352, 33),
+    ]
+    kinds = [kind for kind in kinds if kind[0] > 0]
+    pools = [ClipPool(vae, tokenizer, rng, count, *size, device) for _, _, count, *size in kinds]
+    return [kind[0] for kind in kinds], [kind[1] for kind in kinds], pools
 
 
-def _average_gradients(parameters: list[nn.Parameter], world: int) -> None:
-    for p in parameters:  # a parameter that this batch did not reach still takes part
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= world
-    torch._foreach_copy_(
-        [p.grad for p in parameters],
-        [
-            part.view_as(p)
-            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
-        ],
-    )
+class _Tap:
+    """Keeps what a block returned last."""
+
+    def __init__(self, block: nn.Module):
+        self.hidden: Tensor | None = None
+        block.register_forward_hook(self._keep)
+
+    def _keep(self, _module, _inputs, output: Tensor) -> None:
+        self.hidden = output
+
+
+class _Learner:
+    """One step of training: losses, gradients averaged over ranks and clipped, two optimisers."""
+
+    def __init__(self, student: _Student, reader: TokenReader, tap: _Tap, options: DitOptions, world: int):
+        self.student, self.reader, self.tap, self.options, self.world = student, reader, tap, options, world
+        self.parameters = [*student.parameters(), *reader.parameters()]
+        inner = [p for p in student.transformer.blocks.parameters() if p.ndim == 2]
+        known = {id(p) for p in inner}
+        outer = [p for p in self.parameters if id(p) not in known]
+        groups = [
+            {"params": [p for p in outer if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in outer if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimisers = [
+            torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=outer[0].is_cuda),
+            torch.optim.Muon(
+                inner, lr=options.rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+            ),
+        ]
+
+    def take_step(self, drawn: Drawn, progress: float, step: int) -> Tensor:
+        """Losses `[2]`: of the velocity (unweighted mean square), and of the reading."""
+        share = _cosine(progress, self.options.final)
+        latents = drawn.latents
+        noise = torch.randn_like(latents)
+        sigma = _draw_sigma(len(latents), latents.device)
+        blend = sigma.view(-1, 1, 1, 1, 1)
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            blended = blend * noise + (1 - blend) * latents
+            velocity = self.student(blended, sigma * 1000, drawn.ids, drawn.mask)
+            reading = self.reader(self.tap.hidden, drawn.labels)
+        error = (velocity.float() - (noise - latents)).square()
+        # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
+        weight = 1 + OBJECT_WEIGHT * (1 - blend) * drawn.objects
+        loss = (error * weight).sum() / (weight.sum() * error.shape[1]) + READING_WEIGHT * share * reading
+        loss.backward()
+        self._average_and_clip()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                rate = self.options.rate * (MUON_RATE if isinstance(optimiser, torch.optim.Muon) else 1.0)
+                group["lr"] = rate * share * min(1.0, (step + 1) / 200)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return torch.stack([error.detach().mean(), reading.detach()])
+
+    @torch.no_grad()
+    def _average_and_clip(self) -> None:
+        for p in self.parameters:  # a parameter that this batch did not reach still takes part
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in self.parameters])
+        if self.world > 1:
+            dist.all_reduce(flat)
+            flat /= self.world
+        norm = flat.norm()  # equal on every rank; a step that is not finite becomes one without gradient
+        scale = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), torch.zeros_like(norm))
+        flat = flat.nan_to_num(0.0, 0.0, 0.0) * scale
+        parts = flat.split([p.numel() for p in self.parameters])
+        torch._foreach_copy_(
+            [p.grad for p in self.parameters],
+            [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)],
+        )
+
+
+def _draw_sigma(count: int, device: torch.device) -> Tensor:
+    """Half of the draws follow the sampler's shifted schedule, half a logit-normal that dwells on the middle."""
+    uniform = torch.rand(count, device=device)
+    shifted = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+    middle = torch.sigmoid(torch.randn(count, device=device))
+    return torch.where(torch.rand(count, device=device) < 0.5, shifted, middle)
+
+
+def _fastest_attention(device: str, rank: int):
+    """A context that prefers the faster of torch's two fused attentions, forward and backward, at the default size."""
+    if not device.startswith("cuda"):
+        return contextlib.nullcontext()
+    q = torch.randn(8, 4, 4352, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    seconds = []
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    for backend in backends:
+        with sdpa_kernel(backend):
+            for turn in range(8):
+                if turn == 3:
+                    torch.cuda.synchronize()
+                    began = time.time()
+                F.scaled_dot_product_attention(q, q, q).sum().backward()
+            torch.cuda.synchronize()
+            seconds.append(time.time() - began)
+    best = int(_agree(float(seconds[1] < seconds[0]), device))
+    if rank == 0:
+        print(
+            f"flash {seconds[0] / 5e-3:.2f} ms, cudnn {seconds[1] / 5e-3:.2f} ms: {backends[best].name}",
+            flush=True,
+        )
+    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([backends[best], backends[1 - best], *others], set_priority=True)
 
 
 def _join_ranks(device: str) -> tuple[int, int, str]:
@@ -276,5 +311,6 @@ def _save(out: Path, average: _Student) -> None:
     save_shards(average.text_encoder.state_dict(), out, "text")
 
 
-def _warm_cosine(progress: float, step: int, warm: int) -> float:
-    return min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+def _cosine(progress: float, final: float) -> float:
+    """Falls from 1 at the start to `final` at the end."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

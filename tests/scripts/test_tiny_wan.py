@@ -104,3 +104,70 @@ def test_the_shipped_model_is_small_and_has_the_trained_layout(scripts_on_the_pa
             k: v.shape for k, v in fresh.state_dict().items()
         }
     assert pipe.tokenizer.get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_labels_say_what_the_clip_shows(scripts_on_the_path):
+    from tiny_wan.labels import label_scenes
+
+    rng = random.Random(3)
+    scenes = [sample_scene(rng) for _ in range(12)]
+    labels = label_scenes(scenes, 9, 128, "cpu")
+    assert labels.cover.shape == (12, 2, 5, 16, 16)
+    grid = (torch.arange(16) + 0.5) / 16
+    for scene, cover, centres, objects in zip(
+        scenes, labels.cover, labels.centres, labels.objects, strict=True
+    ):
+        assert [thing.x for thing in scene.objects] == sorted(thing.x for thing in scene.objects)
+        for slot, thing in enumerate(scene.objects):
+            named = [list(COLOURS)[objects[slot, 0]], SHAPES[objects[slot, 1]], MOTIONS[objects[slot, 2]]]
+            assert named == [thing.colour, thing.shape, thing.motion]
+            shown = cover[slot].float()
+            middle_x = (shown.sum(1) * grid).sum(-1) / shown.sum((1, 2))
+            middle_y = (shown.sum(2) * grid).sum(-1) / shown.sum((1, 2))
+            assert (torch.stack([middle_x, middle_y]) - centres[slot]).abs().max() < 1 / 16
+        if len(scene.objects) == 1:
+            assert not cover[1].any() and (objects[1] == -100).all()
+
+
+def test_a_reader_that_knows_the_truth_is_hardly_wrong(scripts_on_the_path):
+    from tiny_wan.labels import TokenReader, label_scenes
+
+    rng = random.Random(4)
+    labels = label_scenes([sample_scene(rng) for _ in range(6)], 5, 128, "cpu")
+    reader = TokenReader(16)
+    hidden = torch.randn(6, 3 * 16 * 16, 16, generator=torch.Generator().manual_seed(0))
+    sure = torch.full((6, 3 * 16 * 16, sum(reader.sizes)), -20.0)
+    cover = labels.cover.flatten(2).transpose(1, 2)
+    sure[..., :2][cover] = 20.0
+    start = 6
+    for place, count in enumerate(reader.sizes[2:]):
+        if place < 3:
+            truth = labels.objects[:, :, place].clamp(min=0).gather(1, cover.float().argmax(-1))
+        else:
+            truth = labels.ground[:, place - 3, None].expand(-1, cover.shape[1])
+        sure[..., start : start + count].scatter_(-1, truth[..., None], 20.0)
+        start += count
+    xs, ys = ((torch.arange(16) + 0.5) / 16).expand(3, 16, 16), ((torch.arange(16) + 0.5) / 16)[:, None]
+    here = torch.stack([xs, ys.expand(3, 16, 16)], -1).reshape(1, -1, 1, 2)
+    centres = labels.centres.permute(0, 3, 1, 2)[:, :, None].expand(-1, -1, 256, -1, -1).flatten(1, 2)
+    sure[..., 2:6] = (centres - here).flatten(2)
+    guess = reader(hidden, labels)
+    reader.read.forward = lambda _: sure
+    assert reader(hidden, labels) < 1e-3 < guess
+
+
+def test_training_goes_on_from_what_ships_and_saves_it(scripts_on_the_path, tmp_path):
+    from safetensors.torch import load_file
+    from tiny_wan.dit import DitOptions, train_dit
+
+    shipped = model_path("tiny-wan")
+    options = DitOptions(
+        out=tmp_path, minutes=0.03, vae_from=shipped, resume=shipped, batch=1, short_share=0.0, short_batch=1,
+        large_share=0.0, large_batch=1, rate=1e-3, final=0.1, clips=1, compiled=False, seed=0, device="cpu",
+    )  # fmt: skip
+    train_dit(options)
+    parts = {k: v for path in tmp_path.glob("dit-*.safetensors") for k, v in load_file(path).items()}
+    before = {k: v for path in shipped.glob("transformer/*.safetensors") for k, v in load_file(path).items()}
+    assert parts.keys() == before.keys()
+    assert all(v.isfinite().all() for v in parts.values())
+    assert any(not torch.equal(v, before[k].float()) for k, v in parts.items())

@@ -1,0 +1,72 @@
+"""Rendered clips as latents, with their captions and labels: what the transformer is trained on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene, write_caption
+
+from .labels import SceneLabels, label_scenes
+
+CAPTION_DROP = 0.1
+CAPTION_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch: `latents` fp32 and `objects` fp32 (1 where one shows) `[B, C or 1, T, h, w]`, token `ids` and `mask`."""
+
+    latents: Tensor
+    objects: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: SceneLabels
+
+
+class ClipPool:
+    """Clips of one size, rendered and encoded once."""
+
+    def __init__(self, vae, tokenizer, rng: random.Random, count: int, size: int, frames: int, device: str):
+        mean, std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        grid = ((frames - 1) // 2 + 1, size // 4, size // 4)
+        self.latents = torch.empty(count, vae.config.z_dim, *grid, dtype=torch.float16, device=device)
+        self.objects = torch.empty(count, 1, *grid, dtype=torch.bool, device=device)
+        captions, labels, chunk = [], [], max(1, 8 * 128 * 128 // size**2)
+        for start in range(0, count, chunk):
+            scenes = [sample_scene(rng) for _ in range(min(chunk, count - start))]
+            captions += [write_caption(s, rng) for s in scenes]
+            clip = render_scenes(scenes, frames, size, size, device)
+            with torch.no_grad(), torch.autocast(device.split(":")[0], torch.bfloat16):
+                moments = vae.encode(clip).latent_dist.mode().float()
+            self.latents[start : start + chunk] = ((moments - mean) / std).half()
+            masks = object_masks(scenes, frames, size, size, device)
+            first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
+            self.objects[start : start + chunk] = torch.cat([first, rest], 2) > 0
+            labels.append(label_scenes(scenes, frames, size, device))
+        self.labels = SceneLabels.join(labels)
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
+        )
+        self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        empty = tokenizer([""], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
+        self.empty = empty.input_ids.to(device), empty.attention_mask.to(device)
+
+    def draw(self, count: int) -> Drawn:
+        device = self.latents.device
+        which = torch.randint(len(self.latents), (count,), device=device)
+        drop = torch.rand(count, 1, device=device) < CAPTION_DROP
+        return Drawn(
+            self.latents[which].float(),
+            self.objects[which].float(),
+            torch.where(drop, self.empty[0], self.ids[which]),
+            torch.where(drop, self.empty[1], self.mask[which]),
+            self.labels[which],
+        )
