@@ -156,7 +156,7 @@ def evaluate(
 
     device = wan.pick_device(options.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     pipe = wan.load(
         options.model, device=str(device), dtype=options.dtype, flow_shift=preset.generate.flow_shift
     )

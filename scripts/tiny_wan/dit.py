@@ -38,6 +38,7 @@ from .models import (
     make_transformer,
     save_shards,
 )
+from .muon import BatchedMuon
 
 WEIGHT_DECAY = 0.01
 READ_AFTER = 4  # the block whose output says what each token shows
@@ -192,9 +193,7 @@ class _Learner:
         ]
         self.optimisers = [
             torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=outer[0].is_cuda),
-            torch.optim.Muon(
-                inner, lr=options.rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            ),
+            BatchedMuon(inner, lr=options.rate, weight_decay=WEIGHT_DECAY),
         ]
 
     def take_step(self, drawn: Drawn, progress: float, step: int) -> Tensor:
@@ -216,7 +215,7 @@ class _Learner:
         self._average_and_clip()
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                rate = self.options.rate * (MUON_RATE if isinstance(optimiser, torch.optim.Muon) else 1.0)
+                rate = self.options.rate * (MUON_RATE if isinstance(optimiser, BatchedMuon) else 1.0)
                 group["lr"] = rate * share * min(1.0, (step + 1) / 200)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

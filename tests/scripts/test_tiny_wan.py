@@ -171,3 +171,22 @@ def test_training_goes_on_from_what_ships_and_saves_it(scripts_on_the_path, tmp_
     assert parts.keys() == before.keys()
     assert all(v.isfinite().all() for v in parts.values())
     assert any(not torch.equal(v, before[k].float()) for k, v in parts.items())
+
+
+def test_batched_muon_moves_weights_as_torch_does(scripts_on_the_path):
+    from tiny_wan.muon import BatchedMuon
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (8, 8), (8, 24), (24, 8)]
+    ours = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    batched = BatchedMuon(ours, lr=0.02, weight_decay=0.1)
+    stock = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        batched.step()
+        stock.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
