@@ -7,9 +7,10 @@
 
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
-(`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), or the kernel of dense attention
-(`kernel=math`: the noise floor of PSNR). Without a first word a variant is `fast`, or `dense` if it names no sparse
-option. Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
+(`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
+(`shift=5`), or the kernel of dense attention (`kernel=math`: the noise floor of PSNR). Without a first word a variant
+is `fast`, or `dense` if it names no sparse option. Every variant starts a prompt from the same noise. Figures from
+random weights say nothing about quality.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Variant:
     steps: int
     kernel: str | None  # of dense attention; None: what torch chooses
     guidance: float | None = None  # None: the preset's
+    shift: float | None = None  # of the noise schedule; None: the preset's
 
 
 def main() -> None:
@@ -117,11 +119,8 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         if not equals:
             raise SystemExit(f"variant {text!r}: {item!r} is not key=value")
         settings[key] = parse_value(value)
-    steps, kernel, guidance = (
-        settings.pop("steps", steps),
-        settings.pop("kernel", None),
-        settings.pop("guidance", None),
-    )
+    steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
+    guidance, shift = settings.pop("guidance", None), settings.pop("shift", None)
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
         raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")
@@ -130,14 +129,14 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
     if head == "dense":
         if settings:
             raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
-        return Variant(text, None, steps, kernel, guidance)
+        return Variant(text, None, steps, kernel, guidance, shift)
     if preset.sparse is None:
         raise SystemExit(
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
         )
     if head == "random":
         settings["method"] = "random"
-    return Variant(text, preset.sparse.merged(settings), steps, None, guidance)
+    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift)
 
 
 def parse_value(text: str) -> Any:
@@ -250,6 +249,9 @@ def run_batch(
 
     with contextlib.ExitStack() as stack:
         handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse)) if variant.sparse else None
+        if variant.shift is not None:
+            stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=variant.shift)
         if variant.kernel:
             backend = getattr(torch.nn.attention.SDPBackend, KERNELS[variant.kernel])
             stack.enter_context(torch.nn.attention.sdpa_kernel(backend))
