@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene, write_caption
+from dit_accel.quality.scenes import Scene, render_scenes, sample_scene, write_caption
 
-from .labels import SceneLabels, label_scenes
+from .labels import SceneLabels, cover_latents, label_scenes
 
+TWO_OBJECTS = 0.6  # share of clips; they are the harder ones
 CAPTION_DROP = 0.1
 CAPTION_TOKENS = 48
 
@@ -39,18 +39,17 @@ class ClipPool:
         grid = ((frames - 1) // 2 + 1, size // 4, size // 4)
         self.latents = torch.empty(count, vae.config.z_dim, *grid, dtype=torch.float16, device=device)
         self.objects = torch.empty(count, 1, *grid, dtype=torch.bool, device=device)
-        captions, labels, chunk = [], [], max(1, 8 * 128 * 128 // size**2)
+        captions, labels, chunk = [], [], max(1, 32 * 128 * 128 // size**2)
         for start in range(0, count, chunk):
-            scenes = [sample_scene(rng) for _ in range(min(chunk, count - start))]
+            scenes = [_sample(rng) for _ in range(min(chunk, count - start))]
             captions += [write_caption(s, rng) for s in scenes]
             clip = render_scenes(scenes, frames, size, size, device)
             with torch.no_grad(), torch.autocast(device.split(":")[0], torch.bfloat16):
                 moments = vae.encode(clip).latent_dist.mode().float()
             self.latents[start : start + chunk] = ((moments - mean) / std).half()
-            masks = object_masks(scenes, frames, size, size, device)
-            first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
-            self.objects[start : start + chunk] = torch.cat([first, rest], 2) > 0
-            labels.append(label_scenes(scenes, frames, size, device))
+            cover = cover_latents(scenes, frames, size, device)
+            self.objects[start : start + chunk] = cover.amax(1, keepdim=True) > 0
+            labels.append(label_scenes(scenes, cover, frames))
         self.labels = SceneLabels.join(labels)
         tokens = tokenizer(
             captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
@@ -70,3 +69,7 @@ class ClipPool:
             torch.where(drop, self.empty[1], self.mask[which]),
             self.labels[which],
         )
+
+
+def _sample(rng: random.Random) -> Scene:
+    return sample_scene(rng, n_objects=2 if rng.random() < TWO_OBJECTS else 1)

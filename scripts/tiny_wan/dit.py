@@ -22,10 +22,9 @@ import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5EncoderModel
 
+from .attention import BACKENDS, FusedRotaryProcessor, prefer, time_backends
 from .clips import ClipPool, Drawn
 from .labels import TokenReader
 from .models import (
@@ -100,9 +99,14 @@ def train_dit(options: DitOptions) -> None:
     student = _Student(len(tokenizer)).to(device)
     if options.resume:
         _resume(student, options.resume)
-    reader = TokenReader(student.transformer.config.num_attention_heads * 64).to(device)
+    reader = TokenReader(_width(student)).to(device)
+    if options.resume and (options.resume / "reader-1.safetensors").is_file():
+        reader.load_state_dict(load_shards(options.resume, "reader"))
     average = copy.deepcopy(student)
     tap = _Tap(student.transformer.blocks[READ_AFTER])
+    for block in student.transformer.blocks:
+        block.attn1.set_processor(FusedRotaryProcessor())
+    attention = _fastest_attention(student, options.batch, device, rank)
     if options.compiled:
         # The bound methods, so that the hook of the tap stays outside.
         for module in (student.text_encoder, *student.transformer.blocks):
@@ -111,7 +115,7 @@ def train_dit(options: DitOptions) -> None:
     learner = _Learner(student, reader, tap, options, world)
     order = random.Random(options.seed)  # the same kinds of batches in the same order on every rank
     history, losses, step, progress, saved = [], [[] for _ in pools], 0, 0.0, time.time()
-    with _fastest_attention(device, rank):
+    with attention:
         while progress < 1:
             kind = order.choices(range(len(pools)), shares)[0]
             losses[kind].append(learner.take_step(pools[kind].draw(batches[kind]), progress, step))
@@ -130,10 +134,10 @@ def train_dit(options: DitOptions) -> None:
                     told = ", ".join(f"{m[0]:.4f} ({m[1]:.2f})" if m[0] else "-" for m in means)
                     print(f"dit step {step} {seconds} s, loss (of reading) by kind: {told}", flush=True)
             if rank == 0 and time.time() - saved > 150:
-                _save(options.out, average)
+                _save(options.out, average, reader)
                 saved = time.time()
     if rank == 0:
-        _save(options.out, average)
+        _save(options.out, average, reader)
         record = {
             "steps": step,
             **{name: getattr(options, name) for name in ("minutes", "batch", "short_share", "short_batch")},
@@ -247,30 +251,26 @@ def _draw_sigma(count: int, device: torch.device) -> Tensor:
     return torch.where(torch.rand(count, device=device) < 0.5, shifted, middle)
 
 
-def _fastest_attention(device: str, rank: int):
-    """A context that prefers the faster of torch's two fused attentions, forward and backward, at the default size."""
+def _fastest_attention(student: _Student, batch: int, device: str, rank: int):
+    """A context that prefers the faster fused attention, measured on the student's own layer at the default size."""
     if not device.startswith("cuda"):
         return contextlib.nullcontext()
-    q = torch.randn(8, 4, 4352, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    seconds = []
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    for backend in backends:
-        with sdpa_kernel(backend):
-            for turn in range(8):
-                if turn == 3:
-                    torch.cuda.synchronize()
-                    began = time.time()
-                F.scaled_dot_product_attention(q, q, q).sum().backward()
-            torch.cuda.synchronize()
-            seconds.append(time.time() - began)
-    best = int(_agree(float(seconds[1] < seconds[0]), device))
+    transformer = student.transformer
+    latents = torch.empty(1, transformer.config.in_channels, 17, 32, 32, device=device)
+    rotary = transformer.rope(latents)
+    hidden = torch.randn(batch, 17 * 16 * 16, _width(student), device=device, requires_grad=True)
+
+    def attend() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return transformer.blocks[0].attn1(hidden, None, None, rotary)
+
+    seconds = time_backends(attend)
+    best = BACKENDS[int(_agree(float(seconds[1] < seconds[0]), device))]
+    student.zero_grad(set_to_none=True)
     if rank == 0:
-        print(
-            f"flash {seconds[0] / 5e-3:.2f} ms, cudnn {seconds[1] / 5e-3:.2f} ms: {backends[best].name}",
-            flush=True,
-        )
-    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel([backends[best], backends[1 - best], *others], set_priority=True)
+        told = ", ".join(f"{b.name} {s * 1e3:.2f} ms" for b, s in zip(BACKENDS, seconds, strict=True))
+        print(f"a layer's attention, forward and backward: {told}; taking {best.name}", flush=True)
+    return prefer(best)
 
 
 def _join_ranks(device: str) -> tuple[int, int, str]:
@@ -292,6 +292,10 @@ def _agree(value: float, device: str) -> float:
     return shared.item()
 
 
+def _width(student: _Student) -> int:
+    return student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
+
+
 def _resume(student: _Student, folder: Path) -> None:
     """Take over the weights of a run's shards (fp32), or of an exported pipeline folder (bf16, as it ships)."""
     if (folder / "transformer").is_dir():
@@ -304,7 +308,8 @@ def _resume(student: _Student, folder: Path) -> None:
     student.text_encoder.load_state_dict(load_shards(folder, "text"))
 
 
-def _save(out: Path, average: _Student) -> None:
+def _save(out: Path, average: _Student, reader: TokenReader) -> None:
+    save_shards(reader.state_dict(), out, "reader")
     save_shards(average.transformer.state_dict(), out, "dit")
     save_shards(average.text_encoder.state_dict(), out, "text")
 

@@ -55,33 +55,38 @@ class SceneLabels:
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
-def label_scenes(scenes: Sequence[Scene], frames: int, size: int, device: str) -> SceneLabels:
-    """The truth of square clips coded 2x in time and 4x in space, with patches of 2x2 latents."""
-    latents = (frames - 1) // 2 + 1
-    time = torch.arange(latents, device=device) * 2.0
+def cover_latents(scenes: Sequence[Scene], frames: int, size: int, device: str) -> Tensor:
+    """How far each object covers each latent of square clips coded 2x in time and 4x in space: `[B, 2, T, h, w]`."""
+    alone = [Scene((thing,), scene.background) for scene in scenes for thing in scene.objects]
+    masks = object_masks(alone, frames, size, size, device)
+    first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
+    found = torch.cat([first, rest], 2)[:, 0]
+    cover = found.new_zeros(len(scenes), MAX_OBJECTS, *found.shape[1:])
+    clips = [index for index, scene in enumerate(scenes) for _ in scene.objects]
+    slots = [slot for scene in scenes for slot in range(len(scene.objects))]
+    cover[clips, slots] = found
+    return cover
+
+
+def label_scenes(scenes: Sequence[Scene], cover: Tensor, frames: int) -> SceneLabels:
+    """The truth of clips of `frames` frames with the `cover` of their latents; patches are 2x2 latents."""
+    latents = cover.shape[2]
+    time = torch.arange(latents) * 2.0
     time = (time - 0.5 * (time > 0)) / (frames - 1)  # a latent after the first holds two frames
-    cover = torch.zeros(
-        len(scenes), MAX_OBJECTS, latents, size // 8, size // 8, dtype=torch.bool, device=device
-    )
-    centres = torch.zeros(len(scenes), MAX_OBJECTS, 2, latents, device=device)
+    centres = torch.zeros(len(scenes), MAX_OBJECTS, 2, latents)
     objects = torch.full((len(scenes), MAX_OBJECTS, 3), _ABSENT)
     ground = torch.empty(len(scenes), 2, dtype=torch.int64)
     for index, scene in enumerate(scenes):
         pan = tuple((p > 0) - (p < 0) for p in scene.background.pan)
         ground[index] = torch.tensor([BACKGROUNDS.index(scene.background.kind), _PANS.index(pan)])
-        alone = [Scene((thing,), scene.background) for thing in scene.objects]
-        masks = object_masks(alone, frames, size, size, device)
-        first = F.max_pool3d(masks[:, :, :1], (1, 8, 8))
-        cover[index, : len(alone)] = (
-            torch.cat([first, F.max_pool3d(masks[:, :, 1:], (2, 8, 8))], 2)[:, 0] > 0.5
-        )
         for slot, thing in enumerate(scene.objects):
             x, y, _, _ = object_path(thing, time)
             centres[index, slot] = torch.stack([x, y])
             objects[index, slot] = torch.tensor(
                 [_COLOURS.index(thing.colour), SHAPES.index(thing.shape), MOTIONS.index(thing.motion)]
             )
-    return SceneLabels(cover, centres, objects.to(device), ground.to(device))
+    tokens = F.max_pool3d(cover, (1, 2, 2)) > 0.5
+    return SceneLabels(tokens, *(t.to(cover.device) for t in (centres, objects, ground)))
 
 
 class TokenReader(nn.Module):

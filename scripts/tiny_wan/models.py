@@ -19,7 +19,7 @@ from dit_accel.quality.scenes import sample_scene, write_caption
 LATENT_CHANNELS = 16
 TEXT_DIM = 128
 PROMPT_LENGTH = 512  # what WanPipeline pads prompt embeddings to by default
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 5.0
 SHARD_BYTES = 12 * 2**20
 
 

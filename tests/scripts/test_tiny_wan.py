@@ -107,11 +107,11 @@ def test_the_shipped_model_is_small_and_has_the_trained_layout(scripts_on_the_pa
 
 
 def test_labels_say_what_the_clip_shows(scripts_on_the_path):
-    from tiny_wan.labels import label_scenes
+    from tiny_wan.labels import cover_latents, label_scenes
 
     rng = random.Random(3)
     scenes = [sample_scene(rng) for _ in range(12)]
-    labels = label_scenes(scenes, 9, 128, "cpu")
+    labels = label_scenes(scenes, cover_latents(scenes, 9, 128, "cpu"), 9)
     assert labels.cover.shape == (12, 2, 5, 16, 16)
     grid = (torch.arange(16) + 0.5) / 16
     for scene, cover, centres, objects in zip(
@@ -130,10 +130,11 @@ def test_labels_say_what_the_clip_shows(scripts_on_the_path):
 
 
 def test_a_reader_that_knows_the_truth_is_hardly_wrong(scripts_on_the_path):
-    from tiny_wan.labels import TokenReader, label_scenes
+    from tiny_wan.labels import TokenReader, cover_latents, label_scenes
 
     rng = random.Random(4)
-    labels = label_scenes([sample_scene(rng) for _ in range(6)], 5, 128, "cpu")
+    scenes = [sample_scene(rng) for _ in range(6)]
+    labels = label_scenes(scenes, cover_latents(scenes, 5, 128, "cpu"), 5)
     reader = TokenReader(16)
     hidden = torch.randn(6, 3 * 16 * 16, 16, generator=torch.Generator().manual_seed(0))
     sure = torch.full((6, 3 * 16 * 16, sum(reader.sizes)), -20.0)
@@ -190,3 +191,18 @@ def test_batched_muon_moves_weights_as_torch_does(scripts_on_the_path):
         stock.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_of_the_trainer_equals_the_stock_one(scripts_on_the_path):
+    from tiny_wan.attention import FusedRotaryProcessor
+    from tiny_wan.models import make_transformer
+
+    torch.manual_seed(0)
+    transformer = make_transformer().eval()
+    inputs = torch.randn(2, 16, 3, 8, 12), torch.tensor([900.0, 30.0]), torch.randn(2, 512, 128)
+    stock = transformer(*inputs, return_dict=False)[0]
+    for block in transformer.blocks:
+        block.attn1.set_processor(FusedRotaryProcessor())
+    ours = transformer(*inputs, return_dict=False)[0]
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
