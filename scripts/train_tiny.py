@@ -3,8 +3,8 @@
 Stages, each of which writes safetensors shards that the next one reads:
 
     python scripts/train_tiny.py vae --out run --minutes 5
-    torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 9
-    torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 6 --resume run --large-share 0.2
+    python scripts/train_tiny.py text --out run --minutes 5
+    torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 20
     python scripts/train_tiny.py export --run run --to presets/models/tiny-wan
 
 To go on from the model that ships, give its folder to --resume and --vae-from.
@@ -38,6 +38,22 @@ def vae(
 
 
 @app.command()
+def text(
+    out: Out,
+    minutes: Annotated[float, typer.Option(help="Wall-clock time to train for.")] = 5.0,
+    resume: Annotated[Path | None, typer.Option(help="Folder to start from: shards or a pipeline.")] = None,
+    batch: Annotated[int, typer.Option(help="Captions a step.")] = 128,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Train the text encoder on captions alone; minutes on a CPU."""
+    from tiny_wan.text import train_text
+
+    train_text(out, resume, minutes, batch, rate, seed, device)
+
+
+@app.command()
 def dit(
     out: Out,
     minutes: Annotated[float, typer.Option(help="Wall-clock time to train for, rendering included.")] = 9.0,
@@ -45,40 +61,30 @@ def dit(
         Path | None, typer.Option(help="Folder with the VAE: shards or a pipeline; default: --out.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to start from: shards or a pipeline.")] = None,
-    batch: Annotated[int, typer.Option(help="Default-size clips a step on each GPU.")] = 32,
-    short_share: Annotated[float, typer.Option(help="Share of the steps on clips of 17 frames.")] = 0.0,
-    short_batch: Annotated[int, typer.Option(help="Short clips a step on each GPU.")] = 64,
-    large_share: Annotated[float, typer.Option(help="Share of the steps on 352x352 clips.")] = 0.0,
-    large_batch: Annotated[int, typer.Option(help="Large clips a step on each GPU.")] = 3,
+    text_from: Annotated[
+        Path | None, typer.Option(help="Folder with the text encoder; default: --resume, or else --out.")
+    ] = None,
+    mix: Annotated[
+        list[str],
+        typer.Option(help="Kinds of clips: SIZExFRAMES:BATCH:SHARE:CLIPS, batch and clips for each GPU."),
+    ] = ["128x33:24:0.6:4096", "128x17:48:0.4:4096"],  # noqa: B006  (typer copies it)
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     final: Annotated[float, typer.Option(help="Learning rate at the end, as a share of the peak.")] = 0.01,
-    clips: Annotated[int, typer.Option(help="Clips rendered and encoded on each GPU.")] = 6144,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer blocks.")] = True,
     seed: int = 0,
     device: str = "cuda",
 ) -> None:
     """Train the transformer and the text encoder; run under torchrun for several GPUs."""
+    from tiny_wan.clips import Mix
     from tiny_wan.dit import DitOptions, train_dit
 
-    train_dit(
-        DitOptions(
-            out,
-            minutes,
-            vae_from or out,
-            resume,
-            batch,
-            short_share,
-            short_batch,
-            large_share,
-            large_batch,
-            rate,
-            final,
-            clips,
-            compiled,
-            seed,
-            device,
-        )
-    )
+    try:
+        kinds = tuple(Mix.parse(kind) for kind in mix)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    text_from = text_from or resume or out
+    options = (out, minutes, vae_from or out, text_from, resume, kinds, rate, final, compiled, seed, device)
+    train_dit(DitOptions(*options))
 
 
 @app.command()

@@ -109,13 +109,19 @@ def sample_scene(rng: random.Random, *, held_out: bool = False, n_objects: int |
 def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
     """Describe a scene in one sentence; `rng` varies the wording, without it the plainest form is used."""
     form = rng.randrange(3) if rng else 0
-    phrases = [_describe_object(o) for o in scene.objects]
+    phrases = [describe_object(o) for o in scene.objects]
     ground = f"a {'panning ' if scene.background.panning else ''}{scene.background.kind} background"
     if form == 0:
         return f"{' and '.join(phrases)} over {ground}"
     if form == 1:
         return ", ".join([f"{phrases[0]} over {ground}", *phrases[1:]])
     return f"{ground} with {' and '.join(phrases)}"
+
+
+def describe_object(thing: SceneObject) -> str:
+    """The words of a caption that speak of one object: "a small blue circle spinning"."""
+    size = "" if thing.size == "medium" else thing.size + " "
+    return f"a {size}{thing.colour} {thing.shape} {MOTION_WORDS[thing.motion]}"
 
 
 def render_scenes(
@@ -198,11 +204,6 @@ def object_path(thing: SceneObject, time: Tensor) -> tuple[Tensor, Tensor, Tenso
     elif thing.motion == "spin":
         angle = 2 * math.pi * (thing.phase + thing.turn * 1.25 * time)
     return x, y, radius, angle
-
-
-def _describe_object(thing: SceneObject) -> str:
-    size = "" if thing.size == "medium" else thing.size + " "
-    return f"a {size}{thing.colour} {thing.shape} {MOTION_WORDS[thing.motion]}"
 
 
 def _sample_object(rng: random.Random, held_out: bool, smaller: bool) -> SceneObject:

@@ -15,17 +15,16 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
 
 from .attention import BACKENDS, FusedRotaryProcessor, prefer, time_backends
-from .clips import ClipPool, Drawn
+from .clips import ClipPool, Drawn, Mix
 from .labels import TokenReader
 from .models import (
     FLOW_SHIFT,
@@ -38,6 +37,7 @@ from .models import (
     save_shards,
 )
 from .muon import BatchedMuon
+from .text import CaptionReader, encode, load_encoder
 
 WEIGHT_DECAY = 0.01
 READ_AFTER = 4  # the block whose output says what each token shows
@@ -53,15 +53,11 @@ class DitOptions:
     out: Path
     minutes: float
     vae_from: Path
+    text_from: Path
     resume: Path | None
-    batch: int
-    short_share: float
-    short_batch: int
-    large_share: float
-    large_batch: int
+    mix: tuple[Mix, ...]
     rate: float
     final: float
-    clips: int
     compiled: bool
     seed: int
     device: str
@@ -74,11 +70,12 @@ class _Student(nn.Module):
         super().__init__()
         self.text_encoder = make_text_encoder(vocabulary)
         self.transformer = make_transformer()
+        self.words: Tensor | None = None  # what the encoder said last
 
     def forward(self, latents: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
-        prompt = hidden.new_zeros(len(ids), PROMPT_LENGTH, hidden.shape[-1])
-        prompt[:, : ids.shape[1]] = hidden
+        self.words = encode(self.text_encoder, ids, mask)
+        prompt = self.words.new_zeros(len(ids), PROMPT_LENGTH, self.words.shape[-1])
+        prompt[:, : ids.shape[1]] = self.words
         return self.transformer(latents, timestep, prompt, return_dict=False)[0]
 
 
@@ -89,36 +86,35 @@ def train_dit(options: DitOptions) -> None:
     torch.manual_seed(options.seed * 1000 + rank)
     torch.backends.cuda.matmul.allow_tf32 = True
     tokenizer = make_tokenizer()
-    shares, batches, pools = _render_pools(
-        options, tokenizer, random.Random(f"{options.seed}-{rank}"), device
-    )
+    vae, rng = load_vae(options.vae_from).to(device), random.Random(f"{options.seed}-{rank}")
+    pools = [ClipPool(vae, tokenizer, rng, mix, device) for mix in options.mix]
     if rank == 0:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {world} GPUs", flush=True)
 
     torch.manual_seed(options.seed)  # equal initial weights on every rank
     student = _Student(len(tokenizer)).to(device)
+    encoder = load_encoder(options.text_from, len(tokenizer))
+    student.text_encoder.load_state_dict(encoder.state_dict())
     if options.resume:
-        _resume(student, options.resume)
-    reader = TokenReader(_width(student)).to(device)
-    if options.resume and (options.resume / "reader-1.safetensors").is_file():
-        reader.load_state_dict(load_shards(options.resume, "reader"))
+        _resume(student.transformer, options.resume)
+    readers = _make_readers(student, options).to(device)
     average = copy.deepcopy(student)
     tap = _Tap(student.transformer.blocks[READ_AFTER])
     for block in student.transformer.blocks:
         block.attn1.set_processor(FusedRotaryProcessor())
-    attention = _fastest_attention(student, options.batch, device, rank)
+    attention = _fastest_attention(student, device, rank)
     if options.compiled:
         # The bound methods, so that the hook of the tap stays outside.
         for module in (student.text_encoder, *student.transformer.blocks):
             module.forward = torch.compile(module.forward, dynamic=False)
     torch.manual_seed(options.seed * 1000 + rank + 1)
-    learner = _Learner(student, reader, tap, options, world)
+    learner = _Learner(student, readers, tap, options, world)
     order = random.Random(options.seed)  # the same kinds of batches in the same order on every rank
     history, losses, step, progress, saved = [], [[] for _ in pools], 0, 0.0, time.time()
     with attention:
         while progress < 1:
-            kind = order.choices(range(len(pools)), shares)[0]
-            losses[kind].append(learner.take_step(pools[kind].draw(batches[kind]), progress, step))
+            kind = order.choices(range(len(pools)), [mix.share for mix in options.mix])[0]
+            losses[kind].append(learner.take_step(pools[kind].draw(options.mix[kind].batch), progress, step))
             step += 1
             decay = min(0.999, step / (step + 30))
             with torch.no_grad():
@@ -126,25 +122,22 @@ def train_dit(options: DitOptions) -> None:
             if step % (20 if device.startswith("cuda") else 1) == 0:  # agreeing makes the GPU wait
                 progress = _agree((time.time() - started) / (60 * options.minutes), device)
             if step % 100 == 0:
-                means = [torch.stack(part).mean(0).tolist() if part else [None, None] for part in losses]
+                means = [torch.stack(part).mean(0).tolist() if part else [None] * 3 for part in losses]
                 losses = [[] for _ in pools]
                 seconds = round(time.time() - started, 1)
                 history.append({"step": step, "seconds": seconds, "loss": [m[0] for m in means]})
                 if rank == 0:
-                    told = ", ".join(f"{m[0]:.4f} ({m[1]:.2f})" if m[0] else "-" for m in means)
-                    print(f"dit step {step} {seconds} s, loss (of reading) by kind: {told}", flush=True)
+                    told = ", ".join(f"{m[0]:.4f} ({m[1]:.2f} {m[2]:.3f})" if m[0] else "-" for m in means)
+                    print(f"dit step {step} {seconds} s, loss (reading tokens, words): {told}", flush=True)
             if rank == 0 and time.time() - saved > 150:
-                _save(options.out, average, reader)
+                _save(options.out, average, readers)
                 saved = time.time()
     if rank == 0:
-        _save(options.out, average, reader)
+        _save(options.out, average, readers)
         record = {
             "steps": step,
-            **{name: getattr(options, name) for name in ("minutes", "batch", "short_share", "short_batch")},
-            **{
-                name: getattr(options, name)
-                for name in ("large_share", "large_batch", "rate", "final", "seed")
-            },
+            "mix": [asdict(mix) for mix in options.mix],
+            **{name: getattr(options, name) for name in ("minutes", "rate", "final", "seed")},
             "gpus": world,
             "resumed": options.resume is not None,
             "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
@@ -157,17 +150,18 @@ def train_dit(options: DitOptions) -> None:
         dist.destroy_process_group()
 
 
-def _render_pools(options: DitOptions, tokenizer, rng: random.Random, device: str):
-    """Share of the steps, clips a step, and clips, of the default size, of short clips and of large ones."""
-    vae = load_vae(options.vae_from).to(device)
-    kinds = [
-        (1 - options.short_share - options.large_share, options.batch, options.clips, 128, 33),
-        (options.short_share, options.short_batch, options.clips, 128, 17),
-        (options.large_share, options.large_batch, max(2, options.clips // 16), 352, 33),
-    ]
-    kinds = [kind for kind in kinds if kind[0] > 0]
-    pools = [ClipPool(vae, tokenizer, rng, count, *size, device) for _, _, count, *size in kinds]
-    return [kind[0] for kind in kinds], [kind[1] for kind in kinds], pools
+def _make_readers(student: _Student, options: DitOptions) -> nn.ModuleDict:
+    """The training-only heads: `reader` of the transformer's tokens, `words` of the encoder's."""
+    readers = nn.ModuleDict(
+        {
+            "reader": TokenReader(_width(student)),
+            "words": CaptionReader(student.text_encoder.config.d_model),
+        }
+    )
+    for name, folder in (("reader", options.resume), ("words", options.text_from)):
+        if folder and (folder / f"{name}-1.safetensors").is_file():  # a pipeline folder has none
+            readers[name].load_state_dict(load_shards(folder, name))
+    return readers
 
 
 class _Tap:
@@ -184,9 +178,9 @@ class _Tap:
 class _Learner:
     """One step of training: losses, gradients averaged over ranks and clipped, two optimisers."""
 
-    def __init__(self, student: _Student, reader: TokenReader, tap: _Tap, options: DitOptions, world: int):
-        self.student, self.reader, self.tap, self.options, self.world = student, reader, tap, options, world
-        self.parameters = [*student.parameters(), *reader.parameters()]
+    def __init__(self, student: _Student, readers: nn.ModuleDict, tap: _Tap, options: DitOptions, world: int):
+        self.student, self.readers, self.tap, self.options, self.world = student, readers, tap, options, world
+        self.parameters = [*student.parameters(), *readers.parameters()]
         inner = [p for p in student.transformer.blocks.parameters() if p.ndim == 2]
         known = {id(p) for p in inner}
         outer = [p for p in self.parameters if id(p) not in known]
@@ -200,7 +194,7 @@ class _Learner:
         ]
 
     def take_step(self, drawn: Drawn, progress: float, step: int) -> Tensor:
-        """Losses `[2]`: of the velocity (unweighted mean square), and of the reading."""
+        """Losses `[3]`: of the velocity (unweighted mean square), of reading tokens, and of reading words."""
         share = _cosine(progress, self.options.final)
         latents = drawn.latents
         noise = torch.randn_like(latents)
@@ -209,11 +203,14 @@ class _Learner:
         with torch.autocast(latents.device.type, torch.bfloat16):
             blended = blend * noise + (1 - blend) * latents
             velocity = self.student(blended, sigma * 1000, drawn.ids, drawn.mask)
-            reading = self.reader(self.tap.hidden, drawn.labels)
+            tokens = self.readers["reader"](self.tap.hidden, drawn.labels)
+            words = self.readers["words"](self.student.words, drawn.words)
         error = (velocity.float() - (noise - latents)).square()
         # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
         weight = 1 + OBJECT_WEIGHT * (1 - blend) * drawn.objects
-        loss = (error * weight).sum() / (weight.sum() * error.shape[1]) + READING_WEIGHT * share * reading
+        loss = (error * weight).sum() / (weight.sum() * error.shape[1]) + READING_WEIGHT * share * (
+            tokens + words
+        )
         loss.backward()
         self._average_and_clip()
         for optimiser in self.optimisers:
@@ -222,7 +219,7 @@ class _Learner:
                 group["lr"] = rate * share * min(1.0, (step + 1) / 200)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        return torch.stack([error.detach().mean(), reading.detach()])
+        return torch.stack([error.detach().mean(), tokens.detach(), words.detach()])
 
     @torch.no_grad()
     def _average_and_clip(self) -> None:
@@ -251,14 +248,14 @@ def _draw_sigma(count: int, device: torch.device) -> Tensor:
     return torch.where(torch.rand(count, device=device) < 0.5, shifted, middle)
 
 
-def _fastest_attention(student: _Student, batch: int, device: str, rank: int):
+def _fastest_attention(student: _Student, device: str, rank: int):
     """A context that prefers the faster fused attention, measured on the student's own layer at the default size."""
     if not device.startswith("cuda"):
         return contextlib.nullcontext()
     transformer = student.transformer
     latents = torch.empty(1, transformer.config.in_channels, 17, 32, 32, device=device)
     rotary = transformer.rope(latents)
-    hidden = torch.randn(batch, 17 * 16 * 16, _width(student), device=device, requires_grad=True)
+    hidden = torch.randn(24, 17 * 16 * 16, _width(student), device=device, requires_grad=True)
 
     def attend() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -296,20 +293,18 @@ def _width(student: _Student) -> int:
     return student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
 
 
-def _resume(student: _Student, folder: Path) -> None:
+def _resume(transformer: WanTransformer3DModel, folder: Path) -> None:
     """Take over the weights of a run's shards (fp32), or of an exported pipeline folder (bf16, as it ships)."""
     if (folder / "transformer").is_dir():
         shipped = WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
-        student.transformer.load_state_dict(shipped.state_dict())
-        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        student.text_encoder.load_state_dict(encoder.state_dict())
-        return
-    student.transformer.load_state_dict(load_shards(folder, "dit"))
-    student.text_encoder.load_state_dict(load_shards(folder, "text"))
+        transformer.load_state_dict(shipped.state_dict())
+    else:
+        transformer.load_state_dict(load_shards(folder, "dit"))
 
 
-def _save(out: Path, average: _Student, reader: TokenReader) -> None:
-    save_shards(reader.state_dict(), out, "reader")
+def _save(out: Path, average: _Student, readers: nn.ModuleDict) -> None:
+    for name, head in readers.items():
+        save_shards(head.state_dict(), out, name)
     save_shards(average.transformer.state_dict(), out, "dit")
     save_shards(average.text_encoder.state_dict(), out, "text")
 

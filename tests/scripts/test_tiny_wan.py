@@ -159,13 +159,12 @@ def test_a_reader_that_knows_the_truth_is_hardly_wrong(scripts_on_the_path):
 
 def test_training_goes_on_from_what_ships_and_saves_it(scripts_on_the_path, tmp_path):
     from safetensors.torch import load_file
+    from tiny_wan.clips import Mix
     from tiny_wan.dit import DitOptions, train_dit
 
     shipped = model_path("tiny-wan")
-    options = DitOptions(
-        out=tmp_path, minutes=0.03, vae_from=shipped, resume=shipped, batch=1, short_share=0.0, short_batch=1,
-        large_share=0.0, large_batch=1, rate=1e-3, final=0.1, clips=1, compiled=False, seed=0, device="cpu",
-    )  # fmt: skip
+    mix = (Mix.parse("32x9:2:1:2"),)
+    options = DitOptions(tmp_path, 0.05, shipped, shipped, shipped, mix, 1e-3, 0.1, False, 0, "cpu")
     train_dit(options)
     parts = {k: v for path in tmp_path.glob("dit-*.safetensors") for k, v in load_file(path).items()}
     before = {k: v for path in shipped.glob("transformer/*.safetensors") for k, v in load_file(path).items()}
@@ -206,3 +205,44 @@ def test_attention_of_the_trainer_equals_the_stock_one(scripts_on_the_path):
         block.attn1.set_processor(FusedRotaryProcessor())
     ours = transformer(*inputs, return_dict=False)[0]
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_every_word_is_labelled_with_what_it_speaks_of(scripts_on_the_path):
+    from tiny_wan.models import make_tokenizer
+    from tiny_wan.text import CaptionReader, tokenise
+
+    from dit_accel.quality.scenes import write_caption
+
+    rng, tokenizer = random.Random(5), make_tokenizer()
+    scenes = [sample_scene(rng, n_objects=1 + index % 2) for index in range(24)]
+    captions = [write_caption(scene, rng) for scene in scenes]
+    ids, mask, labels = tokenise(tokenizer, captions, scenes)
+    for row, scene in enumerate(scenes):
+        assert ((labels.owner[row] == -100) == (mask[row] == 0)).all()
+        for place, thing in enumerate(scene.objects, start=1):
+            spoken = tokenizer.decode(ids[row][labels.owner[row] == place])
+            assert thing.colour in spoken and thing.shape in spoken and scene.background.kind not in spoken
+            assert list(COLOURS)[labels.objects[row, place, 0]] == thing.colour
+        if len(scene.objects) == 1:
+            assert (labels.objects[row, 2] == -100).all() and not (labels.owner[row] == 2).any()
+    assert CaptionReader(8)(torch.randn(24, 48, 8), labels).isfinite()
+
+
+def test_the_encoder_learns_which_words_belong_together(scripts_on_the_path, tmp_path):
+    """From the shipped encoder, in seconds: the loss of reading falls and what the transformer knows stays near."""
+    import json
+
+    from tiny_wan.text import train_text
+
+    train_text(tmp_path, model_path("tiny-wan"), 0.15, 16, 2e-3, 0, "cpu")
+    history = json.loads((tmp_path / "text.json").read_text())["history"]
+    assert history[-1]["step"] > 5 and history[-1]["read"] < 12
+    assert (tmp_path / "text-1.safetensors").is_file() and (tmp_path / "words-1.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", ["128x33:24:0.5", "130x33:24:0.5:10", "128x34:24:0.5:10", "128x33:a:0.5:10"])
+def test_a_mix_that_cannot_be_is_refused_with_what_is_allowed(scripts_on_the_path, text):
+    from tiny_wan.clips import Mix
+
+    with pytest.raises(ValueError, match="SIZExFRAMES:BATCH:SHARE:CLIPS|multiple of 16"):
+        Mix.parse(text)
