@@ -37,7 +37,7 @@ from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
 from dit_accel.quality.judge import judge_clip, matches
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 
-GRIDS = {"default": (128, 33), "large": (352, 33)}  # side in pixels, frames
+GRIDS = {"default": (128, 33), "large": (256, 65)}  # side in pixels, frames
 KERNELS = {
     "math": "MATH",
     "flash": "FLASH_ATTENTION",

@@ -150,7 +150,10 @@ def load_shards(folder: Path, stem: str) -> dict[str, torch.Tensor]:
 def load_vae(folder: Path) -> AutoencoderKLWan:
     """The VAE of a run (`vae.json` and shards), or of a pipeline folder; fp32, frozen."""
     if (folder / "vae").is_dir():
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+        shipped = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+        # A fresh one: what was loaded remembers the path it came from, and would ship that in its config.
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
+        vae.load_state_dict(shipped.state_dict())
     else:
         record = json.loads((folder / "vae.json").read_text())
         vae = make_vae(record["base_dim"], record["latents_mean"], record["latents_std"])
