@@ -1,9 +1,10 @@
-"""Check every block-sparse implementation that runs here against the float64 oracle, on poisoned memory.
+"""Check every kernel that runs here, at many shapes, plans and types.
 
     python scripts/check_kernels.py                      # the GPU, or the CPU where there is none
     python scripts/check_kernels.py --output record.json
 
-Needs torch, triton (for the GPU) and numpy, and no installation. An implementation may err at most twice as much as
+Needs torch, triton (for the GPU) and numpy, and no installation. Block-sparse attention is checked on poisoned memory
+against the float64 oracle, the kernels that build plans against plain torch. An implementation may err at most twice as much as
 plain attention computed in the same low precision, both against float64. Exits with 1 if any case fails.
 """
 
@@ -17,6 +18,7 @@ import time
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _kernel_cases import Case, environment, judge, make, write_record
+from _plan_kernel_checks import check_plan_kernels
 
 from dit_accel.kernels.block_sparse import block_sparse, why_not
 
@@ -78,15 +80,21 @@ def main() -> int:
         table.append(dict(impl=name, dtype=dtype, head=head, cases=len(verdicts), failed=failed,
                           worst_error=worst, worst_share_of_allowed=share))  # fmt: skip
         print(f"{name:10}{dtype:10}{head:4}{len(verdicts):7}{failed:8}{worst:14.2e}{share:12.0%}")
+    plan_kernels = dict(check_plan_kernels(options.device))
+    failures += [f"{title}: {problem}" for title, problem in plan_kernels.items() if problem]
+    print(f"pooling and selection: {len(plan_kernels)} cases")
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began
-    total = sum(row["cases"] for row in table)
+    total = sum(row["cases"] for row in table) + len(plan_kernels)
     print(
         f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
     )
     if options.output:
-        write_record(options.output, dict(table=table, failures=failures, seconds=round(seconds, 1)))
+        write_record(
+            options.output,
+            dict(table=table, plan_kernels=list(plan_kernels), failures=failures, seconds=round(seconds, 1)),
+        )
     return 1 if failures else 0
 
 

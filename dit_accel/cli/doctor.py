@@ -7,12 +7,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from dit_accel.cli.kernel_checks import Check, check_kernels
 from dit_accel.cli.terminal import tables
 from dit_accel.errors import DitAccelError
 
@@ -30,21 +31,12 @@ _EXTRA = {"diffusers": (0, 41), "transformers": (), "accelerate": (), "ftfy": ()
 _OPTIONAL = ("triton", "peft")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the answer."""
-
-    name: str
-    status: str  # "ok" | "absent": not usable here, and nothing to mend | "broken"
-    detail: str
-
-
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Check interpreter, versions and GPU, and test every kernel against the reference (a few seconds)."""
     began = time.perf_counter()
-    checks = [*_interpreter(), *_packages(), *_gpus(), *_kernels(), *_models()]
+    checks = [*_interpreter(), *_packages(), *_gpus(), *check_kernels(), *_models()]
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
         told = {"sound": not broken, "seconds": round(time.perf_counter() - began, 2)}
@@ -114,62 +106,6 @@ def _gpus() -> Iterator[Check]:
             f"{properties.name}, sm_{properties.major}{properties.minor}, "
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}",
         )
-
-
-def _kernels() -> Iterator[Check]:
-    from dit_accel.options import IMPLS
-
-    for impl in IMPLS:
-        if impl == "auto":
-            continue
-        try:
-            yield _test_kernel(impl)
-        except Exception as error:  # a compiler can fail in any way; the line must come all the same
-            text = str(error).strip().splitlines()
-            yield Check(
-                f"block_sparse/{impl}",
-                "broken",
-                f"{type(error).__name__}: {text[0] if text else 'no message'}",
-            )
-
-
-def _test_kernel(impl: str) -> Check:
-    """Run one executor on a small ragged problem and compare it with the reference in fp64."""
-    import torch
-
-    from dit_accel.kernels.block_sparse import block_sparse, why_not
-    from dit_accel.plan import BlockPlan
-
-    name = f"block_sparse/{impl}"
-    device = torch.device("cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and impl == "triton" else torch.float32
-    generator = torch.Generator("cpu").manual_seed(0)
-    tokens, block, heads, width = 301, 64, 2, 64
-    q, k, v = (torch.randn(1, tokens, heads, width, generator=generator) for _ in range(3))
-    starts = [*range(0, tokens, block), tokens]
-    n = len(starts) - 1
-    mask = torch.rand(1, heads, n, n, generator=generator) < 0.5
-    mask[..., 0] = True
-    plan = BlockPlan.from_mask(mask, starts, starts)
-    exact, exact_lse = block_sparse(*(x.to(dtype).double() for x in (q, k, v)), plan, impl="reference")
-    inputs = [x.to(device, dtype) for x in (q, k, v)]
-    there = BlockPlan.from_mask(mask.to(device), starts, starts)
-    reason = why_not(impl, *inputs, there)
-    if reason is not None:
-        return Check(name, "absent", reason)
-    began = time.perf_counter()
-    out, lse = block_sparse(*inputs, there, impl=impl)
-    error = (out.double().cpu() - exact).abs().max().item() / exact.abs().max().item()
-    lse_error = (lse.double().cpu() - exact_lse).abs().max().item()
-    seconds = time.perf_counter() - began
-    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    told = f"{str(dtype).removeprefix('torch.')} on {device}: relative error {error:.1e}, lse {lse_error:.1e}"
-    told += f", {seconds:.1f} s"
-    # Written so that NaN is a failure.
-    sound = error <= allowed and lse_error <= allowed
-    return Check(
-        name, "ok" if sound else "broken", told if sound else f"{told}; at most {allowed:g} is allowed"
-    )
 
 
 def _models() -> Iterator[Check]:

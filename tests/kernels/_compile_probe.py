@@ -1,4 +1,4 @@
-"""Cross-compile the Triton kernel for a GPU that is not here; prints one JSON line per configuration.
+"""Cross-compile the Triton kernels for a GPU that is not here; prints one JSON line per configuration.
 
 Run as a script: a process that interprets Triton kernels cannot compile them.
 """
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.pooling import triton as pooling
+from dit_accel.kernels.selection import triton as selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {"lse": "*fp32", "counts": "*i32", "indices": "*i32", "q_starts": "*i32", "k_starts": "*i32"}
@@ -43,8 +46,48 @@ def compile_for(capability: int, head: int, dtype: torch.dtype) -> dict:
             signature[name] = POINTERS.get(name, "fp32" if name == "scale_log2" else "i32")
         if name != "scale_log2" and name not in kernel.UNSPECIALIZED:
             aligned[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel.block_sparse_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    told = compile_source(
+        kernel.block_sparse_kernel, signature, constants, aligned, config.warps, config.stages, capability
+    )
+    return {"head": head, "dtype": TYPES[dtype], **told}
+
+
+def compile_plan_kernels(capability: int) -> Iterator[dict]:
+    """The kernels that build plans, in the forms in which the methods launch them."""
+    for dim, dtype in ((64, "bf16"), (128, "bf16"), (128, "fp32")):
+        constants = {"STEPS": 2, "DIM": dim, "BLOCK_D": dim, "ROWS": pooling.ROWS, "stride_xd": 1}
+        pointers = {"x": f"*{dtype}", "starts": "*i32", "out": "*fp32"}
+        signature, aligned = sign(pooling.block_means_kernel, pointers, constants, pooling.UNSPECIALIZED)
+        told = compile_source(pooling.block_means_kernel, signature, constants, aligned, 4, 3, capability)
+        yield {"kernel": f"pooling D={dim} {dtype}", **told}
+    for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
+        constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
+        pointers = {"scores": "*fp32", "forced": "*i1" if forced else "*fp32", "shares": "*fp32"}
+        pointers |= {"counts": "*i32", "indices": "*i32", "top_p": "fp32"}
+        signature, aligned = sign(
+            selection.select_blocks_kernel, pointers, constants, selection.UNSPECIALIZED
+        )
+        warps = selection.warps_for(padded)
+        told = compile_source(
+            selection.select_blocks_kernel, signature, constants, aligned, warps, 3, capability
+        )
+        yield {"kernel": f"selection of {padded}", **told}
+
+
+def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):
+    """Argument types and the alignment that a launch would specialise on."""
+    signature, aligned = {}, {}
+    for position, name in enumerate(function.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if name not in constants and name not in unspecialized:
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    return signature, aligned
+
+
+def compile_source(function, signature, constants, aligned, warps: int, stages: int, capability: int) -> dict:
+    """Registers, stack bytes, shared bytes and instructions."""
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -56,7 +99,7 @@ def compile_for(capability: int, head: int, dtype: torch.dtype) -> dict:
     numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return {
-        **{"triton": triton.__version__, "capability": capability, "head": head, "dtype": TYPES[dtype]},
+        **{"triton": triton.__version__, "capability": capability},
         **{**numbers, "shared": compiled.metadata.shared},
         **{"wgmma": "wgmma" in ptx, "mma": "mma.sync" in ptx, "async": "cp.async" in ptx},
     }
@@ -64,6 +107,8 @@ def compile_for(capability: int, head: int, dtype: torch.dtype) -> dict:
 
 if __name__ == "__main__":
     for capability in map(int, sys.argv[1].split(",")):
-        for dtype in TYPES:
+        for told in compile_plan_kernels(capability) if sys.argv[2] == "plan" else ():
+            print(json.dumps(told), flush=True)
+        for dtype in TYPES if sys.argv[2] != "plan" else ():
             for head in map(int, sys.argv[2].split(",")):
                 print(json.dumps(compile_for(capability, head, dtype)), flush=True)

@@ -54,7 +54,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
             "triton",
             "-p",
             "no:cacheprovider",
-            str(HERE / "test_block_sparse.py"),
+            *(str(HERE / f"test_{kernel}.py") for kernel in ("block_sparse", "pooling", "selection")),
         ),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
@@ -105,3 +105,14 @@ def test_the_folder_is_not_mistaken_for_the_hub_package():
         check=False,
     )
     assert done.returncode != 0 and "This folder is the package dit_accel.kernels" in done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_that_build_plans_compile_without_spills(capability: int):
+    told = run(str(HERE / "_compile_probe.py"), str(capability), "plan", TRITON_DEFAULT_FP_FUSION="1")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SMALLEST_SHARED, kernel

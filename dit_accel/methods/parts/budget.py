@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from dit_accel.kernels.selection import select_blocks
 
 
 def blocks_for(keep: float, n_blocks: int) -> int:
@@ -38,21 +39,5 @@ def choose_blocks(
         counts int32 `[B, H, Nq]` and indices int32 `[B, H, Nq, M]`, ascending up to the count; what stands
         behind the count repeats the last block and is not read.
     """
-    n_keys = scores.shape[-1]
-    ranked = scores if forced is None else scores.masked_fill(forced, torch.inf)
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    least = 1 if keep is None else blocks_for(keep, n_keys)
-    counts = torch.full(scores.shape[:-1], least, dtype=torch.int32, device=scores.device)
-    if forced is not None:
-        counts = counts.maximum(forced.sum(-1, dtype=torch.int32))
-    if top_p is not None:
-        assert shares is not None
-        mass = shares.gather(-1, order).cumsum(-1)
-        reached = (mass < top_p).sum(-1, dtype=torch.int32) + 1
-        counts = counts.maximum(reached.clamp_max(n_keys))
-    if top_p is None and forced is None:
-        return counts, order[..., :least].sort(dim=-1).values.to(torch.int32)
-    # Rows differ in length: what a row does not read sorts behind what it reads.
-    behind = torch.arange(n_keys, device=scores.device) >= counts[..., None]
-    indices = order.masked_fill(behind, n_keys).sort(dim=-1).values.clamp_max(n_keys - 1)
-    return counts, indices.to(torch.int32)
+    least = 1 if keep is None else blocks_for(keep, scores.shape[-1])
+    return select_blocks(scores, forced, least, top_p, shares)

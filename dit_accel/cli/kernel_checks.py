@@ -1,0 +1,135 @@
+"""Small problems on which every kernel is compared with its reference; `dit-accel doctor` runs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's answer."""
+
+    name: str
+    status: str  # "ok" | "absent": not usable here, and nothing to mend | "broken"
+    detail: str
+
+
+def check_kernels() -> Iterator[Check]:
+    """Every implementation of every kernel, on the GPU where there is one."""
+    from dit_accel.kernels import pooling, selection
+    from dit_accel.options import IMPLS
+
+    checks: list[tuple[str, Callable[[str], Check]]] = [
+        (f"block_sparse/{impl}", _check_block_sparse) for impl in IMPLS if impl != "auto"
+    ]
+    checks += [(f"pooling/{impl}", _check_pooling) for impl in pooling.IMPLEMENTATIONS]
+    checks += [(f"selection/{impl}", _check_selection) for impl in selection.IMPLEMENTATIONS]
+    for name, check in checks:
+        try:
+            yield check(name)
+        except Exception as error:  # a compiler can fail in any way; the line must come all the same
+            text = str(error).strip().splitlines()
+            yield Check(name, "broken", f"{type(error).__name__}: {text[0] if text else 'no message'}")
+
+
+def _device(impl: str):
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu")
+
+
+def _check_block_sparse(name: str) -> Check:
+    """One executor on a small ragged problem, against the reference in fp64."""
+    import torch
+
+    from dit_accel.kernels.block_sparse import block_sparse, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    dtype = torch.bfloat16 if device.type == "cuda" and impl == "triton" else torch.float32
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens, block, heads, width = 301, 64, 2, 64
+    q, k, v = (torch.randn(1, tokens, heads, width, generator=generator) for _ in range(3))
+    starts = [*range(0, tokens, block), tokens]
+    n = len(starts) - 1
+    mask = torch.rand(1, heads, n, n, generator=generator) < 0.5
+    mask[..., 0] = True
+    plan = BlockPlan.from_mask(mask, starts, starts)
+    exact, exact_lse = block_sparse(*(x.to(dtype).double() for x in (q, k, v)), plan, impl="reference")
+    inputs = [x.to(device, dtype) for x in (q, k, v)]
+    there = BlockPlan.from_mask(mask.to(device), starts, starts)
+    reason = why_not(impl, *inputs, there)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    out, lse = block_sparse(*inputs, there, impl=impl)
+    error = (out.double().cpu() - exact).abs().max().item() / exact.abs().max().item()
+    lse_error = (lse.double().cpu() - exact_lse).abs().max().item()
+    told = f"relative error {error:.1e}, lse {lse_error:.1e}"
+    return _judge(name, dtype, device, max(error, lse_error), told, began)
+
+
+def _check_pooling(name: str) -> Check:
+    """Means of blocks of unequal length, against fp64."""
+    import torch
+
+    from dit_accel.kernels.pooling import block_means, why_not
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(1, 301, 2, 64, generator=torch.Generator("cpu").manual_seed(1)).to(dtype)
+    starts = torch.tensor([[[0, 128, 200, 301]]], dtype=torch.int32)
+    exact = block_means(x.double(), starts, 128, impl="reference")
+    there = x.to(device)
+    reason = why_not(impl, there)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    means = block_means(there, starts.to(device), 128, impl=impl)
+    error = (means.double().cpu() - exact).abs().max().item()
+    return _judge(name, torch.float32, device, error, f"error {error:.1e}", began)
+
+
+def _check_selection(name: str) -> Check:
+    """Both budgets with forced blocks; the lists must be those of a plain sort."""
+    import torch
+
+    from dit_accel.kernels.selection import select_blocks, why_not
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    generator = torch.Generator("cpu").manual_seed(2)
+    scores = torch.randn(1, 2, 40, 40, generator=generator).to(device)
+    forced = torch.eye(40, dtype=torch.bool, device=device)
+    shares = torch.randint(0, 3, scores.shape, generator=generator).to(device).float() / 64
+    reason = why_not(impl, scores)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    counts, indices = select_blocks(scores, forced, 10, 0.4, shares, impl=impl)
+    order = scores.masked_fill(forced, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    slot = torch.arange(40, device=device)
+    read = torch.zeros(*scores.shape[:3], 41, dtype=torch.bool, device=device)
+    read.scatter_(3, torch.where(slot < counts[..., None], indices.long(), 40), True)
+    best = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, order, slot < counts[..., None])
+    mass = shares.gather(3, order).cumsum(-1)
+    enough = ((mass < 0.4).sum(-1) + 1).clamp(10, 40)
+    wrong = int((read[..., :40] != best).sum()) + int((counts != enough).sum())
+    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong choices", began)
+
+
+def _judge(name: str, dtype, device, error: float, told: str, began: float) -> Check:
+    import torch
+
+    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    seconds = time.perf_counter() - began
+    told = f"{str(dtype).removeprefix('torch.')} on {device}: {told}, {seconds:.1f} s"
+    # Written so that NaN is a failure.
+    sound = error <= allowed
+    return Check(
+        name, "ok" if sound else "broken", told if sound else f"{told}; at most {allowed:g} is allowed"
+    )

@@ -1,0 +1,72 @@
+"""The front door of mean pooling: validate, choose an implementation, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto") -> Tensor:
+    """Average the tokens of each block, in fp32 also for low-precision input; a block without tokens gives 0.
+
+    Sums run in a fixed order without atomics, so equal input gives equal means.
+
+    Args:
+        x: `[B, S, H, D]`, any floating dtype, any strides.
+        starts: int32 `[B|1, H|1, N + 1]`, token offsets of the blocks, on x's device.
+        max_block: no block is longer.
+        impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
+
+    Returns:
+        `[B, H, N, D]`, float32 (float64 for float64 input).
+
+    Raises:
+        UsageError: shapes, types or devices do not fit together.
+        UnknownNameError: no such implementation.
+        KernelUnavailable: the named implementation cannot run this call.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise UsageError(f"x must be floating [B, S, H, D], got {x.dtype} {tuple(x.shape)}.")
+    if starts.dim() != 3 or starts.dtype != torch.int32 or starts.device != x.device:
+        raise UsageError(
+            f"starts must be int32 [B|1, H|1, N + 1] on {x.device}, got {starts.dtype} {tuple(starts.shape)} "
+            f"on {starts.device}."
+        )
+    if starts.shape[0] not in (1, x.shape[0]) or starts.shape[1] not in (1, x.shape[2]):
+        raise UsageError(
+            f"starts {tuple(starts.shape)} must have x's batch and heads {tuple(x.shape)}, or 1."
+        )
+    match choose(x, impl):
+        case "reference":
+            from .reference import block_means as run
+        case "triton":
+            from .triton import block_means as run
+    with torch.no_grad():
+        return run(x, starts, max_block)
+
+
+def choose(x: Tensor, impl: str = "auto") -> str:
+    """The implementation that will run; raises as `block_means` does."""
+    if impl == "auto":
+        impl = "triton" if x.device.type == "cuda" and x.dtype != torch.float64 else "reference"
+    reason = why_not(impl, x)
+    if reason is not None:
+        raise KernelUnavailable(f"block_means impl={impl!r} cannot run this call: {reason}")
+    return impl
+
+
+def why_not(impl: str, x: Tensor) -> str | None:
+    """Why `impl` cannot run this call, or None if it can."""
+    if impl not in IMPLEMENTATIONS:
+        raise unknown_name("block_means implementation", impl, (*IMPLEMENTATIONS, "auto"))
+    if impl == "reference":
+        return None
+    try:
+        from . import triton as implementation
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with `pip install triton`."
+    return implementation.why_not(x)

@@ -1,0 +1,79 @@
+"""Mean pooling in Triton: one program for each block of each head, one pass over the input."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 64  # tokens of a block summed at once
+LARGEST_HEAD = 512
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why this kernel cannot run, or None. x: `[B, S, H, D]`."""
+    if x.device.type != "cuda" and isinstance(block_means_kernel, triton.JITFunction):
+        return f"the tensors are on {x.device}; it runs on CUDA devices."
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {x.dtype}."
+    if x.shape[3] > LARGEST_HEAD:
+        return f"head size {x.shape[3]} is above {LARGEST_HEAD}."
+    return None
+
+
+def block_means(x: Tensor, starts: Tensor, max_block: int) -> Tensor:
+    """Launch the kernel on the current stream. Arguments and result as in `api.block_means`."""
+    batch, _, heads, dim = x.shape
+    blocks = starts.shape[2] - 1
+    out = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        block_means_kernel[(blocks, heads, batch)](
+            *(x, starts, out),
+            *x.stride(),
+            *(0 if starts.shape[axis] == 1 else starts.stride(axis) for axis in (0, 1)),
+            *(heads, blocks),
+            STEPS=max(1, triton.cdiv(max_block, ROWS)),
+            DIM=dim,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            ROWS=ROWS,
+            num_warps=4,
+        )
+    return out
+
+
+# Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
+UNSPECIALIZED = ("stride_xb", "stride_sb", "stride_sh", "heads", "blocks")
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def block_means_kernel(
+    x, starts, out,
+    stride_xb, stride_xs, stride_xh, stride_xd,
+    stride_sb, stride_sh,
+    heads, blocks,
+    STEPS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: the mean of one block of one head. Offsets are int64: tensors may pass 2^31 elements."""
+    i_block = tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    p_start = starts + i_b * stride_sb + i_h * stride_sh + i_block
+    low = tl.load(p_start)
+    high = tl.load(p_start + 1)
+    lanes = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    head = x + i_b * stride_xb + i_h * stride_xh
+    for step in range(STEPS):
+        rows = low + step * ROWS + tl.arange(0, ROWS)
+        inside = (rows < high)[:, None] & (lanes < DIM)[None, :]
+        place = rows.to(tl.int64)[:, None] * stride_xs + lanes[None, :] * stride_xd
+        total += tl.sum(tl.load(head + place, mask=inside, other=0.0).to(tl.float32), 0)
+    mean = total / tl.maximum(high - low, 1).to(tl.float32)
+    p_out = out + ((i_b * heads + i_h) * blocks + i_block) * DIM + lanes
+    tl.store(p_out, mean, mask=lanes < DIM)

@@ -1,0 +1,86 @@
+"""The front door of block selection: validate, choose an implementation, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def select_blocks(
+    scores: Tensor,
+    forced: Tensor | None,
+    least: int,
+    top_p: float | None = None,
+    shares: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Choose key blocks by score: the forced ones, then the best until both budgets are met.
+
+    A block of higher score comes first, of equal score the lower index. The same scores always give the same
+    choice.
+
+    Args:
+        scores: fp32 `[B, H, Nq, Nk]`.
+        forced: bool `[Nq, Nk]` on the same device, or None.
+        least: key blocks to read at least, forced ones included; 1 to Nk.
+        top_p: read the first blocks that together reach this much of `shares`.
+        shares: fp32 like scores, the attention each key block is expected to take; `top_p` needs it.
+        impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
+
+    Returns:
+        counts int32 `[B, H, Nq]` and indices int32 `[B, H, Nq, M]`, ascending up to the count; what stands
+        behind the count repeats the last block and is not read. M is `least` where every row reads so many,
+        else Nk.
+
+    Raises:
+        UsageError: shapes, types or devices do not fit together, or a budget is out of range.
+        UnknownNameError: no such implementation.
+        KernelUnavailable: the named implementation cannot run this call.
+    """
+    if scores.dim() != 4 or scores.dtype != torch.float32:
+        raise UsageError(f"scores must be float32 [B, H, Nq, Nk], got {scores.dtype} {tuple(scores.shape)}.")
+    if not 1 <= least <= scores.shape[3]:
+        raise UsageError(f"least={least} is not possible: it is 1 to {scores.shape[3]}, the key blocks.")
+    if forced is not None and (forced.shape != scores.shape[2:] or forced.dtype != torch.bool):
+        raise UsageError(f"forced must be bool {tuple(scores.shape[2:])}, got {tuple(forced.shape)}.")
+    if (top_p is None) != (shares is None) or (shares is not None and shares.shape != scores.shape):
+        raise UsageError("top_p and shares come together, and shares are shaped like scores.")
+    match choose(scores, impl):
+        case "reference":
+            from .reference import select_blocks as run
+        case "triton":
+            from .triton import select_blocks as run
+    with torch.no_grad():
+        return run(scores, forced, least, top_p, shares)
+
+
+def choose(scores: Tensor, impl: str = "auto") -> str:
+    """The implementation that will run; raises as `select_blocks` does.
+
+    On CUDA, lists longer than the kernel takes go to the reference, which is as exact and runs there too.
+    """
+    if impl == "auto":
+        cuda = scores.device.type == "cuda"
+        impl = "triton" if cuda and why_not("triton", scores) is None else "reference"
+    reason = why_not(impl, scores)
+    if reason is not None:
+        raise KernelUnavailable(f"select_blocks impl={impl!r} cannot run this call: {reason}")
+    return impl
+
+
+def why_not(impl: str, scores: Tensor) -> str | None:
+    """Why `impl` cannot run this call, or None if it can."""
+    if impl not in IMPLEMENTATIONS:
+        raise unknown_name("select_blocks implementation", impl, (*IMPLEMENTATIONS, "auto"))
+    if impl == "reference":
+        return None
+    try:
+        from . import triton as implementation
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with `pip install triton`."
+    return implementation.why_not(scores)

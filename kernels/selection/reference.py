@@ -1,0 +1,28 @@
+"""Block selection in plain torch: sort by score, cut at the budget, sort what is left by index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_blocks(
+    scores: Tensor, forced: Tensor | None, least: int, top_p: float | None, shares: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in `api.select_blocks`."""
+    n_keys = scores.shape[-1]
+    ranked = scores if forced is None else scores.masked_fill(forced, torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    counts = torch.full(scores.shape[:-1], least, dtype=torch.int32, device=scores.device)
+    if forced is not None:
+        counts = counts.maximum(forced.sum(-1, dtype=torch.int32))
+    if top_p is not None:
+        mass = shares.gather(-1, order).cumsum(-1)
+        reached = (mass < top_p).sum(-1, dtype=torch.int32) + 1
+        counts = counts.maximum(reached.clamp_max(n_keys))
+    if top_p is None and forced is None:
+        return counts, order[..., :least].sort(dim=-1).values.to(torch.int32)
+    # Rows differ in length: what a row does not read sorts behind what it reads.
+    behind = torch.arange(n_keys, device=scores.device) >= counts[..., None]
+    indices = order.masked_fill(behind, n_keys).sort(dim=-1).values.clamp_max(n_keys - 1)
+    return counts, indices.to(torch.int32)
