@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TokenLayout:
     forward: Tensor | None  # int64 [S], raster index of the token at each position; None: raster itself
     backward: Tensor | None  # int64 [S], position of each raster token
     max_block: int  # tokens of the largest block
+    memo: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what methods derive from it alone
 
     @property
     def n_tokens(self) -> int:
@@ -49,6 +50,7 @@ class TokenLayout:
 
     def bytes_held(self) -> int:
         held = (self.starts, self.sizes, self.places, self.first_frame, self.forward, self.backward)
+        held += tuple(self.memo.values())
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     def apply(self, x: Tensor, dim: int) -> Tensor:

@@ -147,3 +147,12 @@ def test_methods_are_found_by_file_name():
         load_method("pooled")
     with pytest.raises(UsageError, match="needs keep"):
         load_method("random")
+
+
+def test_a_layout_remembers_what_is_forced_in_it_and_counts_the_bytes():
+    layout = build_layout((3, 5, 7), "tiles", 16, "cpu")
+    before = layout.bytes_held()
+    forced = forced_blocks(layout, 1, True)
+    assert forced_blocks(layout, 1, True) is forced
+    assert not torch.equal(forced_blocks(layout, 0, False), forced)
+    assert layout.bytes_held() == before + 2 * layout.n_blocks**2

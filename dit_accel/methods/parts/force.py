@@ -18,10 +18,18 @@ def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool
         first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
 
     Returns:
-        bool `[N, N]`, query block by key block, or None if nothing is forced.
+        bool `[N, N]`, query block by key block, or None if nothing is forced. The layout remembers it: do not write
+        into it.
     """
     if neighbours is None and not first_frame:
         return None
+    key = ("forced", neighbours, first_frame)
+    if key not in layout.memo:
+        layout.memo[key] = _build(layout, neighbours, first_frame)
+    return layout.memo[key]
+
+
+def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Tensor:
     places = layout.places
     forced = torch.zeros(layout.n_blocks, layout.n_blocks, dtype=torch.bool, device=places.device)
     if neighbours is not None:
