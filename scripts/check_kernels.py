@@ -4,8 +4,8 @@
     python scripts/check_kernels.py --output record.json
 
 Needs torch, triton (for the GPU) and numpy, and no installation. Block-sparse attention is checked on poisoned memory
-against the float64 oracle, the kernels that build plans against plain torch. An implementation may err at most twice as much as
-plain attention computed in the same low precision, both against float64. Exits with 1 if any case fails.
+against the float64 oracle, the kernels that build plans against plain torch. An implementation may err at most twice as
+much as plain attention computed in the same low precision, both against float64. Exits with 1 if any case fails.
 """
 
 from __future__ import annotations
