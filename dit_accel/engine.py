@@ -7,7 +7,7 @@ import inspect
 import logging
 import weakref
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Call, StateTable, Trajectory
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("dit_accel")
 

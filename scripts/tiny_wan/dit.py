@@ -241,11 +241,15 @@ class _Learner:
 
 
 def _draw_sigma(count: int, device: torch.device) -> Tensor:
-    """Half of the draws follow the sampler's shifted schedule, half a logit-normal that dwells on the middle."""
+    """Half of the draws follow the sampler's shifted schedule, a quarter dwell on the middle, where looks are learned,
+    and a quarter on the noisiest tenth, where it is settled which object goes where: below it the noisy clip itself
+    tells (the reading head is right on 99 % of the tokens at 0.9, on 70 to 85 % at 1).
+    """
     uniform = torch.rand(count, device=device)
     shifted = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
     middle = torch.sigmoid(torch.randn(count, device=device))
-    return torch.where(torch.rand(count, device=device) < 0.5, shifted, middle)
+    kind = torch.rand(count, device=device)
+    return torch.where(kind < 0.5, shifted, torch.where(kind < 0.75, middle, 0.9 + 0.1 * uniform))
 
 
 def _fastest_attention(student: _Student, device: str, rank: int):
