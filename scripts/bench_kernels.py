@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.kernels.block_sparse import block_sparse, why_not
 from dit_accel.plan import BlockPlan
 
 GPU_SHAPES = (
@@ -112,7 +113,7 @@ def time_in_turns(runs: dict[str, Callable], device: str, rounds: int) -> dict[s
 
 
 def check(
-    heads: int, starts: list[int], head: int, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+    impl: str, heads: int, starts: list[int], head: int, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
 ) -> str | None:
     """Why the output of the first and last head is wrong, or None."""
     blocks = tuple(b - a for a, b in pairwise(starts))
@@ -120,7 +121,7 @@ def check(
     some = torch.tensor([0, heads - 1], device=q.device)
     mask = plan.to_mask()[:, some]
     case = Case(q.dtype, head, "bench", 1, 2, blocks, blocks, "random", "bshd")
-    run = block_sparse(q, k, v, plan)
+    run = block_sparse(q, k, v, plan, impl=impl)
     picked = run[0][:, :, some], run[1][:, some]
     verdict = judge(lambda *_a, **_kw: picked, case, *(x[:, :, some] for x in (q, k, v)),
                     BlockPlan.from_mask(mask, starts, starts))  # fmt: skip
@@ -135,6 +136,7 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU"
     )
+    parser.add_argument("--impl", nargs="+", help="cpu, triton, hopper; default: what the device gets")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--output", help="write a JSON record here")
@@ -144,7 +146,7 @@ def main() -> int:
     device = options.device
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     print(f"{environment()['device']}, {dtype}, {options.rounds} rounds, ms: median (quartiles)")
-    print(f"{'shape':36}{'keep':>6}{'dense':>20}{'sparse':>30}{'ratio':>9}{'of ideal':>10}")
+    print(f"{'shape':36}{'keep':>6}{'dense':>20}{'sparse':>34}{'ratio':>9}{'of ideal':>10}")
     table, failures = [], 0
     for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
         heads, tokens, head = shape["heads"], shape["tokens"], shape["head"]
@@ -156,27 +158,35 @@ def main() -> int:
         title = f"H={heads} N={tokens} D={head} blocks {'/'.join(map(str, shape['blocks']))}"
         for keep in KEEPS[device]:
             plan = random_plan(heads, starts, keep, device)
-            problem = check(heads, starts, head, q, k, v, plan)
-            if problem:
-                failures += 1
-                print(f"{title:36}{keep:6} WRONG, not timed: {problem}")
-                table.append(dict(**shape, keep=keep, problem=problem))
-                continue
-            sparse = {"sparse": lambda: block_sparse(q, k, v, plan)}  # noqa: B023
-            times = time_in_turns(dense_candidates(q, k, v) | sparse, device, options.rounds)
+            runs = dense_candidates(q, k, v)
+            dense_names = list(runs)
+            for impl in options.impl or (["triton"] if device == "cuda" else ["cpu"]):
+                reason = why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan)
+                if reason:
+                    print(f"{title:36}{keep:6} {impl} not timed: {reason}", flush=True)
+                    continue
+                problem = check(impl, heads, starts, head, q, k, v, plan)
+                if problem:
+                    failures += 1
+                    print(f"{title:36}{keep:6} {impl} WRONG, not timed: {problem}", flush=True)
+                    table.append(dict(**shape, keep=keep, impl=impl, problem=problem))
+                else:
+                    runs[impl] = partial(block_sparse, q, k, v, plan, impl=impl)
+            times = time_in_turns(runs, device, options.rounds)
             quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-            dense = min((name for name in times if name != "sparse"), key=lambda name: quartiles[name][1])
+            dense = min(dense_names, key=lambda name: quartiles[name][1])
             achieved = float(plan.key_fraction())
-            low, middle, high = quartiles["sparse"]
-            ratio = statistics.median(a / b for a, b in zip(times[dense], times["sparse"], strict=True))
-            table.append(dict(**shape, keep=keep, achieved_keep=achieved, dense=dense, ratio=ratio,
-                              of_ideal=ratio * achieved, milliseconds=quartiles))  # fmt: skip
-            measured = f"{middle:.3f} ({low:.3f}-{high:.3f})"
             baseline = f"{dense} {quartiles[dense][1]:.3f}"
-            print(
-                f"{title:36}{keep:6}{baseline:>20}{measured:>30}{ratio:8.2f}x{ratio * achieved:10.0%}",
-                flush=True,
-            )
+            for impl in list(runs)[len(dense_names) :]:
+                low, middle, high = quartiles[impl]
+                ratio = statistics.median(a / b for a, b in zip(times[dense], times[impl], strict=True))
+                table.append(dict(**shape, keep=keep, impl=impl, achieved_keep=achieved, dense=dense, ratio=ratio,
+                                  of_ideal=ratio * achieved, milliseconds=quartiles))  # fmt: skip
+                measured = f"{impl} {middle:.3f} ({low:.3f}-{high:.3f})"
+                print(
+                    f"{title:36}{keep:6}{baseline:>20}{measured:>34}{ratio:8.2f}x{ratio * achieved:10.0%}",
+                    flush=True,
+                )
     if options.output:
         write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))
     return 1 if failures else 0

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections import Counter
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
@@ -50,27 +51,28 @@ def cases(types: list[torch.dtype]) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--impl", default="auto", help="auto, reference, cpu or triton")
+    parser.add_argument(
+        "--impl", nargs="+", help="reference, cpu, triton, hopper; default: what the device gets"
+    )
     parser.add_argument("--output", help="write a JSON record here")
     options = parser.parse_args()
     began = time.perf_counter()
     types = [torch.bfloat16, torch.float16, torch.float32]
-    rows, failures = {}, []
+    rows, failures, left_out = {}, [], Counter()
+    names = options.impl or ("triton" if options.device.startswith("cuda") else "cpu",)
     for number, case in enumerate(cases(types)):
         q, k, v, plan = make(case, options.device, seed=number)
         bare = [x.transpose(1, 2) if case.layout.startswith("bshd") else x for x in (q, k, v)]
-        name = options.impl
-        if name == "auto":
-            name = "triton" if options.device.startswith("cuda") else "cpu"
-        reason = why_not(name, *bare, plan)
-        if reason is not None:
-            print(f"{name} cannot run {case.title}: {reason}")
-            return 1
-        verdict = judge(lambda *a, **kw: block_sparse(*a, impl=name, **kw), case, q, k, v, plan)  # noqa: B023
-        key = (name, str(case.dtype).removeprefix("torch."), case.head)
-        rows.setdefault(key, []).append(verdict)
-        if verdict.problem:
-            failures.append(f"{name} {case.title}: {verdict.problem}")
+        for name in names:
+            reason = why_not(name, *bare, plan)
+            if reason is not None:
+                left_out[f"{name}: {reason}"] += 1
+                continue
+            verdict = judge(lambda *a, **kw: block_sparse(*a, impl=name, **kw), case, q, k, v, plan)  # noqa: B023
+            key = (name, str(case.dtype).removeprefix("torch."), case.head)
+            rows.setdefault(key, []).append(verdict)
+            if verdict.problem:
+                failures.append(f"{name} {case.title}: {verdict.problem}")
     print(f"{'impl':10}{'type':10}{'D':>4}{'cases':>7}{'failed':>8}{'worst error':>14}{'of allowed':>12}")
     table = []
     for (name, dtype, head), verdicts in rows.items():
@@ -80,6 +82,10 @@ def main() -> int:
         table.append(dict(impl=name, dtype=dtype, head=head, cases=len(verdicts), failed=failed,
                           worst_error=worst, worst_share_of_allowed=share))  # fmt: skip
         print(f"{name:10}{dtype:10}{head:4}{len(verdicts):7}{failed:8}{worst:14.2e}{share:12.0%}")
+    for reason, count in left_out.items():
+        print(f"{count} cases not for {reason}")
+    if not rows:
+        failures.append("no implementation could run any case")
     plan_kernels = dict(check_plan_kernels(options.device))
     failures += [f"{title}: {problem}" for title, problem in plan_kernels.items() if problem]
     print(f"pooling and selection: {len(plan_kernels)} cases")
@@ -93,7 +99,13 @@ def main() -> int:
     if options.output:
         write_record(
             options.output,
-            dict(table=table, plan_kernels=list(plan_kernels), failures=failures, seconds=round(seconds, 1)),
+            dict(
+                table=table,
+                left_out=left_out,
+                plan_kernels=list(plan_kernels),
+                failures=failures,
+                seconds=round(seconds, 1),
+            ),
         )
     return 1 if failures else 0
 

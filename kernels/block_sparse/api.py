@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
 from dit_accel.plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Layout = Literal["bshd", "bhsd"]
@@ -38,7 +38,7 @@ def block_sparse(
         plan: covers exactly the tokens of q and of k; its batch and head sizes are those of q or 1.
         scale: factor of the scores; None is `D ** -0.5`.
         layout: the order of the dimensions of q, k, v and out.
-        impl: "reference", "cpu", "triton", or "auto" (`choose`). A named one runs or raises.
+        impl: "reference", "cpu", "triton", "hopper", or "auto" (`choose`). A named one runs or raises.
 
     Returns:
         `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
@@ -63,13 +63,16 @@ def block_sparse(
             from .cpu import block_sparse as run
         case "triton":
             from .triton import block_sparse as run
+        case "hopper":
+            from .hopper import block_sparse as run
     with torch.no_grad():
         out, lse = run(q, k, v, plan, scale)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto") -> str:
-    """The implementation that will run. "auto" is "triton" on CUDA and "cpu" on the CPU.
+    """The implementation that will run. "auto" is "triton" on CUDA and "cpu" on the CPU; "hopper" has to be named:
+    no GPU has run it yet.
 
     Where Triton cannot run a CUDA call, "auto" raises as the named choice would: the reference is an oracle, not
     something to fall back to unseen.
@@ -99,8 +102,8 @@ def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str 
     """
     if impl not in IMPLEMENTATIONS:
         raise unknown_name("block_sparse implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "triton":
-        return _why_not_triton(q, plan)
+    if impl in ("triton", "hopper"):
+        return _why_not_compiled(impl, q, k, v, plan)
     if q.dtype not in (*FLOATS, torch.float64):
         return f"it takes float32, float16, bfloat16 and float64, not {q.dtype}."
     if impl == "cpu" and q.device.type != "cpu":
@@ -108,12 +111,20 @@ def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str 
     return None
 
 
-def _why_not_triton(q: Tensor, plan: BlockPlan) -> str | None:
+def _why_not_compiled(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
     try:
-        from . import triton as implementation
+        import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(q, plan)
+    if impl == "triton":
+        from . import triton as pointers
+
+        return pointers.why_not(q, plan)
+    try:
+        from . import hopper
+    except ImportError as error:
+        return f"this Triton has no Gluon as of version 3.6 ({error})."
+    return hopper.why_not(q, k, v, plan)
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:

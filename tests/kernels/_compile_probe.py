@@ -5,6 +5,7 @@ Run as a script: a process that interprets Triton kernels cannot compile them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -74,6 +75,33 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         yield {"kernel": f"selection of {padded}", **told}
 
 
+def compile_hopper() -> Iterator[dict]:
+    """The Gluon kernel for sm_90, in every form in which it is launched."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from dit_accel.kernels.block_sparse import hopper
+
+    for head, (dtype, name) in itertools.product(
+        hopper.HEADS, ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    ):
+        stages = hopper.config_for(head).stages
+        constants = {"HEAD": head, "BLOCK_N": hopper.KEY_ROWS, "STAGES": stages}
+        constants |= {
+            f"{who}_REGISTERS": getattr(hopper, f"{who}_REGISTERS") for who in ("CONSUMER", "PRODUCER")
+        }
+        pointers = {"scale_log2": "fp32", "out": f"*{name}", "lse": "*fp32"}
+        pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
+        for x, rows in (("q", hopper.ROWS.value), ("k", hopper.KEY_ROWS), ("v", hopper.KEY_ROWS)):
+            layout = hopper.shared_layout(rows, head, dtype)
+            pointers[f"{x}_desc"] = f"tensordesc<{name}[1, 1, {rows}, {head}],{layout!r}>"
+        free = (*hopper.UNSPECIALIZED, "scale_log2", "q_desc", "k_desc", "v_desc")
+        signature, aligned = sign(hopper.block_sparse_kernel, pointers, constants, free)
+        told = compile_source(
+            hopper.block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
+        )
+        yield {"head": head, "dtype": name, **told}
+
+
 def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):
     """Argument types and the alignment that a launch would specialise on."""
     signature, aligned = {}, {}
@@ -84,28 +112,53 @@ def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tup
     return signature, aligned
 
 
-def compile_source(function, signature, constants, aligned, warps: int, stages: int, capability: int) -> dict:
+def compile_source(
+    function,
+    signature,
+    constants,
+    aligned,
+    warps: int,
+    stages: int,
+    capability: int,
+    source: type = ASTSource,
+) -> dict:
     """Registers, stack bytes, shared bytes and instructions."""
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
+    source = source(function, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, sass = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     numbers = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return {
         **{"triton": triton.__version__, "capability": capability},
         **{**numbers, "shared": compiled.metadata.shared},
         **{"wgmma": "wgmma" in ptx, "mma": "mma.sync" in ptx, "async": "cp.async" in ptx},
+        **loop_facts(sass),
+    }
+
+
+def loop_facts(sass: str) -> dict:
+    """Of a kernel that issues two products at once: what lies between the wait for the first and for the second."""
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", sass, re.DOTALL)
+    return {
+        "overlapped_exponentials": [part.count("MUFU.EX2") for part in between],
+        "spills_in_loop": sum(len(re.findall(r"\b(?:LDL|STL)", part)) for part in between),
+        "registers_set": sorted({int(n, 16) for n in re.findall(r"USETMAXREG\S* (?:UP\d, )?(0x\w+)", sass)}),
     }
 
 
 if __name__ == "__main__":
+    if sys.argv[2] == "hopper":
+        for told in compile_hopper():
+            print(json.dumps(told), flush=True)
+        sys.exit()
     for capability in map(int, sys.argv[1].split(",")):
         for told in compile_plan_kernels(capability) if sys.argv[2] == "plan" else ():
             print(json.dumps(told), flush=True)

@@ -6,6 +6,7 @@ The Triton cases run on a GPU, or in a process started with TRITON_INTERPRET=1 (
 from __future__ import annotations
 
 import os
+import re
 from itertools import accumulate
 
 import pytest
@@ -225,6 +226,26 @@ def test_gradients_are_refused():
         block_sparse(q, k, v, plan)
     with torch.no_grad():
         block_sparse(q, k, v, plan)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "block", "said"),
+    [
+        (torch.float32, 64, 128, "takes float16 and bfloat16, not torch.float32"),
+        (torch.bfloat16, 96, 128, "head size 96 is not one of 64, 128"),
+        (torch.bfloat16, 64, 200, "key blocks of up to 200 tokens are longer than 128"),
+        (torch.bfloat16, 64, 128, "runs on CUDA devices|not a Hopper GPU|^$"),
+    ],
+)
+def test_the_hopper_kernel_says_what_it_cannot_take(dtype, head: int, block: int, said: str):
+    pytest.importorskip("triton")
+    x = torch.zeros(1, 2, 300, head, dtype=dtype, device=DEVICE)
+    plan = BlockPlan.full(uniform_starts(300, block, DEVICE), uniform_starts(300, block, DEVICE))
+    reason = why_not("hopper", x, x, x, plan)
+    assert re.search(said, reason or "")
+    if reason:
+        with pytest.raises(KernelUnavailable, match="impl='hopper'"):
+            block_sparse(x, x, x, plan, layout="bhsd", impl="hopper")
 
 
 def test_misfits_are_refused():

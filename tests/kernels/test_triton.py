@@ -20,6 +20,7 @@ needs_triton = pytest.mark.skipif(
 
 # What a program may use of shared memory: sm_86 and sm_89 have the least, 99 KB.
 SMALLEST_SHARED = 99 * 1024
+LARGEST_SHARED = 227 * 1024  # sm_90
 
 
 def run(*command: str, **environment: str) -> str:
@@ -116,3 +117,22 @@ def test_kernels_that_build_plans_compile_without_spills(capability: int):
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
+
+
+@needs_triton
+def test_hopper_kernel_compiles_for_speed():
+    """Exponentials lie between the two waits, where products run beneath them; loading and computing warps share 512
+    registers a lane; nothing is spilled to speak of; two to four blocks of keys and values fit."""
+    told = run(str(HERE / "_compile_probe.py"), "90", "hopper")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert [(kernel["head"], kernel["dtype"]) for kernel in kernels] == [
+        *((64, "bf16"), (64, "fp16"), (128, "bf16"), (128, "fp16")),
+    ]
+    for kernel in kernels:
+        groups = kernel["overlapped_exponentials"]
+        assert len(groups) == 2 and min(groups) >= 64, kernel
+        # Newer compilers spill a few column numbers of the branch that masks a short block.
+        assert kernel["stack"] <= 96 and kernel["local"] == 0 and kernel["spills_in_loop"] <= 16, kernel
+        assert kernel["shared"] <= LARGEST_SHARED, kernel
+        assert {32, 240} <= set(kernel["registers_set"]), kernel
+        assert kernel["wgmma"] and kernel["async"] and not kernel["mma"], kernel
