@@ -190,11 +190,26 @@ def _load_tiles(
 
 
 @gluon.jit
+def _mask_behind(scores, length, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of columns from `length` on become -inf.
+
+    A thread holds two columns out of every eight. Comparing those two with what is left of the length in each group of
+    eight takes two registers; comparing all its columns with the length would keep all their numbers in registers.
+    """
+    grouped = scores.reshape([ROWS, BLOCK_N // 8, 8])
+    GROUPED: gl.constexpr = grouped.type.layout
+    group = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, GROUPED)))
+    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, GROUPED)))
+    kept = within[None, None, :] < (length - 8 * group)[None, :, None]
+    grouped = gl.where(kept, grouped, -float("inf"))
+    return gl.convert_layout(grouped.reshape([ROWS, BLOCK_N]), LAYOUT)
+
+
+@gluon.jit
 def _soften(scores, top, total, length, scale_log2, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """Weights `2^(s - m')` of one block, the new maximum and total, and the factor by which older parts fade."""
     if length < BLOCK_N:
-        columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-        scores = gl.where((columns < length)[None, :], scores, -float("inf"))
+        scores = _mask_behind(scores, length, BLOCK_N, LAYOUT)
     new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
     # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
     anchor = gl.where(new_top == -float("inf"), 0.0, new_top)

@@ -122,7 +122,7 @@ def test_kernels_that_build_plans_compile_without_spills(capability: int):
 @needs_triton
 def test_hopper_kernel_compiles_for_speed():
     """Exponentials lie between the two waits, where products run beneath them; loading and computing warps share 512
-    registers a lane; nothing is spilled to speak of; two to four blocks of keys and values fit."""
+    registers a lane; nothing is spilled; the ring fits."""
     told = run(str(HERE / "_compile_probe.py"), "90", "hopper")
     kernels = [json.loads(line) for line in told.splitlines()]
     assert [(kernel["head"], kernel["dtype"]) for kernel in kernels] == [
@@ -131,8 +131,7 @@ def test_hopper_kernel_compiles_for_speed():
     for kernel in kernels:
         groups = kernel["overlapped_exponentials"]
         assert len(groups) == 2 and min(groups) >= 64, kernel
-        # Newer compilers spill a few column numbers of the branch that masks a short block.
-        assert kernel["stack"] <= 96 and kernel["local"] == 0 and kernel["spills_in_loop"] <= 16, kernel
+        assert kernel["stack"] == kernel["local"] == kernel["spills_in_loop"] == 0, kernel
         assert kernel["shared"] <= LARGEST_SHARED, kernel
         assert {32, 240} <= set(kernel["registers_set"]), kernel
         assert kernel["wgmma"] and kernel["async"] and not kernel["mma"], kernel
