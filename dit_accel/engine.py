@@ -246,6 +246,7 @@ class Engine:
                 self._count_dense(*reason, 1)
             return seat.dense(query, key, value, **call)
         from dit_accel.kernels.block_sparse import block_sparse, choose
+        from dit_accel.kernels.counting import count_pairs
 
         now = self.call.at(seat.layer)
         state = self._state_for(now, query)
@@ -257,7 +258,7 @@ class Engine:
         executor = choose(*by_head, plan, impl=self.options.impl)
         self._say_once(f"sparse attention runs on the {executor} executor")
         out, _ = block_sparse(*by_head, plan, scale=call["scale"], layout="bhsd", impl=executor)
-        self.tally.note_sparse(now, executor, plan.key_fraction())
+        self.tally.note_sparse(now, executor, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
 
     def _why_dense(

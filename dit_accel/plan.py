@@ -114,6 +114,12 @@ class BlockPlan:
         tensors = (self.counts, self.q_starts, self.k_starts)
         return max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)
 
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a query token and a key token, over the batch rows and heads the plan tells apart."""
+        batch, heads = self.lead
+        return batch * heads * self.n_q_tokens * self.n_k_tokens
+
     def check_values(self) -> None:
         """Check what only the numbers can tell: offsets, list lengths, ascending lists. Waits for the device.
 
@@ -244,18 +250,6 @@ class BlockPlan:
         columns = _owner(self.k_starts, self.n_k_tokens).expand(*lead, -1)
         mask = mask.gather(2, rows[..., None].expand(-1, -1, -1, mask.shape[3]))
         return mask.gather(3, columns[..., None, :].expand(-1, -1, mask.shape[2], -1))
-
-    def key_fraction(self) -> Tensor:
-        """The achieved keep: key tokens read over key tokens present, averaged over query tokens, heads and batch.
-
-        Returns:
-            0-d float64 tensor on the plan's device, so that reading it is the caller's decision.
-        """
-        lead = self.lead
-        k_sizes = self.k_starts.diff(dim=-1).double().expand(*lead, -1)
-        q_sizes = self.q_starts.diff(dim=-1).double().expand(*lead, -1)
-        read = (self.to_mask().expand(*lead, -1, -1).double() @ k_sizes[..., None])[..., 0]
-        return (read * q_sizes).sum() / (lead[0] * lead[1] * self.n_q_tokens * self.n_k_tokens)
 
     def coarsen(self, q_factor: int = 1, k_factor: int = 1) -> BlockPlan:
         """Merge runs of neighbouring blocks; a merged pair is kept if any of its parts was (OR, never AND).

@@ -87,7 +87,7 @@ class Report:
 
 @dataclass(eq=False)
 class Tally:
-    """Counts of one handle, shared by its transformers. Kept shares stay on the device until asked for."""
+    """Counts of one handle, shared by its transformers. What was read stays on the device until asked for."""
 
     sparse: int = 0
     dense: int = 0
@@ -98,9 +98,8 @@ class Tally:
     executors: Counter[str] = field(default_factory=Counter)
     token_orders: Counter[str] = field(default_factory=Counter)
     stateless: Counter[str] = field(default_factory=Counter)
-    kept: dict[tuple[int, int], tuple[Tensor, int]] = field(
-        default_factory=dict
-    )  # (layer, step) -> sum, calls
+    # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
+    kept: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Tally:
@@ -112,13 +111,14 @@ class Tally:
     def note_run(self) -> None:
         self.runs += 1
 
-    def note_sparse(self, call: Call, executor: str, kept: Tensor) -> None:
-        """Count a sparse call and the 0-d share of key tokens it read."""
+    def note_sparse(self, call: Call, executor: str, read: Tensor, present: int) -> None:
+        """Count a sparse call that read so many (0-d, on the device) of the pairs of tokens that are present."""
         self.sparse += 1
         self.executors[executor] += 1
         assert call.layer is not None
-        total, calls = self.kept.get((call.layer, call.step), (None, 0))
-        self.kept[call.layer, call.step] = (kept if total is None else total + kept, calls + 1)
+        place = (call.layer, call.step, present)
+        total, calls = self.kept.get(place, (None, 0))
+        self.kept[place] = (read if total is None else total + read, calls + 1)
 
     def note_dense(self, reason: str, planned: bool, calls: int = 1) -> None:
         self.dense += calls
@@ -128,7 +128,7 @@ class Tally:
 
     def report(self, keep_requested: float | None, bytes_held: int) -> Report:
         """Add everything up; waits for the device."""
-        kept = {place: (float(total), calls) for place, (total, calls) in self.kept.items()}
+        kept = {place: (int(total) / place[2], calls) for place, (total, calls) in self.kept.items()}
         return Report(
             sparse_calls=self.sparse,
             dense_calls=self.dense,
@@ -161,7 +161,7 @@ def _mean(parts: Any) -> float | None:
     return sum(total for total, _ in parts) / calls if calls else None
 
 
-def _grouped(kept: dict[tuple[int, int], tuple[float, int]], axis: int) -> dict[int, float]:
+def _grouped(kept: dict[tuple[int, int, int], tuple[float, int]], axis: int) -> dict[int, float]:
     groups: dict[int, list[tuple[float, int]]] = {}
     for place, part in kept.items():
         groups.setdefault(place[axis], []).append(part)

@@ -1,4 +1,4 @@
-"""Pooling and selection against plain torch, at the sizes that real models have; `check_kernels.py` runs them."""
+"""The kernels around a plan against plain torch, at the sizes that real models have; `check_kernels.py` runs them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dit_accel.kernels import pooling, selection
+from dit_accel.kernels import counting, pooling, selection
+from dit_accel.plan import BlockPlan
 
 
 def check_plan_kernels(device: str) -> Iterator[tuple[str, str | None]]:
@@ -19,6 +20,7 @@ def check_plan_kernels(device: str) -> Iterator[tuple[str, str | None]]:
             for top_p in (None, 0.3, 0.95):
                 title = f"selection of {n_keys}, forced {forcing}, top_p {top_p}"
                 yield title, _check_selection(n_keys, forcing, top_p, device)
+                yield f"counting, {title}", _check_counting(n_keys, forcing, top_p, device)
 
 
 def _check_pooling(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> str | None:
@@ -46,3 +48,15 @@ def _check_selection(n_keys: int, forcing: bool, top_p: float | None, device: st
         return f"{int((counts != right_counts).sum())} of {counts.numel()} counts are wrong"
     wrong = int((indices != right_indices).sum())
     return f"{wrong} of {indices.numel()} indices are wrong" if wrong else None
+
+
+def _check_counting(n_keys: int, forcing: bool, top_p: float | None, device: str) -> str | None:
+    """`forcing` tells heads apart; `top_p` is the share that is kept."""
+    generator = torch.Generator().manual_seed(n_keys)
+    mask = torch.rand(2, 3 if forcing else 1, n_keys, n_keys, generator=generator) < (top_p or 0.0)
+    starts = [0, *torch.randint(0, 129, (n_keys,), generator=generator).cumsum(0).tolist()]
+    plan = BlockPlan.from_mask(mask.to(device), starts, starts)
+    sizes = torch.tensor(starts).diff().double()
+    right = int(torch.einsum("bhqk,q,k->", mask.double(), sizes, sizes))
+    counted = int(counting.count_pairs(plan))
+    return None if counted == right else f"{counted} pairs instead of {right}"

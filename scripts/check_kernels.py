@@ -88,7 +88,7 @@ def main() -> int:
         failures.append("no implementation could run any case")
     plan_kernels = dict(check_plan_kernels(options.device))
     failures += [f"{title}: {problem}" for title, problem in plan_kernels.items() if problem]
-    print(f"pooling and selection: {len(plan_kernels)} cases")
+    print(f"pooling, selection and counting: {len(plan_kernels)} cases")
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began

@@ -18,7 +18,7 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """Every implementation of every kernel, on the GPU where there is one."""
-    from dit_accel.kernels import pooling, selection
+    from dit_accel.kernels import counting, pooling, selection
     from dit_accel.options import IMPLS
 
     checks: list[tuple[str, Callable[[str], Check]]] = [
@@ -26,6 +26,7 @@ def check_kernels() -> Iterator[Check]:
     ]
     checks += [(f"pooling/{impl}", _check_pooling) for impl in pooling.IMPLEMENTATIONS]
     checks += [(f"selection/{impl}", _check_selection) for impl in selection.IMPLEMENTATIONS]
+    checks += [(f"counting/{impl}", _check_counting) for impl in counting.IMPLEMENTATIONS]
     for name, check in checks:
         try:
             yield check(name)
@@ -120,6 +121,27 @@ def _check_selection(name: str) -> Check:
     enough = ((mass < 0.4).sum(-1) + 1).clamp(10, 40)
     wrong = int((read[..., :40] != best).sum()) + int((counts != enough).sum())
     return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong choices", began)
+
+
+def _check_counting(name: str) -> Check:
+    """Pairs of a plan with blocks of unequal length, against its mask token by token."""
+    import torch
+
+    from dit_accel.kernels.counting import count_pairs, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    starts = [0, 128, 200, 200, 301]
+    mask = torch.rand(2, 3, 4, 4, generator=torch.Generator("cpu").manual_seed(3)) < 0.5
+    right = int(BlockPlan.from_mask(mask, starts, starts).to_token_mask().sum())
+    plan = BlockPlan.from_mask(mask.to(device), starts, starts)
+    reason = why_not(impl, plan)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    wrong = abs(int(count_pairs(plan, impl=impl)) - right)
+    return _judge(name, torch.float32, device, float(wrong), f"off by {wrong} of {right}", began)
 
 
 def _judge(name: str, dtype, device, error: float, told: str, began: float) -> Check:

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.selection import triton as selection
 
@@ -61,6 +62,11 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         signature, aligned = sign(pooling.block_means_kernel, pointers, constants, pooling.UNSPECIALIZED)
         told = compile_source(pooling.block_means_kernel, signature, constants, aligned, 4, 3, capability)
         yield {"kernel": f"pooling D={dim} {dtype}", **told}
+    pointers = dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32") | {"pairs": "*i64"}
+    constants = {"ENTRIES": counting.ENTRIES}
+    signature, aligned = sign(counting.count_pairs_kernel, pointers, constants, counting.UNSPECIALIZED)
+    told = compile_source(counting.count_pairs_kernel, signature, constants, aligned, 1, 3, capability)
+    yield {"kernel": "counting", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
         pointers = {"scores": "*fp32", "forced": "*i1" if forced else "*fp32", "shares": "*fp32"}
