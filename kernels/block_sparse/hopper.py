@@ -102,6 +102,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4,
+            enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )
     return out, lse
 

@@ -98,6 +98,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
             UPCAST=interpreting() and q.dtype == torch.bfloat16,
             num_warps=config.warps,
+            enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
             num_stages=config.stages,
         )
     return out, lse

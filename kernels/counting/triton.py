@@ -32,6 +32,7 @@ def count_pairs(plan: BlockPlan) -> Tensor:
             *(*_lead_strides(plan.q_starts), *_lead_strides(plan.k_starts)),
             ENTRIES=ENTRIES,
             num_warps=1,
+            enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )
     return pairs
 

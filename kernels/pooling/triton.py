@@ -40,6 +40,7 @@ def block_means(x: Tensor, starts: Tensor, max_block: int) -> Tensor:
             BLOCK_D=max(16, triton.next_power_of_2(dim)),
             ROWS=ROWS,
             num_warps=4,
+            enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )
     return out
 

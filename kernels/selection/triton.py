@@ -46,6 +46,7 @@ def select_blocks(
             TOP_P=top_p is not None,
             PADDED=padded,
             num_warps=warps_for(padded),
+            enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )
     return counts, indices
 

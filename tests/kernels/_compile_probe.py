@@ -130,7 +130,7 @@ def compile_source(
 ) -> dict:
     """Registers, stack bytes, shared bytes and instructions."""
     source = source(function, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -71,9 +71,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_without_spills(capability: int):
     """On the tensor cores, within the smallest chip's shared memory, asynchronous copies for 16-bit types."""
-    told = run(
-        str(HERE / "_compile_probe.py"), str(capability), "64,96,128,256", TRITON_DEFAULT_FP_FUSION="1"
-    )
+    told = run(str(HERE / "_compile_probe.py"), str(capability), "64,96,128,256")
     kernels = [json.loads(line) for line in told.splitlines()]
     assert len(kernels) == 12
     for kernel in kernels:
@@ -114,7 +112,7 @@ def test_the_folder_is_not_mistaken_for_the_hub_package():
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_around_plans_compile_without_spills(capability: int):
-    told = run(str(HERE / "_compile_probe.py"), str(capability), "plan", TRITON_DEFAULT_FP_FUSION="1")
+    told = run(str(HERE / "_compile_probe.py"), str(capability), "plan")
     kernels = [json.loads(line) for line in told.splitlines()]
     assert len(kernels) == 7
     for kernel in kernels:
