@@ -31,6 +31,7 @@ import numpy as np
 from _quality_record import describe_environment, merge_records, print_record, summarise
 
 import dit_accel
+from dit_accel.methods import method_options
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset, load_preset
 from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
@@ -135,7 +136,12 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
         )
     if head == "random":
-        settings["method"] = "random"
+        shared = method_options("random") & preset.sparse.method_options.keys()
+        settings = {
+            "method": "random",
+            **{name: preset.sparse.method_options[name] for name in shared},
+            **settings,
+        }
     return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift)
 
 

@@ -16,7 +16,7 @@ failed=0
 
 # Below the size from which sparse attention pays a preset would run dense: min_tokens=0 asks for it all the same.
 fast=fast,min_tokens=0 random=random,min_tokens=0
-default=(dense "$fast" "$random" "$fast,keep=0.2" "$random,keep=0.2" dense,kernel=math dense,steps=14 dense,steps=30
+default=(dense "$fast" "$random" "$fast,keep=0.25" "$random,keep=0.25" "$random,neighbours=0" dense,kernel=math dense,steps=14 dense,steps=30
   dense,guidance=3 dense,guidance=7)
 large=(dense fast,keep=0.5 fast,keep=0.25 fast,keep=0.1 random,keep=0.25)
 

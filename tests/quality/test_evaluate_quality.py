@@ -57,6 +57,9 @@ def test_shards_merge_into_one_record(model, tmp_path):
     record = json.loads((tmp_path / "merged" / "record.json").read_text())
 
     assert [row["prompt"] for row in record["rows"]["dense"]] == [0, 1, 2]
+    fast, random = (record["options"][name] for name in VARIANTS[1:3])
+    assert random["method"] == "random" and random["keep"] == 0.5
+    assert random["neighbours"] == fast["neighbours"] == 1, "the control is forced to read what the method is"
     summary = record["summary"]
     assert summary["dense"]["accuracy"]["shape"]["of"] == 3
     assert summary["dense"]["two_objects"]["shape"]["of"] == 1
