@@ -276,6 +276,11 @@ class BlockPlan:
         )
 
 
+def lead_strides(tensor: Tensor) -> tuple[int, int]:
+    """Batch and head strides of a plan's tensor for a kernel: 0 where one entry stands for all."""
+    return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
+
+
 def _measure(
     starts: Starts, n_tokens: int | None, longest: int | None, device: torch.device
 ) -> tuple[Tensor, int, int]:

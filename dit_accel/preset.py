@@ -27,7 +27,7 @@ from typing import Any
 
 import dit_accel.presets as shipped
 from dit_accel.errors import UsageError, unknown_name
-from dit_accel.methods import load_method
+from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions
 
 STATUSES = ("measured", "provisional")
@@ -163,7 +163,8 @@ def _number_or_text(raw: str) -> float | str:
 def _full_key(key: str) -> str:
     group, _, name = key.rpartition(".")
     generate = [field.name for field in dataclasses.fields(GenerateOptions)]
-    sparse = list(SparseOptions().to_mapping())
+    of_methods = set().union(*(method_options(name) for name in method_names()))
+    sparse = [*SparseOptions().to_mapping(), *sorted(of_methods)]
     if not group and name in generate:
         return f"generate.{name}"
     if not group and name in sparse:

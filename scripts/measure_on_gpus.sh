@@ -25,16 +25,16 @@ evaluate() { # NAME GRID PROMPTS BATCH VARIANT...
   shift 4
   for ((gpu = 0; gpu < gpus; gpu++)); do
     CUDA_VISIBLE_DEVICES=$gpu python3 scripts/evaluate_quality.py --model "$model" --grid "$grid" --prompts "$prompts" \
-      --batch "$batch" --show 2 --out "$out/work/$name" --shard "$gpu/$gpus" --variants "$@" \
+      --batch "$batch" --show 2 --out "$out/parts/$name" --shard "$gpu/$gpus" --variants "$@" \
       >"$out/logs/$name-$gpu.log" 2>&1 &
     pids+=($!)
   done
   for ((gpu = 0; gpu < gpus; gpu++)); do
     wait "${pids[gpu]}" || { failed=1; tail -n 5 "$out/logs/$name-$gpu.log"; }
   done
-  python3 scripts/evaluate_quality.py --merge "$out/work/$name"/record-*of"$gpus".json --out "$out/work/$name" \
+  python3 scripts/evaluate_quality.py --merge "$out/parts/$name"/record-*of"$gpus".json --out "$out/parts/$name" \
     2>&1 | tee "$out/logs/$name.txt" || failed=1
-  mv "$out/work/$name/record.json" "$out/tiny_wan_${name}_gpu.json" || failed=1
+  mv "$out/parts/$name/record.json" "$out/tiny_wan_${name}_gpu.json" || failed=1
 }
 
 alone() { # LINES NAME COMMAND...: one after another on the first GPU, timed undisturbed

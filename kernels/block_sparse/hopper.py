@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dit_accel.plan import BlockPlan
+from dit_accel.plan import BlockPlan, lead_strides
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 HEADS = (64, 128)
@@ -93,8 +93,8 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             *(_describe(q, rows), _describe(k, key_rows), _describe(v, key_rows)),
             *(out, lse, counts, indices, plan.q_starts, plan.k_starts),
             *(tiles, plan.n_q, parts, heads, n_q, scale * math.log2(math.e)),
-            *(*_lead_strides(counts), indices.shape[3]),
-            *(*_lead_strides(plan.q_starts), *_lead_strides(plan.k_starts)),
+            *(*lead_strides(counts), indices.shape[3]),
+            *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
             *out.stride()[:3],
             HEAD=head,
             BLOCK_N=key_rows,
@@ -125,11 +125,6 @@ def _strides(x: Tensor) -> list[int]:
     ]
 
 
-def _lead_strides(tensor: Tensor) -> tuple[int, int]:
-    """Batch and head strides, 0 where one entry stands for all."""
-    return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
-
-
 @gluon.jit
 def _find_tile(
     tile, counts, q_starts, n_q, parts, heads, stride_cb, stride_ch, stride_qsb, stride_qsh
@@ -148,12 +143,13 @@ def _find_tile(
 
 @gluon.jit
 def _load_tiles(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free,
-    counts, indices, q_starts, k_starts, tiles, n_q, parts, heads,
-    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
+    q_desc, k_desc, v_desc, memory, plan, strides,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. `step` counts key blocks over all tiles, `turn` tiles that have any."""
+    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = memory
+    counts, indices, q_starts, k_starts, tiles, n_q, parts, heads = plan
+    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -221,16 +217,17 @@ def _soften(scores, top, total, length, scale_log2, BLOCK_N: gl.constexpr, LAYOU
 
 @gluon.jit
 def _attend_tiles(
-    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, go,
-    out, lse, counts, indices, q_starts, k_starts, tiles, n_q, parts, heads, n_tokens, scale_log2,
-    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
-    stride_ob, stride_oh, stride_os,
+    memory, go, plan, strides, result,
     WHICH: gl.constexpr,
     HEAD: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """A computing group: 64 rows of every tile. Counts as in `_load_tiles`; `pair` counts uses of `go`."""
+    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = memory
+    counts, indices, q_starts, k_starts, tiles, n_q, parts, heads = plan
+    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
+    out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os = result
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -379,29 +376,16 @@ def block_sparse_kernel(
         mbarrier.init(k_free.index(i), count=2)  # both groups read it
         mbarrier.init(v_free.index(i), count=2)
     fence_async_shared()
+    memory = (q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free)
+    strides = (stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh)
+    plan = (counts, indices, q_starts, k_starts, tiles, n_q, parts, heads)
+    result = (out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os)
     gl.warp_specialize(
         [
-            (_attend_tiles, (
-                q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, go,
-                out, lse, counts, indices, q_starts, k_starts, tiles, n_q, parts, heads, n_tokens, scale_log2,
-                stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
-                stride_ob, stride_oh, stride_os,
-                0, HEAD, BLOCK_N, STAGES,
-            )),
-            (_attend_tiles, (
-                q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, go,
-                out, lse, counts, indices, q_starts, k_starts, tiles, n_q, parts, heads, n_tokens, scale_log2,
-                stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
-                stride_ob, stride_oh, stride_os,
-                1, HEAD, BLOCK_N, STAGES,
-            )),
-            (_load_tiles, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free,
-                counts, indices, q_starts, k_starts, tiles, n_q, parts, heads,
-                stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
-                STAGES,
-            )),
+            (_attend_tiles, (memory, go, plan, strides, result, 0, HEAD, BLOCK_N, STAGES)),
+            (_attend_tiles, (memory, go, plan, strides, result, 1, HEAD, BLOCK_N, STAGES)),
+            (_load_tiles, (q_desc, k_desc, v_desc, memory, plan, strides, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    )

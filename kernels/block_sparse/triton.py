@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.plan import BlockPlan
+from dit_accel.plan import BlockPlan, lead_strides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
@@ -86,8 +86,8 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             *(q, k, v, out, lse),
             *(plan.counts, plan.indices, plan.q_starts, plan.k_starts),
             *(*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2]),
-            *(*_lead_strides(plan.counts), *_lead_strides(plan.indices), plan.indices.stride(2)),
-            *(*_lead_strides(plan.q_starts), *_lead_strides(plan.k_starts)),
+            *(*lead_strides(plan.counts), *lead_strides(plan.indices), plan.indices.stride(2)),
+            *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
             scale * math.log2(math.e),
             parts,
             HEAD=head,
@@ -102,11 +102,6 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             num_stages=config.stages,
         )
     return out, lse
-
-
-def _lead_strides(tensor: Tensor) -> tuple[int, int]:
-    """Batch and head strides, 0 where one entry stands for all."""
-    return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
 
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.plan import BlockPlan
+from dit_accel.plan import BlockPlan, lead_strides
 
 ENTRIES = 128  # of a list, read at once
 
@@ -28,18 +28,13 @@ def count_pairs(plan: BlockPlan) -> Tensor:
     with torch.cuda.device(plan.device) if pairs.is_cuda else nullcontext():
         count_pairs_kernel[(plan.n_q, heads, batch)](
             *(plan.counts, plan.indices, plan.q_starts, plan.k_starts, pairs),
-            *(*_lead_strides(plan.counts), *_lead_strides(plan.indices), plan.indices.stride(2)),
-            *(*_lead_strides(plan.q_starts), *_lead_strides(plan.k_starts)),
+            *(*lead_strides(plan.counts), *lead_strides(plan.indices), plan.indices.stride(2)),
+            *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
             ENTRIES=ENTRIES,
             num_warps=1,
             enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )
     return pairs
-
-
-def _lead_strides(tensor: Tensor) -> tuple[int, int]:
-    """Batch and head strides, 0 where one entry stands for all."""
-    return tuple(0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in (0, 1))
 
 
 UNSPECIALIZED = (

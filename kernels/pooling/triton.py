@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.plan import lead_strides
+
 ROWS = 64  # tokens of a block summed at once
 LARGEST_HEAD = 512
 
@@ -33,7 +35,7 @@ def block_means(x: Tensor, starts: Tensor, max_block: int) -> Tensor:
         block_means_kernel[(blocks, heads, batch)](
             *(x, starts, out),
             *x.stride(),
-            *(0 if starts.shape[axis] == 1 else starts.stride(axis) for axis in (0, 1)),
+            *lead_strides(starts),
             *(heads, blocks),
             STEPS=max(1, triton.cdiv(max_block, ROWS)),
             DIM=dim,

@@ -146,6 +146,7 @@ def test_unknown_names_and_missing_files(tmp_path: Path) -> None:
         ("steps = 4", ("generate.steps", 4)),
         ("sparse.dense_layers=[0, 1]", ("sparse.dense_layers", [0, 1])),
         ("order=raster", ("sparse.order", "raster")),
+        ("neighbours=2", ("sparse.neighbours", 2)),  # the method's own
         ("negative_prompt=a = b", ("generate.negative_prompt", "a = b")),
         ("model=some/where", ("model", "some/where")),
         ("sparse.strict=true", ("sparse.strict", True)),
