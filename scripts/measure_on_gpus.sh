@@ -47,14 +47,14 @@ alone() { # LINES NAME COMMAND...: one after another on the first GPU, timed und
   return "$code"
 }
 
-alone 3 check_kernels scripts/check_kernels.py --output "$out/check_kernels.json"
 evaluate default default 64 16 "${default[@]}"
 evaluate large large 8 1 "${large[@]}"
+alone 3 check_kernels scripts/check_kernels.py --output "$out/check_kernels.json"
+alone 8 measure_judge scripts/measure_judge.py --clips 512 --only vae --vae "$model/vae" --device cuda \
+  --json "$out/judge_vae.json"
 impls=triton
 # No GPU has run it yet, so it may also hang.
 alone 6 check_hopper scripts/check_kernels.py --impl hopper --output "$out/check_hopper.json" && impls="triton hopper"
 # shellcheck disable=SC2086
 alone 40 bench_kernels scripts/bench_kernels.py --impl $impls --rounds 10 --output "$out/bench_kernels.json"
-alone 8 measure_judge scripts/measure_judge.py --clips 512 --only vae --vae "$model/vae" --device cuda \
-  --json "$out/judge_vae.json"
 exit "$failed"
