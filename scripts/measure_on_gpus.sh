@@ -50,7 +50,7 @@ alone() { # LINES NAME COMMAND...: one after another on the first GPU, timed und
 evaluate default default 64 16 "${default[@]}"
 evaluate large large 8 1 "${large[@]}"
 alone 3 check_kernels scripts/check_kernels.py --output "$out/check_kernels.json"
-alone 8 measure_judge scripts/measure_judge.py --clips 512 --only vae --vae "$model/vae" --device cuda \
+alone 8 measure_judge scripts/measure_judge.py --clips 96 --only vae --vae "$model/vae" --device cuda \
   --json "$out/judge_vae.json"
 impls=triton
 # No GPU has run it yet, so it may also hang.
