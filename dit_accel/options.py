@@ -11,7 +11,7 @@ from typing import Any
 
 from dit_accel.errors import UsageError, unknown_name
 
-ORDERS = ("raster", "tiles")
+ORDERS = ("raster", "tiles", "packed")
 IMPLS = ("auto", "cpu", "reference", "triton")
 
 
@@ -29,7 +29,9 @@ class SparseOptions:
     method: str = "pooled"  # file name in dit_accel/methods
     keep: float | None = None  # requested share of visual key blocks, forced ones included; (0, 1]
     top_p: float | None = None  # keep the fewest blocks that hold this much predicted attention; (0, 1]
-    order: str = "tiles"  # token order: "tiles" (space-time tiles) or "raster" (as the model has it)
+    order: str = (
+        "tiles"  # token order: "tiles" (space-time boxes), "packed" (near-boxes, all full) or "raster"
+    )
     block: int = 128  # most tokens in one block; 8 to 128
     dense_above: float = 1.0  # dense while the noise level (timestep / training timesteps) is above this
     dense_below: float = 0.0  # dense while the noise level is below this

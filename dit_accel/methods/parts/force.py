@@ -13,8 +13,8 @@ def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool
 
     Args:
         layout: whose blocks.
-        neighbours: key blocks at most so many steps away, counted along the axes of the block grid (in raster
-            order along the sequence); 0 is the query's own block, None forces none.
+        neighbours: key blocks at most so many steps away, from block to block through the faces they share (in
+            raster order along the sequence); 0 is the query's own block, None forces none.
         first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
 
     Returns:
@@ -30,10 +30,13 @@ def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool
 
 
 def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Tensor:
-    places = layout.places
-    forced = torch.zeros(layout.n_blocks, layout.n_blocks, dtype=torch.bool, device=places.device)
+    forced = torch.zeros_like(layout.near)
     if neighbours is not None:
-        forced |= (places[:, None] - places[None]).abs().sum(-1) <= neighbours
+        reached = torch.eye(layout.n_blocks, device=forced.device)
+        step = layout.near.float() + reached
+        for _ in range(neighbours):
+            reached = (reached @ step).clamp(max=1)
+        forced |= reached > 0
     if first_frame:
         forced |= layout.first_frame[None]
     return forced
