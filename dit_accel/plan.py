@@ -49,8 +49,8 @@ class BlockPlan:
     `[starts[i], starts[i + 1])`; a zero-length block is allowed. A query block whose count is 0 has an empty row:
     its output is 0 and its lse is -inf.
 
-    Values on the CPU are checked on creation. On an accelerator that would cost a synchronisation, so only shapes,
-    types and devices are checked there; `check_values()` does the rest on request.
+    Values on the CPU are checked on creation. On an accelerator that would cost a synchronisation, and torch.compile
+    cannot trace it, so only shapes, types and devices are checked there; `check_values()` does the rest on request.
 
     Raises:
         UsageError: a shape, type, device or (on the CPU) value that is not as described.
@@ -91,7 +91,7 @@ class BlockPlan:
             )
         if self.k_starts.shape[2] < 2:
             raise UsageError(f"k_starts must hold at least 2 offsets, got {self.k_starts.shape[2]}.")
-        if self.counts.device.type == "cpu":
+        if self.counts.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_values()
 
     @property

@@ -14,13 +14,14 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _kernel_cases import Case, environment, judge, write_record
+from _peers import peer_candidates
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -78,6 +79,43 @@ def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], 
             continue
         found[name] = run
     return found
+
+
+def quantised_candidates(mode: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> dict[str, Callable]:
+    """Quantised attention with its prologue and alone, if two heads of it come out right. q, k, v: `[B, S, H, D]`."""
+    from dit_accel.kernels.block_sparse import hopper
+    from dit_accel.kernels.quantize import quantize_blocks
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    reason = why_not("hopper", q, k, v, plan, mode)
+    if reason:
+        print(f"{mode} not timed: {reason}")
+        return {}
+    some, starts = [0, q.shape[1] - 1], plan.q_starts[0, 0]
+    part = BlockPlan.from_mask(plan.to_mask()[:, some], starts, starts)
+    exact, _ = block_sparse(*(x[:, some] for x in (q, k, v)), part, layout="bhsd", impl="triton")
+    out, _ = block_sparse(q, k, v, plan, layout="bhsd", impl="hopper", precision=mode)
+    error = float((out[:, some].float() - exact.float()).norm() / exact.float().norm())
+    if not error < 0.06:
+        print(f"{mode} WRONG, not timed: relative error {error:.3f}")
+        return {}
+    copies = quantize_blocks(q, k, v, plan, mode)
+    scale = q.shape[3] ** -0.5
+    return {
+        mode: partial(block_sparse, q, k, v, plan, layout="bhsd", impl="hopper", precision=mode),
+        f"{mode} alone": partial(hopper.block_sparse_quantised, copies, plan, scale, q),
+    }
+
+
+def right_peers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[tuple[str, Callable]]:
+    """The peers that give what Triton's kernel gives. q, k, v: `[B, S, H, D]`."""
+    out = block_sparse(q, k, v, plan, impl="triton")[0].float()
+    for name, run in peer_candidates(q, k, v, plan):
+        error = float((run().float() - out).norm() / out.norm())
+        if error < 0.01:
+            yield name, run
+        else:
+            print(f"{name} WRONG, not timed: relative error {error:.3f}")
 
 
 def time_in_turns(runs: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
@@ -138,6 +176,15 @@ def main() -> int:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU"
     )
     parser.add_argument("--impl", nargs="+", help="cpu, triton, hopper; default: what the device gets")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=[],
+        help="also int8_fp8, fp8, int8, with quantising and (alone) without",
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="also flash-attn-4 and FlexAttention, where installed"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--output", help="write a JSON record here")
@@ -173,6 +220,10 @@ def main() -> int:
                     table.append(dict(**shape, keep=keep, impl=impl, problem=problem))
                 else:
                     runs[impl] = partial(block_sparse, q, k, v, plan, impl=impl)
+            for mode in options.precision:
+                runs |= quantised_candidates(mode, q, k, v, plan)
+            if options.peers:
+                runs |= dict(right_peers(q, k, v, plan))
             times = time_in_turns(runs, device, options.rounds)
             quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
             dense = min(dense_names, key=lambda name: quartiles[name][1])

@@ -20,6 +20,7 @@ import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _kernel_cases import Case, environment, judge, make, write_record
 from _plan_kernel_checks import check_plan_kernels
+from _quantised_checks import check_quantised
 
 from dit_accel.kernels.block_sparse import block_sparse, why_not
 
@@ -89,10 +90,13 @@ def main() -> int:
     plan_kernels = dict(check_plan_kernels(options.device))
     failures += [f"{title}: {problem}" for title, problem in plan_kernels.items() if problem]
     print(f"pooling, selection and counting: {len(plan_kernels)} cases")
+    quantised = dict(check_quantised(options.device)) if options.device.startswith("cuda") else {}
+    failures += [f"{title}: {problem}" for title, problem in quantised.items() if problem]
+    print(f"quantised: {len(quantised)} cases")
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began
-    total = sum(row["cases"] for row in table) + len(plan_kernels)
+    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(quantised)
     print(
         f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
     )
@@ -103,6 +107,7 @@ def main() -> int:
                 table=table,
                 left_out=left_out,
                 plan_kernels=list(plan_kernels),
+                quantised=list(quantised),
                 failures=failures,
                 seconds=round(seconds, 1),
             ),

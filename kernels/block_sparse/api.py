@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.kernels.quantize import MODES, ROWS, quantize_blocks
 from dit_accel.plan import BlockPlan
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper")
+PRECISIONS = ("full", *MODES)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Layout = Literal["bshd", "bhsd"]
@@ -25,6 +27,7 @@ def block_sparse(
     scale: float | None = None,
     layout: Layout = "bshd",
     impl: str = "auto",
+    precision: str = "full",
 ) -> tuple[Tensor, Tensor]:
     """Attention in which each query block reads only the key blocks its plan lists.
 
@@ -39,6 +42,8 @@ def block_sparse(
         scale: factor of the scores; None is `D ** -0.5`.
         layout: the order of the dimensions of q, k, v and out.
         impl: "reference", "cpu", "triton", "hopper", or "auto" (`choose`). A named one runs or raises.
+        precision: "full", or a mode of `kernels.quantize`: q, k and v are quantised first. "int8_fp8" costs a relative
+            error of about 0.04, "fp8" 0.05, "int8" 0.01 on normal inputs. Runs on "hopper" and, slowly, "reference".
 
     Returns:
         `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
@@ -46,31 +51,61 @@ def block_sparse(
 
     Raises:
         UsageError: shapes, types, devices or the plan do not fit together, or an input needs a gradient.
-        UnknownNameError: no such implementation or layout.
+        UnknownNameError: no such implementation, layout or precision.
         KernelUnavailable: the named implementation cannot run this call.
     """
     if layout not in ("bshd", "bhsd"):
         raise unknown_name("layout", layout, ("bshd", "bhsd"))
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
     _validate(q, k, v, plan)
-    name = choose(q, k, v, plan, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    match name:
-        case "reference":
-            from .reference import block_sparse as run
-        case "cpu":
-            from .cpu import block_sparse as run
-        case "triton":
-            from .triton import block_sparse as run
-        case "hopper":
-            from .hopper import block_sparse as run
-    with torch.no_grad():
-        out, lse = run(q, k, v, plan, scale)
+    if torch.compiler.is_compiling():
+        from .op import block_sparse as attend
+    else:
+        attend = run
+    out, lse = attend(q, k, v, plan, scale, impl, precision)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto") -> str:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str = "full"
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse` on validated `[B, H, S, D]`."""
+    name = choose(q, k, v, plan, impl, precision)
+    with torch.no_grad():
+        if precision != "full":
+            return _run_quantised(name, q, k, v, plan, scale, precision)
+        match name:
+            case "reference":
+                from .reference import block_sparse as attend
+            case "cpu":
+                from .cpu import block_sparse as attend
+            case "triton":
+                from .triton import block_sparse as attend
+            case "hopper":
+                from .hopper import block_sparse as attend
+        return attend(q, k, v, plan, scale)
+
+
+def _run_quantised(
+    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, mode: str
+) -> tuple[Tensor, Tensor]:
+    match name:
+        case "reference":
+            from .reference import block_sparse_quantised as attend
+        case "hopper":
+            from .hopper import block_sparse_quantised as attend
+    if scale <= 0:  # the kernels scale by powers of two of a positive number
+        q, scale = -q, max(-scale, 1e-30)
+    return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q)
+
+
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto", precision: str = "full"
+) -> str:
     """The implementation that will run. "auto" is "triton" on CUDA and "cpu" on the CPU; "hopper" has to be named:
     no GPU has run it yet.
 
@@ -81,20 +116,24 @@ def choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto")
         q, k, v: `[B, H, S, D]`.
         plan: the call's plan.
         impl: "auto" or a name.
+        precision: "full" or a quantised mode; for a mode "auto" is "hopper" on CUDA and "reference" on the CPU.
 
     Raises:
         UnknownNameError: no such implementation.
         KernelUnavailable: it cannot run this call; the message says why.
     """
     if impl == "auto":
-        impl = "triton" if q.device.type == "cuda" else "cpu"
-    reason = why_not(impl, q, k, v, plan)
+        fastest = ("triton", "cpu") if precision == "full" else ("hopper", "reference")
+        impl = fastest[0 if q.device.type == "cuda" else 1]
+    reason = why_not(impl, q, k, v, plan, precision)
     if reason is not None:
         raise KernelUnavailable(f"block_sparse impl={impl!r} cannot run this call: {reason}")
     return impl
 
 
-def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
+def why_not(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: str = "full"
+) -> str | None:
     """Why `impl` cannot run this call, or None if it can. Arguments as in `choose`.
 
     Raises:
@@ -102,6 +141,11 @@ def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str 
     """
     if impl not in IMPLEMENTATIONS:
         raise unknown_name("block_sparse implementation", impl, (*IMPLEMENTATIONS, "auto"))
+    if precision != "full":
+        if impl not in ("reference", "hopper"):
+            return f"precision {precision!r} runs on 'hopper' and 'reference' only."
+        if q.dtype == torch.float64 or max(plan.max_q_block, plan.max_k_block) > ROWS:
+            return f"quantised attention takes no float64 and no block above {ROWS} tokens."
     if impl in ("triton", "hopper"):
         return _why_not_compiled(impl, q, k, v, plan)
     if q.dtype not in (*FLOATS, torch.float64):

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.quantize import ROWS, Quantised
+from dit_accel.kernels.quantize.reference import in_key_order
 from dit_accel.plan import BlockPlan
 
 # Scores held at once, per batch row and head; 2^22 of them are 32 MB in float64.
@@ -56,3 +58,37 @@ def _owners(starts: Tensor, n_tokens: int) -> Tensor:
     """The block each token belongs to, `[B|1, H|1, n_tokens]`: the last one that starts at or before it."""
     token = torch.arange(n_tokens, device=starts.device)
     return (starts[..., None, 1:] <= token[:, None]).sum(dim=-1)
+
+
+def block_sparse_quantised(
+    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention from quantised copies: what every implementation of a mode computes, with weights rounded as they are.
+
+    N x N, for tests. Arguments and results as in `hopper.block_sparse_quantised`.
+    """
+    keys, values = parts.k8.float(), parts.v8.float()
+    if parts.mode.values is not None:
+        values = values.transpose(2, 3)
+        in_order = torch.empty_like(keys).unflatten(2, (-1, ROWS))
+        in_order[..., in_key_order(keys.device), :] = keys.unflatten(2, (-1, ROWS))
+        keys = in_order.flatten(2, 3)
+    scores = parts.q8.float() @ keys.transpose(2, 3) * parts.q_scale[..., None]
+    scores = scores * parts.k_scale.repeat_interleave(ROWS, 2)[:, :, None] * scale
+    slot = torch.arange(ROWS, device=scores.device)
+    lead = (*parts.q8.shape[:2], -1)
+    q_lengths, k_lengths = (s.diff().expand(lead) for s in (plan.q_starts, plan.k_starts))
+    read = plan.to_mask().expand(*lead, -1).repeat_interleave(ROWS, 2).repeat_interleave(ROWS, 3)
+    scores.masked_fill_(~(read & (slot < k_lengths[..., None]).flatten(2)[:, :, None]), -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top.clamp(min=torch.finfo(torch.float32).min)).exp()
+    total = weights.sum(-1, keepdim=True)
+    if parts.mode.values is not None:
+        weights = (weights * 256).to(parts.mode.values).float() / 256
+    else:
+        weights = weights.to(like.dtype).float()
+    out = weights @ values / total.masked_fill(total == 0, 1) * parts.v_scale[:, :, None]
+    lse = (top + total.log())[..., 0] + parts.shift * scale
+    there = (slot < q_lengths[..., None]).flatten(2)
+    shape = like.shape
+    return out[there].view(shape).to(like.dtype), lse[there].view(shape[:3])

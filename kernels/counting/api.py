@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dit_accel.errors import KernelUnavailable, unknown_name
@@ -26,12 +27,21 @@ def count_pairs(plan: BlockPlan, *, impl: str = "auto") -> Tensor:
         UnknownNameError: no such implementation.
         KernelUnavailable: the named implementation cannot run this call.
     """
+    if torch.compiler.is_compiling():
+        from .op import count_pairs as count
+    else:
+        count = run
+    return count(plan, impl)
+
+
+def run(plan: BlockPlan, impl: str) -> Tensor:
+    """`count_pairs` without the compiler in between."""
     match choose(plan, impl):
         case "reference":
-            from .reference import count_pairs as run
+            from .reference import count_pairs as count
         case "triton":
-            from .triton import count_pairs as run
-    return run(plan)
+            from .triton import count_pairs as count
+    return count(plan)
 
 
 def choose(plan: BlockPlan, impl: str = "auto") -> str:

@@ -40,13 +40,22 @@ def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto"
         raise UsageError(
             f"starts {tuple(starts.shape)} must have x's batch and heads {tuple(x.shape)}, or 1."
         )
+    if torch.compiler.is_compiling():
+        from .op import block_means as pool
+    else:
+        pool = run
+    return pool(x, starts, max_block, impl)
+
+
+def run(x: Tensor, starts: Tensor, max_block: int, impl: str) -> Tensor:
+    """`block_means` on validated arguments."""
     match choose(x, impl):
         case "reference":
-            from .reference import block_means as run
+            from .reference import block_means as pool
         case "triton":
-            from .triton import block_means as run
+            from .triton import block_means as pool
     with torch.no_grad():
-        return run(x, starts, max_block)
+        return pool(x, starts, max_block)
 
 
 def choose(x: Tensor, impl: str = "auto") -> str:

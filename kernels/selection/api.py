@@ -50,13 +50,24 @@ def select_blocks(
         raise UsageError(f"forced must be bool {tuple(scores.shape[2:])}, got {tuple(forced.shape)}.")
     if (top_p is None) != (shares is None) or (shares is not None and shares.shape != scores.shape):
         raise UsageError("top_p and shares come together, and shares are shaped like scores.")
+    if torch.compiler.is_compiling():
+        from .op import select_blocks as select
+    else:
+        select = run
+    return select(scores, forced, least, top_p, shares, impl)
+
+
+def run(
+    scores: Tensor, forced: Tensor | None, least: int, top_p: float | None, shares: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """`select_blocks` on validated arguments."""
     match choose(scores, impl):
         case "reference":
-            from .reference import select_blocks as run
+            from .reference import select_blocks as select
         case "triton":
-            from .triton import select_blocks as run
+            from .triton import select_blocks as select
     with torch.no_grad():
-        return run(scores, forced, least, top_p, shares)
+        return select(scores, forced, least, top_p, shares)
 
 
 def choose(scores: Tensor, impl: str = "auto") -> str:

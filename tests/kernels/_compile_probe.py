@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from dit_accel.kernels.block_sparse import triton as kernel
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
+from dit_accel.kernels.quantize import triton as quantize
 from dit_accel.kernels.selection import triton as selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -67,6 +68,23 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(counting.count_pairs_kernel, pointers, constants, counting.UNSPECIALIZED)
     told = compile_source(counting.count_pairs_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "counting", **told}
+    for name, pointers, flags in (
+        ("rows", {"x": "*bf16", "mean": "*fp32", "out": "*i8", "shift": "*fp32"}, {"INTEGERS": True}),
+        ("keys", {"x": "*bf16", "mean": "*fp32", "out": "*i8"}, {"INTEGERS": True, "IN_KEY_ORDER": True}),
+        ("peaks", {"x": "*bf16", "out": "*fp32"}, {}),
+        ("values", {"x": "*bf16", "out": "*fp8e4nv"}, {"FP8_VALUES": True}),
+    ):
+        if "fp8" in pointers["out"] and capability < 89:
+            continue
+        kernel_of = {"rows": "quantize_rows", "keys": "quantize_keys", "peaks": "channel_peaks"}
+        function = getattr(quantize, kernel_of.get(name, "pack_values") + "_kernel")
+        constants = {**flags, "ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
+        if "INTEGERS" in flags:
+            constants["SMALLEST"] = quantize.SMALLEST_SCALE
+        pointers |= {"scales": "*fp32", "starts": "*i32"}
+        signature, aligned = sign(function, pointers, constants, quantize.UNSPECIALIZED)
+        told = compile_source(function, signature, constants, aligned, 8, 3, capability)
+        yield {"kernel": f"quantising {name}", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
         pointers = {"scores": "*fp32", "forced": "*i1" if forced else "*fp32", "shares": "*fp32"}
@@ -86,26 +104,35 @@ def compile_hopper() -> Iterator[dict]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from dit_accel.kernels.block_sparse import hopper
+    from dit_accel.kernels.quantize import MODES
 
-    for head, (dtype, name) in itertools.product(
-        hopper.HEADS, ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
-    ):
-        stages = hopper.config_for(head).stages
-        constants = {"HEAD": head, "BLOCK_N": hopper.KEY_ROWS, "STAGES": stages}
-        constants |= {
-            f"{who}_REGISTERS": getattr(hopper, f"{who}_REGISTERS") for who in ("CONSUMER", "PRODUCER")
+    forms = {"bf16": (torch.bfloat16,) * 3, "fp16": (torch.float16,) * 3}
+    forms |= {m.name: (torch.bfloat16, m.scores, m.values or torch.bfloat16) for m in MODES.values()}
+    names = {**TYPES, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
+    rows = hopper.ROWS.value
+    for head, (form, (dtype, scores, values)) in itertools.product(hopper.HEADS, forms.items()):
+        fp8_values = values == torch.float8_e4m3fn
+        constants = {
+            **{"HEAD": head, "BLOCK_N": hopper.KEY_ROWS},
+            **{"STAGES": hopper.config_for(head, scores, values).stages},
+            **{"SCALED": form in MODES, "INTEGERS": scores == torch.int8, "FP8_VALUES": fp8_values},
+            **{f"{who}_REGISTERS": getattr(hopper, f"{who}_REGISTERS") for who in ("CONSUMER", "PRODUCER")},
         }
-        pointers = {"scale_log2": "fp32", "out": f"*{name}", "lse": "*fp32"}
+        pointers = {"scale_log2": "fp32", "out": f"*{names[dtype]}"}
+        pointers |= dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale", "shift"), "*fp32")
         pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
-        for x, rows in (("q", hopper.ROWS.value), ("k", hopper.KEY_ROWS), ("v", hopper.KEY_ROWS)):
-            layout = hopper.shared_layout(rows, head, dtype)
-            pointers[f"{x}_desc"] = f"tensordesc<{name}[1, 1, {rows}, {head}],{layout!r}>"
+        key_block = (hopper.KEY_ROWS, head)
+        value_block = key_block[::-1] if fp8_values else key_block
+        blocks = {"q": ((rows, head), scores), "k": (key_block, scores), "v": (value_block, values)}
+        for x, (block, type_) in blocks.items():
+            layout = hopper.shared_layout(block, type_)
+            pointers[f"{x}_desc"] = f"tensordesc<{names[type_]}[1, 1, {block[0]}, {block[1]}],{layout!r}>"
         free = (*hopper.UNSPECIALIZED, "scale_log2", "q_desc", "k_desc", "v_desc")
         signature, aligned = sign(hopper.block_sparse_kernel, pointers, constants, free)
         told = compile_source(
             hopper.block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
         )
-        yield {"head": head, "dtype": name, **told}
+        yield {"head": head, "dtype": form, **told}
 
 
 def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):
@@ -156,6 +183,7 @@ def loop_facts(sass: str) -> dict:
     return {
         "overlapped_exponentials": [part.count("MUFU.EX2") for part in between],
         "spills_in_loop": sum(len(re.findall(r"\b(?:LDL|STL)", part)) for part in between),
+        "products": sorted(set(re.findall(r"\b[HIQ]GMMA", sass))),
         "registers_set": sorted({int(n, 16) for n in re.findall(r"USETMAXREG\S* (?:UP\d, )?(0x\w+)", sass)}),
     }
 

@@ -265,3 +265,24 @@ def test_misfits_are_refused():
     )
     with pytest.raises(UsageError, match="head size is 3; q's is 1"):
         block_sparse(q, k, v, wide)
+
+
+@pytest.mark.parametrize("precision", ["int8_fp8", "fp8", "int8"])
+def test_quantised_precision(precision):
+    """Close to full precision, at either layout, with a negative scale, and refused where nothing can run it."""
+    q, k, v = (torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    starts = [0, 128, 256, 300]
+    plan = BlockPlan.from_mask(
+        torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0]]).bool()[None, None], starts, starts
+    )
+    for scale in (None, -0.1):
+        exact, exact_lse = block_sparse(q, k, v, plan, scale=scale)
+        out, lse = block_sparse(q, k, v, plan, scale=scale, precision=precision)
+        assert (out - exact).norm() < 0.06 * exact.norm() and torch.equal(
+            lse.isneginf(), exact_lse.isneginf()
+        )
+        assert (lse - exact_lse).nan_to_num(0.0).abs().max() < 0.1
+    with pytest.raises(KernelUnavailable, match="'hopper' and 'reference' only"):
+        block_sparse(q, k, v, plan, precision=precision, impl="cpu")
+    with pytest.raises(UnknownNameError, match="int8_fp8"):
+        block_sparse(q, k, v, plan, precision="int4")

@@ -57,7 +57,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
             "no:cacheprovider",
             *(
                 str(HERE / f"test_{kernel}.py")
-                for kernel in ("block_sparse", "pooling", "selection", "counting")
+                for kernel in ("block_sparse", "pooling", "selection", "counting", "quantize")
             ),
         ),
         TRITON_INTERPRET="1",
@@ -114,7 +114,7 @@ def test_the_folder_is_not_mistaken_for_the_hub_package():
 def test_kernels_around_plans_compile_without_spills(capability: int):
     told = run(str(HERE / "_compile_probe.py"), str(capability), "plan")
     kernels = [json.loads(line) for line in told.splitlines()]
-    assert len(kernels) == 7
+    assert len(kernels) == (11 if capability >= 89 else 10)
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
@@ -123,16 +123,20 @@ def test_kernels_around_plans_compile_without_spills(capability: int):
 @needs_triton
 def test_hopper_kernel_compiles_for_speed():
     """Exponentials lie between the two waits, where products run beneath them; loading and computing warps share 512
-    registers a lane; nothing is spilled; the ring fits."""
+    registers a lane; the ring fits; nothing of a block is spilled, at most some constants of the launch."""
     told = run(str(HERE / "_compile_probe.py"), "90", "hopper")
     kernels = [json.loads(line) for line in told.splitlines()]
+    forms = ("bf16", "fp16", "int8_fp8", "fp8", "int8")
     assert [(kernel["head"], kernel["dtype"]) for kernel in kernels] == [
-        *((64, "bf16"), (64, "fp16"), (128, "bf16"), (128, "fp16")),
+        (head, form) for head in (64, 128) for form in forms
     ]
     for kernel in kernels:
         groups = kernel["overlapped_exponentials"]
         assert len(groups) == 2 and min(groups) >= 64, kernel
-        assert kernel["stack"] == kernel["local"] == kernel["spills_in_loop"] == 0, kernel
+        assert kernel["stack"] <= 96 and kernel["local"] == 0, kernel
+        assert kernel["spills_in_loop"] <= (0 if kernel["dtype"] in ("bf16", "fp16") else 5), kernel
         assert kernel["shared"] <= LARGEST_SHARED, kernel
-        assert {32, 240} <= set(kernel["registers_set"]), kernel
+        assert {40, 232} <= set(kernel["registers_set"]), kernel
         assert kernel["wgmma"] and kernel["async"] and not kernel["mma"], kernel
+        products = {"int8_fp8": ["IGMMA", "QGMMA"], "fp8": ["QGMMA"], "int8": ["HGMMA", "IGMMA"]}
+        assert kernel["products"] == products.get(kernel["dtype"], ["HGMMA"]), kernel

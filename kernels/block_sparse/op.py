@@ -1,0 +1,48 @@
+"""Block-sparse attention as one opaque node of torch.compile: `torch.ops.dit_accel.block_sparse`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.plan import BlockPlan
+
+from .api import run
+
+
+@torch.library.custom_op("dit_accel::block_sparse", mutates_args=())
+def block_sparse_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    longest: list[int],
+    scale: float,
+    impl: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """`api.run` with a plan's fields in its place.
+
+    Args:
+        q, k, v: `[B, H, S, D]`.
+        longest: the plan's `max_q_block` and `max_k_block`.
+    """
+    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], *longest)
+    return run(q, k, v, plan, scale, impl, precision)
+
+
+@block_sparse_op.register_fake
+def _shapes(q, k, v, counts, indices, q_starts, k_starts, longest, scale, impl, precision):
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    """`api.run` through the operator."""
+    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, [plan.max_q_block, plan.max_k_block])
+    return block_sparse_op(q, k, v, *fields, scale, impl, precision)

@@ -1,0 +1,5 @@
+"""Low-precision copies of queries, keys and values: `quantize_blocks`, and `MODES` that say which."""
+
+from .api import KEY_ORDER, MODES, ROWS, Mode, Quantised, choose, quantize_blocks, why_not
+
+__all__ = ["KEY_ORDER", "MODES", "ROWS", "Mode", "Quantised", "choose", "quantize_blocks", "why_not"]

@@ -1,0 +1,59 @@
+"""Quantised attention against its emulation and float64; `check_kernels.py` runs them where there is a Hopper GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from _kernel_cases import Case, make, poisoned_memory
+
+from dit_accel.kernels.block_sparse import block_sparse, why_not
+from dit_accel.kernels.block_sparse.reference import block_sparse_quantised
+from dit_accel.kernels.quantize import MODES, quantize_blocks
+from dit_accel.plan import BlockPlan
+
+SHAPES = {
+    "even": dict(batch=2, heads=3, q_blocks=(128,) * 9, k_blocks=(128,) * 17),
+    "ragged": dict(batch=1, heads=4, q_blocks=(128, 77, 128, 40), k_blocks=(128, 96, 128, 1)),
+    "zero-length": dict(batch=2, heads=2, q_blocks=(64, 0, 33, 128, 0), k_blocks=(0, 17, 128, 0, 64, 0)),
+    "long": dict(batch=1, heads=2, q_blocks=(128,) * 3, k_blocks=(128,) * 80),
+}
+# Relative error against float64 on normal inputs.
+ALLOWED = {"int8_fp8": 0.045, "fp8": 0.058, "int8": 0.016}
+
+
+def check_quantised(device: str) -> Iterator[tuple[str, str | None]]:
+    """A title and what is wrong (None: nothing) for each case; nothing where the kernel cannot run."""
+    grid = itertools.product(MODES, (64, 128), SHAPES, ("random", "empty rows", "full"), ("plain", "biased"))
+    for number, (mode, head, shape, plan_kind, kind) in enumerate(grid):
+        case = Case(
+            dtype=torch.bfloat16, head=head, shape=shape, plan=plan_kind, layout="bhsd", **SHAPES[shape]
+        )
+        q, k, v, plan = make(case, device, seed=number)
+        if why_not("hopper", q, k, v, plan, mode) is not None:
+            return
+        if kind == "biased":  # keys that share a direction, peaked rows
+            k, q = k + 4 * k[:, :, :1], 3 * q
+        yield f"{mode} {case.title}, {kind}", _check(mode, q, k, v, plan, kind)
+
+
+def _check(
+    mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, kind: str
+) -> str | None:
+    scale = q.shape[3] ** -0.5
+    with poisoned_memory():
+        out, lse = block_sparse(q, k, v, plan, layout="bhsd", impl="hopper", precision=mode)
+    copies = quantize_blocks(q, k, v, plan, mode, impl="reference")
+    emulated, emulated_lse = block_sparse_quantised(copies, plan, scale, q)
+    exact, _ = block_sparse(q.double(), k.double(), v.double(), plan, layout="bhsd", impl="reference")
+    if not bool(out.isfinite().all()) or not torch.equal(lse.isneginf(), emulated_lse.isneginf()):
+        return "not finite, or lse is not -inf exactly where a row is empty"
+    size = float(exact.norm())
+    error, unavoidable = (float((x.double() - exact).norm()) for x in (out, emulated))
+    gap = float((lse - emulated_lse).nan_to_num(0.0).abs().max())
+    if error > 1.05 * unavoidable + 1e-6 * size:
+        return f"relative error {error / size:.4f}, emulated {unavoidable / size:.4f}"
+    if kind == "plain" and error > ALLOWED[mode] * size:
+        return f"relative error {error / size:.4f}, allowed {ALLOWED[mode]}"
+    return f"lse is off by {gap:.1e}" if gap > 2e-3 else None

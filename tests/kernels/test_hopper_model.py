@@ -1,0 +1,92 @@
+"""The Hopper kernel's protocol, on a model of the chip: rings, barriers, tiles that follow one another, empty rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.kernels.block_sparse.reference import block_sparse_quantised
+from dit_accel.kernels.quantize import MODES, quantize_blocks
+from dit_accel.plan import BlockPlan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gluon_model import modelled
+
+hopper = pytest.importorskip("dit_accel.kernels.block_sparse.hopper", exc_type=ImportError)
+
+CASES = {
+    "even": ((128,) * 3, (128,) * 6),
+    "ragged": ((128, 77, 128, 40), (128, 96, 128, 1)),
+    "zero-length": ((64, 0, 33, 128, 0), (0, 17, 128, 0, 64, 0)),
+    "long query blocks": ((300, 128), (128, 100)),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("shape", CASES)
+def test_against_the_reference(shape, share, programs):
+    q_blocks, k_blocks = CASES[shape]
+    generator = torch.Generator().manual_seed(len(shape) + programs)
+    q, k, v = (
+        torch.randn(2, 2, sum(n), 64, generator=generator).bfloat16() for n in (q_blocks, k_blocks, k_blocks)
+    )
+    mask = torch.rand(2, 2, len(q_blocks), len(k_blocks), generator=generator) < share
+    starts = [[0, *torch.tensor(n).cumsum(0).tolist()] for n in (q_blocks, k_blocks)]
+    plan = BlockPlan.from_mask(mask, *starts)
+    out, lse = run(q, k, v, plan, programs)
+    exact, exact_lse = block_sparse(q.double(), k.double(), v.double(), plan, layout="bhsd", impl="reference")
+    plain, _ = block_sparse(q, k, v, plan, layout="bhsd", impl="reference")
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    assert not out.isnan().any() and not lse.isnan().any()
+    allowed = 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
+    assert (out.double() - exact).norm() <= allowed
+    assert (lse - exact_lse).nan_to_num(0.0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["even", "ragged", "zero-length"])
+def test_quantised_against_the_reference(shape, mode):
+    q_blocks, k_blocks = CASES[shape]
+    generator = torch.Generator().manual_seed(len(shape))
+    q, k, v = (
+        torch.randn(2, 2, sum(n), 64, generator=generator).bfloat16() for n in (q_blocks, k_blocks, k_blocks)
+    )
+    k = k + 2 * torch.randn(1, 2, 1, 64, generator=generator)  # keys share a direction, as real ones do
+    mask = torch.rand(2, 2, len(q_blocks), len(k_blocks), generator=generator) < 0.5
+    starts = [[0, *torch.tensor(n).cumsum(0).tolist()] for n in (q_blocks, k_blocks)]
+    plan = BlockPlan.from_mask(mask, *starts)
+    parts = quantize_blocks(q, k.bfloat16(), v, plan, mode)
+    with modelled(hopper, 2):
+        out, lse = hopper.block_sparse_quantised(parts, plan, 64**-0.5, q)
+    emulated, emulated_lse = block_sparse_quantised(parts, plan, 64**-0.5, q)
+    exact, exact_lse = block_sparse(
+        q.double(), k.bfloat16().double(), v.double(), plan, layout="bhsd", impl="reference"
+    )
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf()) and not out.isnan().any()
+    error, size = (out.double() - exact).norm(), exact.norm()
+    assert error <= 1.05 * (emulated.double() - exact).norm()
+    assert error <= {"int8_fp8": 0.045, "fp8": 0.058, "int8": 0.016}[mode] * size
+    assert (lse - emulated_lse).nan_to_num(0.0).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("ring", ["q_full", "q_free", "k_full", "v_full", "free"])
+def test_a_broken_protocol_shows(ring):
+    """The model can fail: where nobody waits for one kind of barrier, numbers are missing or wrong."""
+    rings = ["q_full", "q_free", "go", "k_full", "v_full", "free"]  # as the kernel allocates them
+    starts = [*range(0, 1281, 128)]
+    q, k, v = (torch.randn(1, 1, 1280, 64).bfloat16() for _ in range(3))
+    plan = BlockPlan.full(starts, starts)
+    exact, _ = block_sparse(q, k, v, plan, layout="bhsd", impl="reference")
+    try:
+        out, _ = run(q, k, v, plan, 1, rings.index(ring))
+    except AssertionError:
+        return  # something arrived twice
+    assert not torch.allclose(out, exact, atol=0.1)
+
+
+def run(q, k, v, plan, programs, deaf=None):
+    with modelled(hopper, programs, deaf):
+        return hopper.block_sparse(q, k, v, plan, q.shape[-1] ** -0.5)
