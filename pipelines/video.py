@@ -104,9 +104,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
         stream.pix_fmt = "yuv420p" if stream.height % 2 == 0 == stream.width % 2 else "yuv444p"
         stream.options = {"crf": _CRF, "preset": "medium"}
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            # Converted here: left to `encode`, equal frames came out different now and then (PyAV 18.1).
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode(None))
 
 
