@@ -36,6 +36,7 @@ class TokenLayout:
     forward: Tensor | None  # int64 [S], raster index of the token at each position; None: raster itself
     backward: Tensor | None  # int64 [S], position of each raster token
     max_block: int  # tokens of the largest block
+    even: bool  # every block but the last holds that many
     memo: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what methods derive from it alone
 
     @property
@@ -232,4 +233,5 @@ def _layout(
         forward=None if forward is None else forward.to(device),
         backward=None if backward is None else backward.to(device),
         max_block=int(sizes.max()),
+        even=bool((sizes[:-1] == sizes.max()).all()),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class BlockPlan:
     n_k_tokens: int  # tokens the key blocks cover
     max_q_block: int  # no query block is longer
     max_k_block: int  # no key block is longer
+    even_k: bool = False  # known that every key block but the last holds exactly max_k_block tokens
 
     def __post_init__(self) -> None:
         fields = {name: getattr(self, name) for name in ("counts", "indices", "q_starts", "k_starts")}
@@ -137,6 +139,10 @@ class BlockPlan:
                 raise UsageError(
                     f"{side}_starts must rise from 0 to n_{side}_tokens={tokens} and never fall."
                 )
+            if side == "k" and self.even_k and bool((sizes[..., :-1] != longest).any()):
+                raise UsageError(
+                    f"even_k says that all key blocks but the last hold {longest} tokens; one does not."
+                )
             if high > longest:
                 raise UsageError(f"A {side} block holds {high} tokens, more than max_{side}_block={longest}.")
         low, high = (int(x) for x in self.counts.aminmax())
@@ -185,6 +191,7 @@ class BlockPlan:
         """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise UsageError(f"mask must be bool [B|1, H|1, Nq, Nk], got {mask.dtype} {tuple(mask.shape)}.")
+        even_k = _are_even(k_starts)
         q_starts, n_q_tokens, max_q_block = _measure(q_starts, n_q_tokens, max_q_block, mask.device)
         k_starts, n_k_tokens, max_k_block = _measure(k_starts, n_k_tokens, max_k_block, mask.device)
         n_k = mask.shape[3]
@@ -204,6 +211,7 @@ class BlockPlan:
             n_k_tokens=n_k_tokens,
             max_q_block=max_q_block,
             max_k_block=max_k_block,
+            even_k=even_k == max_k_block,
         )
 
     @classmethod
@@ -297,6 +305,19 @@ def _measure(
     if longest is None:
         longest = int(host.diff(dim=-1).max())
     return host.to(device=device, dtype=torch.int32), n_tokens, longest
+
+
+def _are_even(starts: Starts) -> int | None:
+    """The length of all blocks but the last, which is no longer; None if they differ or only a device knows."""
+    if isinstance(starts, Tensor):
+        if starts.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        starts = starts.reshape(-1, starts.shape[-1])
+        if bool((starts != starts[:1]).any()):
+            return None
+        starts = starts[0].tolist()
+    sizes = [b - a for a, b in pairwise(starts)]
+    return sizes[0] if all(n == sizes[0] for n in sizes[:-1]) and 0 < sizes[-1] <= sizes[0] else None
 
 
 def _owner(starts: Tensor, n_tokens: int) -> Tensor:

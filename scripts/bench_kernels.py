@@ -38,7 +38,8 @@ GPU_SHAPES = (
 )
 CPU_SHAPES = tuple(dict(heads=4, tokens=n, head=64, blocks=(128, 96)) for n in (512, 1024, 2048, 4352, 8192))
 KEEPS = {"cuda": (0.5, 0.25, 0.1, 0.05), "cpu": (1.0, 0.5, 0.35, 0.25, 0.15)}
-SAMPLE_SECONDS = 2e-3  # calls are repeated within a sample until it lasts about this long
+SAMPLE_SECONDS = 5e-3  # calls are repeated within a sample until it lasts about this long
+LAUNCH_CYCLES = 800_000  # a GPU waits this long per call of a sample, about 0.45 ms: more than a launch takes
 
 
 def cut(tokens: int, blocks: tuple[int, ...]) -> list[int]:
@@ -119,36 +120,49 @@ def right_peers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[tu
 
 
 def time_in_turns(runs: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per call of each, one sample of each per round."""
+    """Milliseconds per call of each, one sample of each per round.
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def sample(run: Callable, calls: int) -> float:
-        wait()
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                run()
-            end.record()
-            wait()
-            return start.elapsed_time(end) / calls
-        began = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - began) * 1e3 / calls
-
+    On a GPU the calls of a sample wait behind a pause long enough to launch them all, so what is timed is the GPU's
+    work; `host_microseconds` has what launching costs.
+    """
     calls = {}
     for name, run in runs.items():
-        sample(run, 2)
-        calls[name] = max(1, round(SAMPLE_SECONDS * 1e3 / sample(run, 2)))
+        _sample(run, 2, device)
+        calls[name] = max(1, round(SAMPLE_SECONDS * 1e3 / _sample(run, 3, device)))
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(sample(run, calls[name]))
+            times[name].append(_sample(run, calls[name], device))
     return times
+
+
+def _sample(run: Callable, calls: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(calls * LAUNCH_CYCLES)
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - began) * 1e3 / calls
+
+
+def host_microseconds(run: Callable, calls: int = 50) -> float:
+    """What one call costs the host, while the GPU is busy with something else."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(calls * LAUNCH_CYCLES)
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    spent = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return spent * 1e6 / calls
 
 
 def check(

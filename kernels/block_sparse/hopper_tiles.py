@@ -7,15 +7,17 @@ import math
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 ROWS = gl.constexpr(64)  # query rows of one computing group
 LN_2 = gl.constexpr(math.log(2))
-copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names before Triton 3.8
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+copy_out_wait = tma.store_wait
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
 UNSPECIALIZED = (
-    *("tiles", "n_q", "n_k", "parts", "heads", "n_tokens", "stride_cb", "stride_ch", "width"),
+    *("tiles", "n_q", "n_k", "heads", "n_tokens", "n_k_tokens", "stride_cb", "stride_ch", "width"),
     *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh"),
 )
 
@@ -38,19 +40,42 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 
 @gluon.jit
-def find_tile(
-    tile, counts, q_starts, n_q, parts, heads, stride_cb, stride_ch, stride_qsb, stride_qsh
-):  # fmt: skip
-    """Batch row, head, query block, first row, end of the block, row of the plan and length of its list."""
-    place = tile % (n_q * parts)
-    i_bh = tile // (n_q * parts)
-    i_b, i_h, i_block = i_bh // heads, i_bh % heads, place // parts
+def first_tile(tile, per_head, heads):
+    """Place within its head, head and batch row of this program's first tile."""
+    i_bh = tile // per_head
+    return tile % per_head, i_bh % heads, i_bh // heads
+
+
+@gluon.jit
+def next_tile(place, i_h, i_b, per_head, heads):
+    """The same of its next tile, without a division."""
+    place += gl.num_programs(0)
+    while place >= per_head:
+        place -= per_head
+        i_h += 1
+        if i_h == heads:
+            i_h -= heads
+            i_b += 1
+    return place, i_h, i_b
+
+
+@gluon.jit
+def look_up(
+    place, i_h, i_b, counts, q_starts, PIECES: gl.constexpr, stride_cb, stride_ch, stride_qsb, stride_qsh
+):
+    """Start and end of a tile's query block and the length of its list, to be settled once they have come; and its row
+    of the plan."""
+    i_block = place // PIECES
     p_start = q_starts + i_b.to(gl.int64) * stride_qsb + i_h.to(gl.int64) * stride_qsh + i_block
-    first = gl.load(p_start) + (place % parts) * (2 * ROWS)
-    end = gl.load(p_start + 1)
     row = i_b.to(gl.int64) * stride_cb + i_h.to(gl.int64) * stride_ch + i_block
-    count = gl.where(first < end, gl.load(counts + row), 0)
-    return i_b, i_h, i_block, first, end, row, count
+    return gl.load(p_start), gl.load(p_start + 1), gl.load(counts + row), row
+
+
+@gluon.jit
+def settle(place, low, high, count, PIECES: gl.constexpr):
+    """First row and end of a tile, and how many key blocks it reads. A long query block is cut in `PIECES`."""
+    first = low + (place % PIECES) * (2 * ROWS)
+    return first, high, gl.where(first < high, count, 0)
 
 
 @gluon.jit
@@ -69,63 +94,64 @@ def empty_rows(
 
 
 @gluon.jit
-def mask_behind(scores, length, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of columns from `length` on become -inf.
-
-    A thread holds a few columns of every `GROUP`. Comparing those with what is left of the length in each group takes
-    as many registers; comparing all its columns with the length would keep all their numbers in registers.
-    """
-    grouped = scores.reshape([ROWS, BLOCK_N // GROUP, GROUP])
-    GROUPED: gl.constexpr = grouped.type.layout
-    group = gl.arange(0, BLOCK_N // GROUP, layout=gl.SliceLayout(0, gl.SliceLayout(2, GROUPED)))
-    within = gl.arange(0, GROUP, layout=gl.SliceLayout(0, gl.SliceLayout(1, GROUPED)))
-    kept = within[None, None, :] < (length - GROUP * group)[None, :, None]
-    grouped = gl.where(kept, grouped, -float("inf"))
-    return gl.convert_layout(grouped.reshape([ROWS, BLOCK_N]), LAYOUT)
+def values_from(block, HEAD: gl.constexpr, BLOCK_N: gl.constexpr, FP8_VALUES: gl.constexpr):
+    """A stage's values as an operand `[BLOCK_N, HEAD]`; in fp8 they are stored with channels outermost."""
+    if FP8_VALUES:
+        values = block.reshape([HEAD, BLOCK_N]).permute((1, 0))
+    else:
+        values = block.reshape([BLOCK_N, HEAD])
+    return values
 
 
 @gluon.jit
 def finish(
-    acc, top, total, shift, first, end, i_b, i_h, heads, result, v_scale,
+    acc, top, total, shift, first, end, i_b, i_h, o_smem, heads, result, v_scale,
     WHICH: gl.constexpr,
     HEAD: gl.constexpr,
     LAYOUT: gl.constexpr,
     SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Divide by the totals and write a tile's rows. Straight from registers: the queries' memory is in use again.
+    """Divide by the totals and write a tile's rows: in bulk, or if the block ends among them, one by one.
 
     shift: what is added to the lse; with SCALED every channel is multiplied by its `v_scale`.
     """
-    out, lse, n_tokens, _scale, stride_ob, stride_oh, stride_os = result
+    o_desc, out, lse, n_tokens, _scale, stride_ob, stride_oh, stride_os = result
     empty = total == 0.0
     share = 1.0 / gl.where(empty, 1.0, total)
     b_lse = gl.where(empty, -float("inf"), (top + gl.log2(total)) * LN_2 + shift)
     acc = acc * gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
     low = first + WHICH * ROWS
-    rows = low + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     lanes = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
     if SCALED:
         acc = acc * gl.load(v_scale + (i_b * heads + i_h) * HEAD + lanes)[None, :]
-    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-    p_out = p_out + rows.to(gl.int64)[:, None] * stride_os + lanes[None, :]
-    gl.store(p_out, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None])
+    rounded = acc.to(out.dtype.element_ty)
+    if low + ROWS <= end:
+        block = o_smem.index(WHICH)
+        copy_out_wait(0)  # of the tile before
+        block.reshape([ROWS, HEAD]).store(rounded)
+        fence_async_shared()
+        copy_out(o_desc, [i_b, i_h, low, 0], block)
+    else:
+        rows = low + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
+        p_out = p_out + rows.to(gl.int64)[:, None] * stride_os + lanes[None, :]
+        gl.store(p_out, rounded, mask=(rows < end)[:, None])
     rows = low + gl.arange(0, ROWS, layout=top.type.layout)
     p_lse = lse + (i_b.to(gl.int64) * heads + i_h) * n_tokens
     gl.store(p_lse + rows, b_lse, mask=rows < end)
 
 
 @gluon.jit
-def pin(total):
-    """`total`, with a store that never happens (a sum of exponentials is not negative) but must stay where it is.
+def named_wait(which, threads):
+    """Wait until `threads` threads, these among them, have come to the processor's barrier of this number."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,r", [which, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
 
-    Without it the assembler moves the exponentials behind the wait for `p v` that follows, where nothing overlaps them.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; "
-        "@p st.shared.f32 [a], $1; mov.b32 $0, $1; }",
-        "=f,f",
-        [total],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
+
+@gluon.jit
+def named_arrive(which, threads):
+    """Come to the barrier of this number and go on."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [which, threads], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -19,7 +19,7 @@ def block_sparse_op(
     indices: Tensor,
     q_starts: Tensor,
     k_starts: Tensor,
-    longest: list[int],
+    host: list[int],
     scale: float,
     impl: str,
     precision: str,
@@ -28,14 +28,14 @@ def block_sparse_op(
 
     Args:
         q, k, v: `[B, H, S, D]`.
-        longest: the plan's `max_q_block` and `max_k_block`.
+        host: the plan's `max_q_block`, `max_k_block` and `even_k`.
     """
-    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], *longest)
+    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], *host[:2], bool(host[2]))
     return run(q, k, v, plan, scale, impl, precision)
 
 
 @block_sparse_op.register_fake
-def _shapes(q, k, v, counts, indices, q_starts, k_starts, longest, scale, impl, precision):
+def _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
 
@@ -44,5 +44,6 @@ def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
-    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, [plan.max_q_block, plan.max_k_block])
-    return block_sparse_op(q, k, v, *fields, scale, impl, precision)
+    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts)
+    host = [plan.max_q_block, plan.max_k_block, int(plan.even_k)]
+    return block_sparse_op(q, k, v, *fields, host, scale, impl, precision)

@@ -104,17 +104,21 @@ def compile_hopper() -> Iterator[dict]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from dit_accel.kernels.block_sparse import hopper
+    from dit_accel.kernels.block_sparse.hopper_kernel import block_sparse_kernel
+    from dit_accel.kernels.block_sparse.hopper_tiles import UNSPECIALIZED
     from dit_accel.kernels.quantize import MODES
 
     forms = {"bf16": (torch.bfloat16,) * 3, "fp16": (torch.float16,) * 3}
     forms |= {m.name: (torch.bfloat16, m.scores, m.values or torch.bfloat16) for m in MODES.values()}
     names = {**TYPES, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
     rows = hopper.ROWS.value
-    for head, (form, (dtype, scores, values)) in itertools.product(hopper.HEADS, forms.items()):
+    grid = itertools.product((True, False), hopper.HEADS, forms.items())
+    for even, head, (form, (dtype, scores, values)) in grid:
         fp8_values = values == torch.float8_e4m3fn
         constants = {
             **{"HEAD": head, "BLOCK_N": hopper.KEY_ROWS},
             **{"STAGES": hopper.config_for(head, scores, values).stages},
+            **{"PIECES": 1, "EVEN": even},
             **{"SCALED": form in MODES, "INTEGERS": scores == torch.int8, "FP8_VALUES": fp8_values},
             **{f"{who}_REGISTERS": getattr(hopper, f"{who}_REGISTERS") for who in ("CONSUMER", "PRODUCER")},
         }
@@ -123,16 +127,21 @@ def compile_hopper() -> Iterator[dict]:
         pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
         key_block = (hopper.KEY_ROWS, head)
         value_block = key_block[::-1] if fp8_values else key_block
-        blocks = {"q": ((rows, head), scores), "k": (key_block, scores), "v": (value_block, values)}
+        blocks = {
+            "q": ((rows, head), scores),
+            "k": (key_block, scores),
+            "v": (value_block, values),
+            "o": ((rows, head), dtype),
+        }
         for x, (block, type_) in blocks.items():
             layout = hopper.shared_layout(block, type_)
             pointers[f"{x}_desc"] = f"tensordesc<{names[type_]}[1, 1, {block[0]}, {block[1]}],{layout!r}>"
-        free = (*hopper.UNSPECIALIZED, "scale_log2", "q_desc", "k_desc", "v_desc")
-        signature, aligned = sign(hopper.block_sparse_kernel, pointers, constants, free)
+        free = (*UNSPECIALIZED, "scale_log2", *(f"{x}_desc" for x in blocks))
+        signature, aligned = sign(block_sparse_kernel, pointers, constants, free)
         told = compile_source(
-            hopper.block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
+            block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
         )
-        yield {"head": head, "dtype": form, **told}
+        yield {"even": even, "head": head, "dtype": form, **told}
 
 
 def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):

@@ -16,16 +16,19 @@ import math
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from types import FunctionType, SimpleNamespace
 from unittest import mock
 
 import torch
 
+NAMED = 100  # what is added to the number of a named barrier to tell it from a ring
 PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 POISON = {torch.int8: 113}  # of types without NaN
 _failures: list[BaseException] = []  # of the roles that run
-_here = threading.local()  # each role's number of the program, and its products under way
+_here = (
+    threading.local()
+)  # each role's number of the program, its products under way, how many threads it stands for
 
 
 class Deadlock(AssertionError):
@@ -50,7 +53,7 @@ def _closed(name):
     return operate
 
 
-for _name in "add radd sub rsub mul rmul mod floordiv and rand xor rxor".split():
+for _name in "add radd sub rsub mul rmul mod floordiv and rand xor rxor rshift".split():
     setattr(Number, f"__{_name}__", _closed(f"__{_name}__"))
 
 
@@ -92,6 +95,12 @@ class Memory:
     def permute(self, axes) -> Memory:
         return Memory(self.data.permute(axes))
 
+    def store(self, tile: torch.Tensor) -> None:
+        assert not any(self.data.data_ptr() == source.data_ptr() for source, _ in _here.copies_out), (
+            "written while it is being copied"
+        )
+        self.data.copy_(tile)
+
 
 class Barrier:
     """An mbarrier: a phase ends once all arrivals and all announced bytes have come."""
@@ -129,6 +138,39 @@ class Barrier:
 class Barriers(list):
     def index(self, i):
         return self[i]
+
+
+class NamedBarriers:
+    """The processor's barriers that count threads: each opens for those that wait once enough have come."""
+
+    def __init__(self, deaf: int | None):
+        self.deaf = deaf
+        self.changed = threading.Condition()
+        self.come = Counter()
+        self.opened = Counter()
+
+    def arrive(self, which: int, threads: int) -> int:
+        """Returns how often it must have opened before one that waits may go on."""
+        with self.changed:
+            round_ = self.opened[which] + 1
+            self.come[which] += _here.threads
+            assert self.come[which] <= threads, "more threads than the barrier counts"
+            if self.come[which] == threads:
+                self.come[which] = 0
+                self.opened[which] += 1
+                self.changed.notify_all()
+            return round_
+
+    def wait(self, which: int, threads: int) -> None:
+        round_ = self.arrive(which, threads)
+        if which == self.deaf:
+            return
+        with self.changed:
+            limit = time.monotonic() + PATIENCE
+            while self.opened[which] < round_:
+                self.changed.wait(0.02)
+                if _failures or time.monotonic() > limit:
+                    raise Deadlock(f"named barrier {which} never opened")
 
 
 class Descriptor:
@@ -185,6 +227,19 @@ def _copy_in(descriptor, where, barrier, target: Memory):
     threading.Thread(target=arrive, daemon=True).start()
 
 
+def _copy_out(descriptor, where, source: Memory):
+    _here.copies_out.append((source.data, (descriptor, where)))
+
+
+def _wait_for_copies_out(pending):
+    """The copies read memory as late as they may."""
+    while len(_here.copies_out) > pending:
+        data, (descriptor, (b, h, row, _)) = _here.copies_out.pop(0)
+        place = descriptor.tensor[b, h, row : row + data.shape[-2]]
+        assert bool(place.isnan().all()), "a place is written twice"
+        place.copy_(data.reshape(data.shape[-2:])[: place.shape[0]])
+
+
 def _load(pointer: Pointer):
     if isinstance(pointer.offset, int):
         value = pointer.flat[pointer.offset].item()
@@ -218,14 +273,15 @@ def _where(condition, a, b):
     return torch.where(torch.as_tensor(condition), a, b)
 
 
-def _names(kernel, deaf: int | None = None) -> dict:
-    """What stands for Gluon's names in the kernel's module."""
+def _names(deaf: int | None) -> dict:
+    """What stands for Gluon's names in the kernel's modules."""
     nothing = lambda *_args, **_kwargs: None  # noqa: E731
     layouts = (
         "NVMMADistributedLayout DotOperandLayout SliceLayout BlockedLayout DistributedLinearLayout".split()
     )
 
     rings = itertools.count()
+    named = NamedBarriers(None if deaf is None else deaf - NAMED)
 
     def share(_dtype, shape, layout=None):
         if layout == "barriers":
@@ -233,18 +289,23 @@ def _names(kernel, deaf: int | None = None) -> dict:
             return Barriers(Barrier(ring == deaf) for _ in range(shape[0]))
         return Memory(torch.full(shape, 0, dtype=_dtype).fill_(POISON.get(_dtype, torch.nan)))
 
-    def specialise(roles, _warps, _registers):
+    def specialise(roles, warps, _registers):
         program = _here.program
         _failures.clear()
+        named.come.clear()  # of the program before, which may have left some
 
-        def play(role, arguments):
-            _here.program, _here.products = program, deque()
+        def play(role, arguments, warps):
+            _here.program, _here.products, _here.threads = program, deque(), 32 * warps
+            _here.copies_out = []
             try:
                 role(*arguments)
+                assert not _here.copies_out, "ended before its copies had read memory"
             except BaseException as error:  # a thread's failure is the test's
                 _failures.append(error)
 
-        threads = [threading.Thread(target=play, args=role) for role in roles]
+        threads = [
+            threading.Thread(target=play, args=(*role, n)) for role, n in zip(roles, (4, *warps), strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -260,6 +321,7 @@ def _names(kernel, deaf: int | None = None) -> dict:
         float32=torch.float32,
         float8e4nv=torch.float8_e4m3fn,
         static_range=lambda n: map(Number, range(n)),
+        join=lambda a, b: torch.stack([a, b], -1),
         program_id=lambda _axis: _here.program[0],
         num_programs=lambda _axis: _here.program[1],
         load=_load,
@@ -274,6 +336,7 @@ def _names(kernel, deaf: int | None = None) -> dict:
         exp2=torch.exp2,
         log2=torch.log2,
         fma=lambda a, b, c: a * b + c,
+        split=lambda x: (x[..., 0], x[..., 1]),
         max=lambda x, axis: x.amax(axis),
         sum=lambda x, axis: x.sum(axis),
         allocate_shared_memory=share,
@@ -294,8 +357,13 @@ def _names(kernel, deaf: int | None = None) -> dict:
         "warpgroup_mma_wait": _mma_wait,
         "fence_async_shared": nothing,
         "range": lambda *ends: map(Number, range(*ends)),
+        "named_arrive": named.arrive,
+        "named_wait": named.wait,
         "LN_2": math.log(2),
         "pin": lambda x: x,
+        "copy_out": _copy_out,
+        "copy_out_wait": lambda pending: _wait_for_copies_out(pending),
+        "unpack_weights": lambda packed, _dtype, _columns, _layout: packed,
     }
 
 
@@ -305,17 +373,25 @@ def modelled(kernel, programs: int, deaf: int | None = None):
 
     Args:
         kernel: the module `dit_accel.kernels.block_sparse.hopper`.
-        deaf: nobody waits for this ring of barriers, numbered as the (only) program allocates them.
+        deaf: nobody waits for this ring of barriers, numbered as the (only) program allocates them; or for the named
+            barrier of this number plus `NAMED`.
     """
     from triton.experimental.gluon import language
 
-    names = {**vars(kernel), **_names(kernel, deaf)}
-    for name, value in vars(kernel).items():
+    from dit_accel.kernels.block_sparse import hopper_kernel, hopper_softmax, hopper_tiles
+
+    ours = {k: v for module in (hopper_tiles, hopper_softmax, hopper_kernel) for k, v in vars(module).items()}
+    names = {}
+    for name, value in ours.items():
+        function = getattr(value, "fn", None)
         if isinstance(value, language.constexpr):
             names[name] = value.value
-        function = getattr(value, "fn", None)
-        if isinstance(function, FunctionType) and name not in _names(kernel):
+        elif isinstance(function, FunctionType):
             names[name] = FunctionType(function.__code__, names, name, function.__defaults__)
+    names |= _names(deaf)
+    names["pack_weights"] = lambda weights, dtype, columns: (
+        names["in_token_order"](weights, columns) if dtype == torch.float8_e4m3fn else weights
+    ).to(dtype)
     run = names["block_sparse_kernel"]
 
     class Launcher:

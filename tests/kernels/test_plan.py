@@ -33,6 +33,29 @@ def test_host_numbers():
     assert (plan.max_q_block, plan.max_k_block, plan.lead) == (13, 21, (2, 3))
 
 
+@pytest.mark.parametrize(
+    ("starts", "even"),
+    [
+        ([0, 4, 8, 12], True),
+        ([0, 4, 8, 9], True),
+        ([0, 3], True),
+        ([0, 4, 6, 10], False),
+        ([0, 4, 8, 14], False),
+        ([0, 4, 4], False),
+        (torch.tensor([[[0, 4, 7]], [[0, 3, 7]]]), False),
+    ],
+)
+def test_even_key_blocks_are_noticed(starts, even):
+    mask = torch.ones(1, 1, 1, (starts.shape[-1] if torch.is_tensor(starts) else len(starts)) - 1).bool()
+    assert BlockPlan.from_mask(mask, [0, 5], starts).even_k == even
+
+
+def test_a_false_claim_of_even_key_blocks_is_refused():
+    plan = BlockPlan.full([0, 5], [0, 4, 6, 10])
+    with pytest.raises(UsageError, match="even_k says"):
+        dataclasses.replace(plan, even_k=True)
+
+
 def test_token_mask_follows_the_blocks():
     plan, mask = random_plan()
     tokens = plan.to_token_mask()

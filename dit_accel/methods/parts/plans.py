@@ -20,4 +20,5 @@ def plan_of(counts: Tensor, indices: Tensor, layout: TokenLayout) -> BlockPlan:
         n_k_tokens=layout.n_tokens,
         max_q_block=layout.max_block,
         max_k_block=layout.max_block,
+        even_k=layout.even,
     )

@@ -1,0 +1,489 @@
+"""The Hopper kernel itself: a loading warp and two computing groups. What it does and why: `hopper.py`."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_softmax import (
+    WEIGHT_BITS,
+    halves,
+    pack_weights,
+    pin,
+    shift_scores,
+    sum_parts,
+    unpack_weights,
+    whole,
+)
+from .hopper_tiles import (
+    LN_2,
+    ROWS,
+    UNSPECIALIZED,
+    copy_in,
+    copy_out_wait,
+    empty_rows,
+    finish,
+    first_tile,
+    look_up,
+    named_arrive,
+    named_wait,
+    next_tile,
+    settle,
+    values_from,
+)
+
+# Barriers that count threads, by number; Triton itself takes the lowest. Unlike those in memory they cost the computing
+# groups one instruction: no thread need speak for its group, and nobody polls.
+GO = gl.constexpr(8)  # and 9: a computing group may issue its products
+Q_FREE = gl.constexpr(10)  # and 11: both groups have multiplied this copy of the queries for the last time
+FREE = gl.constexpr(12)  # to 15: both groups have multiplied this stage's values
+PAIR = gl.constexpr(256)  # threads of both computing groups
+ALL = gl.constexpr(288)  # and of the loading warp
+
+
+@gluon.jit
+def _load_tiles(
+    q_desc, k_desc, v_desc, memory, plan, strides, result,
+    HEAD: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PIECES: gl.constexpr,
+    EVEN: gl.constexpr,
+    SCALED: gl.constexpr,
+    FP8_VALUES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp. `step` counts key blocks over all tiles, `turn` tiles that have any."""
+    q_smem, k_smem, v_smem, _o_smem, q_full, k_full, v_full = memory
+    counts, indices, q_starts, k_starts, tiles, n_q, _n_k, heads, _n_k_tokens = plan
+    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
+    _o_desc, out, lse, n_tokens, _scale, stride_ob, stride_oh, stride_os = result
+    FIXED: gl.constexpr = EVEN or SCALED  # blocks begin a fixed number of rows apart
+    step = 0
+    turn = 0
+    tile = gl.program_id(0)
+    place, i_h, i_b = first_tile(tile, n_q * PIECES, heads)
+    while tile < tiles:
+        low, high, count, row = look_up(
+            place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
+        )
+        first, end, count = settle(place, low, high, count, PIECES)
+        if count == 0:
+            empty_rows(out, lse, i_b, i_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os, HEAD)
+        else:
+            if SCALED:
+                first = place * (2 * ROWS)
+            p_list = indices + row * width
+            p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
+            low = _first_row(p_key, gl.load(p_list + count - 1), BLOCK_N, FIXED)
+            for i in range(count):
+                stage = step % STAGES
+                # The keys here before were multiplied before the values before them: known to be done, but once.
+                if step == STAGES:
+                    named_wait(FREE + stage, ALL)
+                if i == 0:
+                    copy = turn & 1
+                    if turn > 1:
+                        named_wait(Q_FREE + copy, ALL)
+                    mbarrier.expect(q_full.index(copy), 2 * q_desc.block_type.nbytes)
+                    for which in gl.static_range(2):
+                        copy_in(
+                            q_desc,
+                            [i_b, i_h, first + which * ROWS, 0],
+                            q_full.index(copy),
+                            q_smem.index(2 * copy + which),
+                        )
+                    turn += 1
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                copy_in(k_desc, [i_b, i_h, low, 0], k_full.index(stage), k_smem.index(stage))
+                # Read before waiting, so that the next copy need not wait for its address.
+                ahead = _first_row(p_key, gl.load(p_list + gl.maximum(count - 2 - i, 0)), BLOCK_N, FIXED)
+                if step > STAGES:
+                    named_wait(FREE + stage, ALL)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                if FP8_VALUES:
+                    copy_in(v_desc, [i_b, i_h, 0, low], v_full.index(stage), v_smem.index(stage))
+                else:
+                    copy_in(v_desc, [i_b, i_h, low, 0], v_full.index(stage), v_smem.index(stage))
+                low = ahead
+                step += 1
+        tile += gl.num_programs(0)
+        place, i_h, i_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
+
+
+@gluon.jit
+def _first_row(p_key, entry, BLOCK_N: gl.constexpr, FIXED: gl.constexpr):
+    """Where the copy of a key block begins."""
+    if FIXED:
+        row = entry * BLOCK_N
+    else:
+        row = gl.load(p_key + entry)
+    return row
+
+
+@gluon.jit
+def _length(p_key, entry, n_tokens, BLOCK_N: gl.constexpr, EVEN: gl.constexpr):
+    """Tokens of a key block."""
+    if EVEN:
+        length = gl.minimum(n_tokens - entry * BLOCK_N, BLOCK_N)
+    else:
+        length = gl.load(p_key + entry + 1) - gl.load(p_key + entry)
+    return length
+
+
+@gluon.jit
+def _row_factors(
+    scales, i_b, i_h, i_block, heads, n_q, scale_log2, WHICH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """What each row's scores are multiplied by, beside the key block's scale."""
+    q_scale, _k_scale, _v_scale, _shift = scales
+    place = ((i_b * heads + i_h) * n_q + i_block) * (2 * ROWS) + WHICH * ROWS
+    return gl.load(q_scale + place + gl.arange(0, ROWS, layout=LAYOUT)) * scale_log2
+
+
+@gluon.jit
+def _end_tile(
+    acc, top, parts, tile, o_smem, heads, n_q, result, scales,
+    WHICH: gl.constexpr,
+    HEAD: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    SCALED: gl.constexpr,
+    FP8_VALUES: gl.constexpr,
+):  # fmt: skip
+    """Undo what quantisation did to total and lse, and write the rows."""
+    i_b, i_h, i_block, first, end = tile
+    _o_desc, _out, _lse, _n_tokens, scale_log2, _stride_ob, _stride_oh, _stride_os = result
+    _q_scale, _k_scale, v_scale, shift = scales
+    ROW: gl.constexpr = top.type.layout
+    missing = gl.zeros([ROWS], gl.float32, ROW)
+    if SCALED:
+        place = ((i_b * heads + i_h) * n_q + i_block) * (2 * ROWS) + WHICH * ROWS
+        missing = gl.load(shift + place + gl.arange(0, ROWS, layout=ROW)) * (scale_log2 * LN_2)
+    if FP8_VALUES:
+        missing = missing - WEIGHT_BITS * LN_2
+    total = gl.convert_layout(gl.sum(parts, 1), ROW)
+    finish(
+        acc, top, total, missing, first, end, i_b, i_h, o_smem, heads, result, v_scale,
+        WHICH, HEAD, LAYOUT, SCALED,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _attend_tiles(
+    memory, plan, strides, result, scales,
+    WHICH: gl.constexpr,
+    HEAD: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PIECES: gl.constexpr,
+    EVEN: gl.constexpr,
+    SCALED: gl.constexpr,
+    INTEGERS: gl.constexpr,
+    FP8_VALUES: gl.constexpr,
+):  # fmt: skip
+    """A computing group: 64 rows of every tile that reads anything.
+
+    `step` counts key blocks over all tiles, `turn` tiles; `new_*` is the tile after this one, looked up a tile ahead.
+    The loop over a tile's blocks holds no branch that is seldom taken: the processor would have to fetch around it.
+    """
+    q_smem, k_smem, v_smem, o_smem, q_full, k_full, v_full = memory
+    counts, indices, q_starts, k_starts, tiles, n_q, n_k, heads, n_k_tokens = plan
+    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
+    _o_desc, out, _lse, _n_tokens, scale_log2, _stride_ob, _stride_oh, _stride_os = result
+    _q_scale, k_scale, _v_scale, _shift = scales
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32 if SCALED else 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 32 if FP8_VALUES else 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4 if FP8_VALUES else 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    weight_type: gl.constexpr = gl.float8e4nv if FP8_VALUES else out.dtype.element_ty
+    blank = gl.zeros([ROWS, BLOCK_N], gl.int32 if INTEGERS else gl.float32, S_LAYOUT)
+    tile = gl.program_id(0)
+    place, i_h, i_b = first_tile(tile, n_q * PIECES, heads)
+    low, high, count, row = look_up(
+        place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
+    )
+    first, end, count = settle(place, low, high, count, PIECES)
+    while (count == 0) & (tile + gl.num_programs(0) < tiles):
+        tile += gl.num_programs(0)
+        place, i_h, i_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
+        low, high, count, row = look_up(
+            place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
+        )
+        first, end, count = settle(place, low, high, count, PIECES)
+    if count > 0:
+        if WHICH == 1:
+            named_arrive(GO, PAIR)  # the first group goes first
+        p_list = indices + row * width + count - 1
+        p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
+        entry = gl.load(p_list)
+        length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
+        factor = scale_log2
+        rows_factor = scale_log2
+        if SCALED:
+            rows_factor = _row_factors(scales, i_b, i_h, place, heads, n_q, scale_log2, WHICH, ROW)
+            factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
+        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(k_full.index(0), 0)
+        b_q = q_smem.index(WHICH).reshape([ROWS, HEAD])
+        b_kt = k_smem.index(0).reshape([BLOCK_N, HEAD]).permute((1, 0))
+        scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        if count == 1:
+            named_arrive(Q_FREE, ALL)
+        top = gl.full([ROWS], -float("inf"), gl.float32, ROW)
+        powers, top, _fade = shift_scores(
+            scores, top, length, factor, BLOCK_N, True, SCALED, INTEGERS, FP8_VALUES
+        )
+        early, late = halves(gl.exp2(powers), BLOCK_N)
+        parts = sum_parts(early, BLOCK_N // 2) + sum_parts(late, BLOCK_N // 2)
+        PARTS: gl.constexpr = parts.type.layout
+        packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
+        acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
+        turn = 0
+        step = 0
+        going = True
+        while going:
+            tile += gl.num_programs(0)
+            new_place, new_h, new_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
+            if tile >= tiles:  # none, and not looked at; but read all the same
+                new_place, new_h, new_b = place, i_h, i_b
+            new_low, new_high, new_count, new_row = look_up(
+                new_place,
+                new_h,
+                new_b,
+                counts,
+                q_starts,
+                PIECES,
+                stride_cb,
+                stride_ch,
+                stride_qsb,
+                stride_qsh,
+            )
+            copy = turn & 1
+            b_q = q_smem.index(2 * copy + WHICH).reshape([ROWS, HEAD])
+            entry = gl.load(p_list - gl.minimum(1, count - 1))
+            for i in range(1, count):
+                stage = step % STAGES
+                now = (step + 1) % STAGES
+                named_wait(GO + WHICH, PAIR)
+                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
+                b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
+                scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
+                b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
+                later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+                named_arrive(GO + 1 - WHICH, PAIR)
+                if not EVEN:  # else only the last block may be shorter, and lists begin with it
+                    length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
+                if SCALED:
+                    factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
+                if SCALED or not EVEN:  # looked up a step ahead
+                    entry = gl.load(p_list - gl.minimum(i + 1, count - 1))
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                if i + 1 == count:
+                    named_arrive(Q_FREE + copy, ALL)
+                powers, top, fade = shift_scores(
+                    scores, top, length, factor, BLOCK_N, not EVEN, SCALED, INTEGERS, FP8_VALUES
+                )
+                # Half of the weights before the wait, where `p v` runs beneath them; half behind it, beside scaling.
+                early, late = halves(powers, BLOCK_N)
+                early = gl.exp2(early)
+                sums = sum_parts(early, BLOCK_N // 2)
+                if not EVEN:
+                    sums = pin(sums)
+                if (
+                    FP8_VALUES
+                ):  # the wait takes no 8-bit operands; the assembler itself keeps registers that are read
+                    acc, sums, late = warpgroup_mma_wait(0, deps=[later, sums, late])
+                else:
+                    acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
+                named_arrive(FREE + stage, ALL)
+                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                late = gl.exp2(late)
+                sums += sum_parts(late, BLOCK_N // 2)
+                packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
+                parts = gl.fma(parts, gl.convert_layout(fade, gl.SliceLayout(1, PARTS))[:, None], sums)
+                step += 1
+            new_first, new_end, new_count = settle(new_place, new_low, new_high, new_count, PIECES)
+            while (new_count == 0) & (tile < tiles):
+                tile += gl.num_programs(0)
+                if tile < tiles:
+                    new_place, new_h, new_b = next_tile(new_place, new_h, new_b, n_q * PIECES, heads)
+                    new_low, new_high, new_count, new_row = look_up(
+                        new_place, new_h, new_b,
+                        counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh,
+                    )  # fmt: skip
+                    new_first, new_end, new_count = settle(new_place, new_low, new_high, new_count, PIECES)
+            going = tile < tiles
+            if going:  # the same once more, but the scores are those of the next tile's first block
+                last = (i_b, i_h, place, first, end)
+                place, i_h, i_b, first, end, count = new_place, new_h, new_b, new_first, new_end, new_count
+                p_list = indices + new_row * width + count - 1
+                p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
+                entry = gl.load(p_list)
+                turn += 1
+                copy = turn & 1
+                stage = step % STAGES
+                now = (step + 1) % STAGES
+                named_wait(GO + WHICH, PAIR)
+                mbarrier.wait(q_full.index(copy), (turn >> 1) & 1)
+                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
+                b_q = q_smem.index(2 * copy + WHICH).reshape([ROWS, HEAD])
+                b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
+                scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
+                b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
+                later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+                named_arrive(GO + 1 - WHICH, PAIR)
+                length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
+                if SCALED:
+                    rows_factor = _row_factors(scales, i_b, i_h, place, heads, n_q, scale_log2, WHICH, ROW)
+                    factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                if count == 1:
+                    named_arrive(Q_FREE + copy, ALL)
+                last_top, last_parts = top, parts
+                top = gl.full([ROWS], -float("inf"), gl.float32, ROW)
+                powers, top, _fade = shift_scores(
+                    scores, top, length, factor, BLOCK_N, True, SCALED, INTEGERS, FP8_VALUES
+                )
+                early, late = halves(powers, BLOCK_N)
+                early = gl.exp2(early)
+                sums = sum_parts(early, BLOCK_N // 2)
+                if FP8_VALUES:
+                    acc, sums, late = warpgroup_mma_wait(0, deps=[later, sums, late])
+                else:
+                    acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
+                named_arrive(FREE + stage, ALL)
+                late = gl.exp2(late)
+                parts = sums + sum_parts(late, BLOCK_N // 2)
+                packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
+                step += 1
+                _end_tile(
+                    acc, last_top, last_parts, last, o_smem, heads, n_q, result, scales,
+                    WHICH, HEAD, O_LAYOUT, SCALED, FP8_VALUES,
+                )  # fmt: skip
+                acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
+        stage = step % STAGES
+        mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+        b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
+        b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
+        later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[later])
+        _end_tile(
+            acc, top, parts, (i_b, i_h, place, first, end), o_smem, heads, n_q, result, scales,
+            WHICH, HEAD, O_LAYOUT, SCALED, FP8_VALUES,
+        )  # fmt: skip
+        copy_out_wait(0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def block_sparse_kernel(
+    q_desc, k_desc, v_desc, o_desc,
+    out, lse, counts, indices, q_starts, k_starts, q_scale, k_scale, v_scale, shift,
+    tiles, n_q, n_k, heads, n_tokens, n_k_tokens, scale_log2,
+    stride_cb, stride_ch, width,
+    stride_qsb, stride_qsh, stride_ksb, stride_ksh,
+    stride_ob, stride_oh, stride_os,
+    HEAD: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PIECES: gl.constexpr,
+    EVEN: gl.constexpr,
+    SCALED: gl.constexpr,
+    INTEGERS: gl.constexpr,
+    FP8_VALUES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory and its barriers, and the three roles."""
+    V_ROWS: gl.constexpr = HEAD if FP8_VALUES else BLOCK_N
+    V_COLUMNS: gl.constexpr = BLOCK_N if FP8_VALUES else HEAD
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, ROWS, HEAD], q_desc.layout)  # two copies
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, ROWS, HEAD], o_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    fence_async_shared()
+    memory = (q_smem, k_smem, v_smem, o_smem, q_full, k_full, v_full)
+    strides = (stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh)
+    plan = (counts, indices, q_starts, k_starts, tiles, n_q, n_k, heads, n_k_tokens)
+    result = (o_desc, out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os)
+    scales = (q_scale, k_scale, v_scale, shift)
+    gl.warp_specialize(
+        [
+            (
+                _attend_tiles,
+                (
+                    memory,
+                    plan,
+                    strides,
+                    result,
+                    scales,
+                    0,
+                    HEAD,
+                    BLOCK_N,
+                    STAGES,
+                    PIECES,
+                    EVEN,
+                    SCALED,
+                    INTEGERS,
+                    FP8_VALUES,
+                ),
+            ),
+            (
+                _attend_tiles,
+                (
+                    memory,
+                    plan,
+                    strides,
+                    result,
+                    scales,
+                    1,
+                    HEAD,
+                    BLOCK_N,
+                    STAGES,
+                    PIECES,
+                    EVEN,
+                    SCALED,
+                    INTEGERS,
+                    FP8_VALUES,
+                ),
+            ),
+            (
+                _load_tiles,
+                (
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    memory,
+                    plan,
+                    strides,
+                    result,
+                    HEAD,
+                    BLOCK_N,
+                    STAGES,
+                    PIECES,
+                    EVEN,
+                    SCALED,
+                    FP8_VALUES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
