@@ -257,10 +257,14 @@ class Engine:
             layout = self._layout_for(layout.grid, layout.order, query.device)
         plan = self.method.predict(query, key, layout, now, state)
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
-        executor = choose(*by_head, plan, impl=self.options.impl)
-        self._say_once(f"sparse attention runs on the {executor} executor")
-        out, _ = block_sparse(*by_head, plan, scale=call["scale"], layout="bhsd", impl=executor)
-        self.tally.note_sparse(now, executor, count_pairs(plan), plan.n_pairs)
+        precision = self.options.precision
+        executor = choose(*by_head, plan, self.options.impl, precision)
+        title = executor if precision == "full" else f"{executor} ({precision})"
+        self._say_once(f"sparse attention runs on the {title} executor")
+        out, _ = block_sparse(
+            *by_head, plan, scale=call["scale"], layout="bhsd", impl=executor, precision=precision
+        )
+        self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
 
     def _why_dense(

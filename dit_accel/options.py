@@ -12,7 +12,8 @@ from typing import Any
 from dit_accel.errors import UsageError, unknown_name
 
 ORDERS = ("raster", "tiles", "packed")
-IMPLS = ("auto", "cpu", "reference", "triton")
+IMPLS = ("auto", "cpu", "hopper", "reference", "triton")
+PRECISIONS = ("full", "int8_fp8", "fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class SparseOptions:
     dense_below: float = 0.0  # dense while the noise level is below this
     dense_layers: tuple[int, ...] = ()  # layers that stay dense; negative ones count from the last
     impl: str = "auto"  # executor; "auto" chooses and says so, a name runs or raises
+    precision: str = (
+        "full"  # "full" or a quantised mode: "int8_fp8" (q k^T in int8, p v in fp8), "fp8", "int8"
+    )
     min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
     strict: bool = False  # raise where a call would fall back to dense unplanned
     method_options: Mapping[str, Any] = field(default_factory=dict)  # what the method itself takes
@@ -51,6 +55,8 @@ class SparseOptions:
             raise unknown_name("token order", self.order, ORDERS)
         if self.impl not in IMPLS:
             raise unknown_name("executor", self.impl, IMPLS)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
         fits = _is_int(self.block) and 8 <= self.block <= 128
         _need(fits, "block", self.block, "a whole number from 8 to 128")
         for name in ("dense_above", "dense_below"):

@@ -106,8 +106,8 @@ def _run_quantised(
 def choose(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto", precision: str = "full"
 ) -> str:
-    """The implementation that will run. "auto" is "triton" on CUDA and "cpu" on the CPU; "hopper" has to be named:
-    no GPU has run it yet.
+    """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA "hopper" where it can run, which is
+    the fastest on an H100 or H200, else "triton".
 
     Where Triton cannot run a CUDA call, "auto" raises as the named choice would: the reference is an oracle, not
     something to fall back to unseen.
@@ -122,9 +122,11 @@ def choose(
         UnknownNameError: no such implementation.
         KernelUnavailable: it cannot run this call; the message says why.
     """
-    if impl == "auto":
-        fastest = ("triton", "cpu") if precision == "full" else ("hopper", "reference")
-        impl = fastest[0 if q.device.type == "cuda" else 1]
+    if impl == "auto" and q.device.type == "cuda":
+        special = precision != "full" or why_not("hopper", q, k, v, plan) is None
+        impl = "hopper" if special else "triton"
+    elif impl == "auto":
+        impl = "cpu" if precision == "full" else "reference"
     reason = why_not(impl, q, k, v, plan, precision)
     if reason is not None:
         raise KernelUnavailable(f"block_sparse impl={impl!r} cannot run this call: {reason}")

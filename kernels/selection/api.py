@@ -13,8 +13,8 @@ IMPLEMENTATIONS = ("reference", "triton")
 def select_blocks(
     scores: Tensor,
     forced: Tensor | None,
-    least: int,
-    top_p: float | None = None,
+    least: int | Tensor,
+    top_p: float | Tensor | None = None,
     shares: Tensor | None = None,
     *,
     impl: str = "auto",
@@ -27,15 +27,17 @@ def select_blocks(
     Args:
         scores: fp32 `[B, H, Nq, Nk]`.
         forced: bool `[Nq, Nk]` on the same device, or None.
-        least: key blocks to read at least, forced ones included; 1 to Nk.
-        top_p: read the first blocks that together reach this much of `shares`.
+        least: key blocks to read at least, forced ones included; 1 to Nk. An int32 tensor of one element on the
+            same device is read there: nothing waits, and a captured graph can be replayed with another. It is
+            brought into 1 to Nk.
+        top_p: read the first blocks that together reach this much of `shares`; a number or such a tensor, fp32.
         shares: fp32 like scores, the attention each key block is expected to take; `top_p` needs it.
         impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
 
     Returns:
         counts int32 `[B, H, Nq]` and indices int32 `[B, H, Nq, M]`, ascending up to the count; what stands
-        behind the count repeats the last block and is not read. M is `least` where every row reads so many,
-        else Nk.
+        behind the count repeats the last block and is not read. M is `least` where every row reads so many
+        and the host knows it, else Nk.
 
     Raises:
         UsageError: shapes, types or devices do not fit together, or a budget is out of range.
@@ -44,7 +46,15 @@ def select_blocks(
     """
     if scores.dim() != 4 or scores.dtype != torch.float32:
         raise UsageError(f"scores must be float32 [B, H, Nq, Nk], got {scores.dtype} {tuple(scores.shape)}.")
-    if not 1 <= least <= scores.shape[3]:
+    for name, budget, dtype in (("least", least, torch.int32), ("top_p", top_p, torch.float32)):
+        if isinstance(budget, Tensor) and (
+            budget.numel() != 1 or budget.dtype != dtype or budget.device != scores.device
+        ):
+            raise UsageError(
+                f"{name} as a tensor is one {dtype} on {scores.device}; got {budget.dtype} "
+                f"{tuple(budget.shape)} on {budget.device}."
+            )
+    if not isinstance(least, Tensor) and not 1 <= least <= scores.shape[3]:
         raise UsageError(f"least={least} is not possible: it is 1 to {scores.shape[3]}, the key blocks.")
     if forced is not None and (forced.shape != scores.shape[2:] or forced.dtype != torch.bool):
         raise UsageError(f"forced must be bool {tuple(scores.shape[2:])}, got {tuple(forced.shape)}.")
@@ -58,7 +68,12 @@ def select_blocks(
 
 
 def run(
-    scores: Tensor, forced: Tensor | None, least: int, top_p: float | None, shares: Tensor | None, impl: str
+    scores: Tensor,
+    forced: Tensor | None,
+    least: int | Tensor,
+    top_p: float | Tensor | None,
+    shares: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`select_blocks` on validated arguments."""
     match choose(scores, impl):

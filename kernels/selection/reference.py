@@ -7,20 +7,25 @@ from torch import Tensor
 
 
 def select_blocks(
-    scores: Tensor, forced: Tensor | None, least: int, top_p: float | None, shares: Tensor | None
+    scores: Tensor,
+    forced: Tensor | None,
+    least: int | Tensor,
+    top_p: float | Tensor | None,
+    shares: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in `api.select_blocks`."""
     n_keys = scores.shape[-1]
     ranked = scores if forced is None else scores.masked_fill(forced, torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    counts = torch.full(scores.shape[:-1], least, dtype=torch.int32, device=scores.device)
+    counts = torch.ones(scores.shape[:-1], dtype=torch.int32, device=scores.device)
+    counts = counts * (least.clamp(1, n_keys) if isinstance(least, Tensor) else least)
     if forced is not None:
         counts = counts.maximum(forced.sum(-1, dtype=torch.int32))
     if top_p is not None:
         mass = shares.gather(-1, order).cumsum(-1)
         reached = (mass < top_p).sum(-1, dtype=torch.int32) + 1
         counts = counts.maximum(reached.clamp_max(n_keys))
-    if top_p is None and forced is None:
+    if top_p is None and forced is None and not isinstance(least, Tensor):
         return counts, order[..., :least].sort(dim=-1).values.to(torch.int32)
     # Rows differ in length: what a row does not read sorts behind what it reads.
     behind = torch.arange(n_keys, device=scores.device) >= counts[..., None]

@@ -28,20 +28,27 @@ def why_not(scores: Tensor) -> str | None:
 
 
 def select_blocks(
-    scores: Tensor, forced: Tensor | None, least: int, top_p: float | None, shares: Tensor | None
+    scores: Tensor,
+    forced: Tensor | None,
+    least: int | Tensor,
+    top_p: float | Tensor | None,
+    shares: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `api.select_blocks`."""
     batch, heads, n_q, n_k = scores.shape
     scores = scores.contiguous()
     shares = scores if shares is None else shares.contiguous()
-    width = least if top_p is None and forced is None else n_k
+    there = isinstance(least, Tensor), isinstance(top_p, Tensor)
+    width = least if top_p is None and forced is None and not there[0] else n_k
     counts = torch.empty(batch, heads, n_q, dtype=torch.int32, device=scores.device)
     indices = torch.empty(batch, heads, n_q, width, dtype=torch.int32, device=scores.device)
     padded = max(16, triton.next_power_of_2(n_k))
     with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
         select_blocks_kernel[(n_q, batch * heads)](
             *(scores, scores if forced is None else forced.contiguous(), shares, counts, indices),
-            *(n_q, n_k, width, least, 0.0 if top_p is None else float(top_p)),
+            *(n_q, n_k, width, least, top_p if there[1] else 0.0 if top_p is None else float(top_p)),
+            LEAST_THERE=there[0],
+            TOP_P_THERE=there[1],
             FORCED=forced is not None,
             TOP_P=top_p is not None,
             PADDED=padded,
@@ -63,11 +70,13 @@ UNSPECIALIZED = ("n_q", "n_k", "width", "least", "top_p")
 def select_blocks_kernel(
     scores, forced, shares, counts, indices,
     n_q, n_k, width, least, top_p,
+    LEAST_THERE: tl.constexpr,
+    TOP_P_THERE: tl.constexpr,
     FORCED: tl.constexpr,
     TOP_P: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One program: the list of one query block of one head."""
+    """One program: the list of one query block of one head. Budgets that are `THERE` are pointers."""
     i_q = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * n_q + i_q
     columns = tl.arange(0, PADDED)
@@ -77,6 +86,10 @@ def select_blocks_kernel(
     bits = value.to(tl.int32, bitcast=True)
     # Integers of the same order from 1 on: 0 is left for what is not there.
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000001
+    if LEAST_THERE:
+        least = tl.minimum(tl.maximum(tl.load(least), 1), n_k)
+    if TOP_P_THERE:
+        top_p = tl.load(top_p)
     count = tl.zeros([], dtype=tl.int32) + least
     if FORCED:
         must = tl.load(forced + i_q.to(tl.int64) * n_k + columns, mask=present, other=0) != 0

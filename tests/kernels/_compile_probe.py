@@ -87,6 +87,7 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         yield {"kernel": f"quantising {name}", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
+        constants |= {"LEAST_THERE": False, "TOP_P_THERE": False}
         pointers = {"scores": "*fp32", "forced": "*i1" if forced else "*fp32", "shares": "*fp32"}
         pointers |= {"counts": "*i32", "indices": "*i32", "top_p": "fp32"}
         signature, aligned = sign(

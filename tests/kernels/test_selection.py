@@ -54,6 +54,32 @@ def test_the_best_blocks_are_chosen(impl: str, device: str, ties: bool, least: i
     assert (indices[behind] == 22).all()
 
 
+@pytest.mark.parametrize("least", [-3, 1, 4, 99])
+@pytest.mark.parametrize("top_p", [None, 0.3])
+def test_budgets_on_the_device_are_read_there(impl: str, device: str, least: int, top_p: float | None):
+    """As the same numbers from the host, but the lists are as wide as the key blocks; out of range is brought in."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 5, 23, generator=generator)
+    shares = None if top_p is None else scores.softmax(-1).to(device)
+    there = torch.tensor(least, dtype=torch.int32, device=device)
+    mass = None if top_p is None else torch.tensor(top_p, device=device)
+    counts, indices = select_blocks(scores.to(device), None, there, mass, shares, impl=impl)
+    expected = select_blocks(scores.to(device), None, min(max(least, 1), 23), top_p, shares, impl=impl)
+    assert indices.shape[3] == 23
+    assert torch.equal(counts, expected[0]) and chosen(counts, indices) == chosen(*expected)
+
+
+def test_budgets_on_the_device_are_checked():
+    scores = torch.randn(1, 1, 2, 4)
+    for budgets in (
+        (torch.tensor(2.0), None),
+        (torch.ones(2, dtype=torch.int32), None),
+        (1, torch.tensor(1)),
+    ):
+        with pytest.raises(UsageError, match="as a tensor is one"):
+            select_blocks(scores, None, *budgets, scores if budgets[1] is not None else None)
+
+
 @pytest.mark.parametrize("forcing", [False, True], ids=["free", "forced"])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
 def test_the_mass_is_reached(impl: str, device: str, top_p: float, forcing: bool):
