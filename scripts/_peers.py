@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ BLOCK = 128
 
 
 def peer_candidates(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+    names: Iterable[str], q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and call of every peer that is installed and takes the plan. q, k, v and what they give: `[B, S, H, D]`."""
+    """Name and call of every peer among `names` that is installed and takes the plan. q, k, v and what they give: `[B, S, H, D]`."""
     starts = torch.arange(0, plan.n_k_tokens, BLOCK, device=q.device)
     for side in (plan.q_starts, plan.k_starts):
         if side.shape[2] != len(starts) + 1 or not torch.equal(side[0, 0, :-1].long(), starts):
             return  # their blocks are all of one size
-    for name, build in (("flash-attn-4", _flash_attn_4), ("flex", _flex)):
+    for name in names:
         try:
-            run = build(q, k, v, plan)
+            run = PEERS[name](q, k, v, plan)
             run()
         except Exception as error:  # a peer's failure is a line of the report
             print(
@@ -54,3 +54,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Callable[[], Tens
     attend = torch.compile(flex_attention, dynamic=False)
     by_head = [x.transpose(1, 2) for x in (q, k, v)]
     return lambda: attend(*by_head, block_mask=mask, return_lse=True)[0].transpose(1, 2)
+
+
+PEERS = {"flash-attn-4": _flash_attn_4, "flex": _flex}

@@ -5,7 +5,8 @@
 
 Needs torch, triton (for the GPU) and numpy, and no installation. Every timed output is first checked against float64;
 a shape that fails is not timed and the exit status is 1. A sample is several calls in a row on warm caches. `ideal`
-is the time of the fastest dense attention times the kept fraction; `of ideal` is ideal over measured.
+is the time of the fastest dense attention times the kept fraction; `of ideal` is ideal over measured. `plan` is what
+choosing the blocks takes, and its share (*) that of the dense time.
 """
 
 from __future__ import annotations
@@ -13,31 +14,44 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _kernel_cases import Case, environment, judge, write_record
-from _peers import peer_candidates
+from _peers import PEERS, peer_candidates
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.kernels.block_sparse import block_sparse, why_not
 from dit_accel.kernels.counting import count_pairs
+from dit_accel.kernels.pooling import block_means
+from dit_accel.kernels.selection import select_blocks
 from dit_accel.plan import BlockPlan
 
 GPU_SHAPES = (
-    dict(heads=12, tokens=32768, head=128, blocks=(128,)),
-    dict(heads=4, tokens=32912, head=64, blocks=(128,)),
-    dict(heads=4, tokens=4352, head=64, blocks=(128,)),
-    dict(heads=4, tokens=4352, head=64, blocks=(128, 96)),
+    dict(name="wan 480p", heads=12, tokens=32768, head=128, keeps=(0.5, 0.25, 0.1, 0.05)),
+    dict(name="wan 480p", heads=12, tokens=32760, head=128, keeps=(0.25, 0.1)),
+    dict(name="skewed", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="skewed"),
+    dict(name="local", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="local"),
+    dict(name="head 64", heads=24, tokens=4480, head=64, keeps=(0.5, 0.25, 0.1)),
+    dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.25, 0.12)),
+    dict(name="flux", heads=24, tokens=4096, head=128, text=333, keeps=(0.25,)),
+    dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.35,), family="dense text"),
+    dict(name="wan 720p", heads=40, tokens=75648, head=128, keeps=(0.5, 0.25, 0.1, 0.05)),
+    dict(name="wan 720p", heads=40, tokens=75600, head=128, keeps=(0.1,)),
+    dict(name="hunyuan", heads=24, tokens=118800, head=128, text=256, keeps=(0.25, 0.1)),
 )
-CPU_SHAPES = tuple(dict(heads=4, tokens=n, head=64, blocks=(128, 96)) for n in (512, 1024, 2048, 4352, 8192))
-KEEPS = {"cuda": (0.5, 0.25, 0.1, 0.05), "cpu": (1.0, 0.5, 0.35, 0.25, 0.15)}
+CPU_SHAPES = tuple(
+    dict(name="cpu", heads=4, tokens=n, head=64, blocks=(128, 96), keeps=(1.0, 0.5, 0.35, 0.25, 0.15))
+    for n in (512, 1024, 2048, 4352, 8192)
+)
 SAMPLE_SECONDS = 5e-3  # calls are repeated within a sample until it lasts about this long
 LAUNCH_CYCLES = 800_000  # a GPU waits this long per call of a sample, about 0.45 ms: more than a launch takes
 
@@ -52,12 +66,39 @@ def cut(tokens: int, blocks: tuple[int, ...]) -> list[int]:
 
 def random_plan(heads: int, starts: list[int], keep: float, device: str) -> BlockPlan:
     """Each query block of each head keeps its own random key blocks, the same number of them."""
-    blocks = len(starts) - 1
-    score = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
-    kept = score.topk(max(1, round(keep * blocks)), dim=-1).indices
-    return BlockPlan.from_mask(
-        torch.zeros_like(score, dtype=torch.bool).scatter_(-1, kept, True).to(device), starts, starts
-    )
+    return family_plan("uniform", heads, starts, keep, device)
+
+
+def family_plan(
+    family: str, heads: int, starts: list[int], keep: float, device: str, text: int = 0
+) -> BlockPlan:
+    """A plan that reads about `keep` of all pairs of blocks; the last `text` tokens are read by every query.
+
+    Args:
+        family: "uniform": each query block of each head keeps its own random key blocks, the same number of them.
+            "skewed": how many they keep differs, as with top-p: half of them keep a third of the mean. "local": a band
+            around the query block and the first block. "dense text": as "uniform", but text queries read everything.
+    """
+    n = len(starts) - 1
+    column, row = torch.arange(n, device=device), torch.arange(n, device=device)[:, None]
+    score = torch.rand(1, heads, n, n, generator=torch.Generator().manual_seed(0)).to(device)
+    texts = sum(start >= starts[-1] - text for start in starts[:-1])
+    score[..., n - texts :] = 2
+    least = max(1, round(keep * n))
+    count = torch.full((1, heads, n, 1), least, device=device)
+    if family == "skewed":
+        draw = torch.rand(1, heads, n, 1, generator=torch.Generator().manual_seed(1)).to(device)
+        count = (torch.where(draw < 0.5, 1 / 3, 5 / 3) * least).round().long().clamp(1, n)
+    if family == "local":
+        score = score.zero_() - (column - row).abs()
+        score[..., 0] = 2
+    if family == "dense text":
+        free = (keep * n * n - texts * n) / (n - texts)
+        count[:] = max(texts, round(free))
+        count[:, :, n - texts :] = n
+    rank = score.argsort(-1, descending=True).argsort(-1)
+    known = dict(n_q_tokens=starts[-1], n_k_tokens=starts[-1])
+    return BlockPlan.from_mask(rank < count, starts, starts, **known)
 
 
 def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -108,10 +149,12 @@ def quantised_candidates(mode: str, q: Tensor, k: Tensor, v: Tensor, plan: Block
     }
 
 
-def right_peers(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Iterator[tuple[str, Callable]]:
+def right_peers(
+    names: Iterable[str], q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+) -> Iterator[tuple[str, Callable]]:
     """The peers that give what Triton's kernel gives. q, k, v: `[B, S, H, D]`."""
     out = block_sparse(q, k, v, plan, impl="triton")[0].float()
-    for name, run in peer_candidates(q, k, v, plan):
+    for name, run in peer_candidates(names, q, k, v, plan):
         error = float((run().float() - out).norm() / out.norm())
         if error < 0.01:
             yield name, run
@@ -170,6 +213,12 @@ def check(
 ) -> str | None:
     """Why the output of the first and last head is wrong, or None."""
     blocks = tuple(b - a for a, b in pairwise(starts))
+    if q.shape[1] > 40000:  # float64 would not fit: against Triton's kernel, which smaller shapes check
+        out, lse = block_sparse(q, k, v, plan, impl=impl)
+        exact, exact_lse = block_sparse(q, k, v, plan, impl="triton")
+        error = float((out.float() - exact.float()).norm() / exact.float().norm())
+        gap = float((lse - exact_lse).abs().max())
+        return None if error < 5e-3 and gap < 1e-3 else f"differs from Triton's: {error:.1e}, lse {gap:.1e}"
     # Two heads of all the tokens: enough to catch a wrong offset, and float64 stays affordable.
     some = torch.tensor([0, heads - 1], device=q.device)
     mask = plan.to_mask()[:, some]
@@ -179,6 +228,132 @@ def check(
     verdict = judge(lambda *_a, **_kw: picked, case, *(x[:, :, some] for x in (q, k, v)),
                     BlockPlan.from_mask(mask, starts, starts))  # fmt: skip
     return verdict.problem
+
+
+def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> tuple[list[dict], int]:
+    """Rows of the table for one shape, and how many implementations were wrong."""
+    device = options.device
+    heads, tokens, head, text = shape["heads"], shape["tokens"], shape["head"], shape.get("text", 0)
+    starts = cut(tokens, shape.get("blocks", (128,)))
+    starts += [tokens + start for start in cut(text, (128,))[1:]] if text else []
+    generator = torch.Generator(device).manual_seed(1)
+    q, k, v = (
+        torch.randn(1, starts[-1], heads, head, generator=generator, device=device).to(dtype)
+        for _ in range(3)
+    )
+    family = shape.get("family", "uniform")
+    title = f"{shape['name']} H={heads} N={tokens}{f'+{text}' if text else ''} D={head} {family}"
+    table, failures, spent = [], 0, {}
+    for keep in shape["keeps"]:
+        plan = family_plan(family, heads, starts, keep, device, text)
+        runs = dense_candidates(q, k, v)
+        if len(runs) > 1 and tokens > 40000:
+            runs.pop("flash", None)
+        dense_names = list(runs)
+        for impl in options.impl or (["hopper"] if device == "cuda" else ["cpu"]):
+            reason = why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan)
+            if reason:
+                print(f"{title:48}{keep:6} {impl} not timed: {reason}", flush=True)
+                continue
+            problem = check(impl, heads, starts, head, q, k, v, plan)
+            if problem:
+                failures += 1
+                print(f"{title:48}{keep:6} {impl} WRONG, not timed: {problem}", flush=True)
+                table.append(dict(shape=title, keep=keep, impl=impl, problem=problem))
+            else:
+                runs[impl] = partial(block_sparse, q, k, v, plan, impl=impl)
+        for mode in options.precision if tokens > 30000 else ():
+            runs |= quantised_candidates(mode, q, k, v, plan)
+        if options.peers is not None:
+            runs |= dict(right_peers(options.peers or PEERS, q, k, v, plan))
+        if family == "uniform" and device == "cuda":
+            runs["plan"] = partial(predict, q, k, plan, keep)
+        with Gauge(device) as gauge:
+            times = time_in_turns(runs, device, options.rounds)
+        quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+        dense = min(dense_names, key=lambda name: quartiles[name][1])
+        achieved = int(count_pairs(plan)) / plan.n_pairs
+        baseline = f"{dense} {quartiles[dense][1]:.3f}"
+        for impl in [name for name in runs if name not in dense_names]:
+            low, middle, high = quartiles[impl]
+            paired = [a / b for a, b in zip(times[dense], times[impl], strict=True)]
+            worst, ratio, best = statistics.quantiles(paired, n=4)
+            row = dict(shape=title, keep=keep, achieved_keep=achieved, impl=impl, dense=dense)
+            row |= dict(dense_milliseconds=quartiles[dense], milliseconds=quartiles[impl])
+            row |= dict(ratio=ratio, ratio_quartiles=(worst, best), of_ideal=ratio * achieved)
+            table.append(row | gauge.read())
+            measured = f"{impl} {middle:.3f} ({low:.3f}-{high:.3f})"
+            share = f"{1 / ratio:9.2%}*" if impl == "plan" else f"{ratio * achieved:10.0%}"
+            print(f"{title:48}{keep:6}{baseline:>14}{measured:>38}{ratio:8.2f}x{share}", flush=True)
+            spent.setdefault(impl, []).append((achieved, middle))
+        print(f"{'':54}{gauge}", flush=True)
+    for impl, points in spent.items():
+        if len(points) > 3 and impl != "plan":
+            slope, start = statistics.linear_regression(*zip(*points, strict=True))
+            share = quartiles[dense][1] / slope
+            tiles = heads * (len(starts) - 1) / torch.cuda.get_device_properties(device).multi_processor_count
+            told = (
+                f"{slope:.2f} ms for all pairs ({share:.0%} of ideal) + {start * 1e3 / tiles:.2f} us a tile"
+            )
+            print(f"{title}: {impl} takes {told}", flush=True)
+            table.append(
+                dict(
+                    shape=title,
+                    impl=impl,
+                    slope=slope,
+                    intercept=start,
+                    tile_microseconds=start * 1e3 / tiles,
+                )
+            )
+    return table, failures
+
+
+def predict(q: Tensor, k: Tensor, plan: BlockPlan, keep: float) -> BlockPlan:
+    """From queries and keys to a plan of as many blocks: pool, score, select, compact."""
+    scores = block_means(q, plan.q_starts, 128) @ block_means(k, plan.k_starts, 128).transpose(2, 3)
+    counts, indices = select_blocks(scores, None, max(1, round(keep * plan.n_k)))
+    return replace(plan, counts=counts, indices=indices)
+
+
+class Gauge:
+    """Mean clock and power of the GPU while it is entered. Read only."""
+
+    def __init__(self, device: str) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self.over = threading.Event()
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self.handle, self.library = pynvml.nvmlDeviceGetHandleByIndex(0), pynvml
+        except Exception:  # no library or no driver: nothing to read
+            self.library = None
+
+    def __enter__(self) -> Gauge:
+        self.thread = threading.Thread(target=self._watch)
+        if self.library:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.over.set()
+        if self.library:
+            self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.01):
+            clock = self.library.nvmlDeviceGetClockInfo(self.handle, self.library.NVML_CLOCK_SM)
+            self.seen.append((clock, self.library.nvmlDeviceGetPowerUsage(self.handle) / 1e3))
+
+    def read(self) -> dict[str, float]:
+        if not self.seen:
+            return {}
+        clock, power = (statistics.mean(values) for values in zip(*self.seen, strict=True))
+        return dict(mean_clock_mhz=round(clock), mean_power_w=round(power))
+
+    def __str__(self) -> str:
+        found = self.read()
+        return f"{found['mean_clock_mhz']} MHz, {found['mean_power_w']} W on average" if found else ""
 
 
 def main() -> int:
@@ -197,8 +372,11 @@ def main() -> int:
         help="also int8_fp8, fp8, int8, with quantising and (alone) without",
     )
     parser.add_argument(
-        "--peers", action="store_true", help="also flash-attn-4 and FlexAttention, where installed"
+        "--peers",
+        nargs="*",
+        help="also these where installed: flash-attn-4, flex; without a name, both",
     )
+    parser.add_argument("--only", nargs="+", help="names of shapes")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--output", help="write a JSON record here")
@@ -208,51 +386,14 @@ def main() -> int:
     device = options.device
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     print(f"{environment()['device']}, {dtype}, {options.rounds} rounds, ms: median (quartiles)")
-    print(f"{'shape':36}{'keep':>6}{'dense':>20}{'sparse':>34}{'ratio':>9}{'of ideal':>10}")
+    print(f"{'shape':48}{'keep':>6}{'dense':>14}{'sparse':>38}{'ratio':>9}{'of ideal':>10}")
     table, failures = [], 0
     for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
-        heads, tokens, head = shape["heads"], shape["tokens"], shape["head"]
-        starts = cut(tokens, shape["blocks"])
-        generator = torch.Generator().manual_seed(1)
-        q, k, v = (
-            torch.randn(1, tokens, heads, head, generator=generator).to(device, dtype) for _ in range(3)
-        )
-        title = f"H={heads} N={tokens} D={head} blocks {'/'.join(map(str, shape['blocks']))}"
-        for keep in KEEPS[device]:
-            plan = random_plan(heads, starts, keep, device)
-            runs = dense_candidates(q, k, v)
-            dense_names = list(runs)
-            for impl in options.impl or (["triton"] if device == "cuda" else ["cpu"]):
-                reason = why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan)
-                if reason:
-                    print(f"{title:36}{keep:6} {impl} not timed: {reason}", flush=True)
-                    continue
-                problem = check(impl, heads, starts, head, q, k, v, plan)
-                if problem:
-                    failures += 1
-                    print(f"{title:36}{keep:6} {impl} WRONG, not timed: {problem}", flush=True)
-                    table.append(dict(**shape, keep=keep, impl=impl, problem=problem))
-                else:
-                    runs[impl] = partial(block_sparse, q, k, v, plan, impl=impl)
-            for mode in options.precision:
-                runs |= quantised_candidates(mode, q, k, v, plan)
-            if options.peers:
-                runs |= dict(right_peers(q, k, v, plan))
-            times = time_in_turns(runs, device, options.rounds)
-            quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-            dense = min(dense_names, key=lambda name: quartiles[name][1])
-            achieved = int(count_pairs(plan)) / plan.n_pairs
-            baseline = f"{dense} {quartiles[dense][1]:.3f}"
-            for impl in list(runs)[len(dense_names) :]:
-                low, middle, high = quartiles[impl]
-                ratio = statistics.median(a / b for a, b in zip(times[dense], times[impl], strict=True))
-                table.append(dict(**shape, keep=keep, impl=impl, achieved_keep=achieved, dense=dense, ratio=ratio,
-                                  of_ideal=ratio * achieved, milliseconds=quartiles))  # fmt: skip
-                measured = f"{impl} {middle:.3f} ({low:.3f}-{high:.3f})"
-                print(
-                    f"{title:36}{keep:6}{baseline:>20}{measured:>34}{ratio:8.2f}x{ratio * achieved:10.0%}",
-                    flush=True,
-                )
+        if options.only and shape["name"] not in options.only:
+            continue
+        rows, wrong = time_shape(shape, options, dtype)
+        table += rows
+        failures += wrong
     if options.output:
         write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))
     return 1 if failures else 0

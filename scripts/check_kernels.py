@@ -18,6 +18,7 @@ from collections import Counter
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
+from _call_checks import check_calls
 from _kernel_cases import Case, environment, judge, make, write_record
 from _plan_kernel_checks import check_plan_kernels
 from _quantised_checks import check_quantised
@@ -60,7 +61,7 @@ def main() -> int:
     began = time.perf_counter()
     types = [torch.bfloat16, torch.float16, torch.float32]
     rows, failures, left_out = {}, [], Counter()
-    names = options.impl or ("triton" if options.device.startswith("cuda") else "cpu",)
+    names = options.impl or (("triton", "hopper") if options.device.startswith("cuda") else ("cpu",))
     for number, case in enumerate(cases(types)):
         q, k, v, plan = make(case, options.device, seed=number)
         bare = [x.transpose(1, 2) if case.layout.startswith("bshd") else x for x in (q, k, v)]
@@ -93,10 +94,15 @@ def main() -> int:
     quantised = dict(check_quantised(options.device)) if options.device.startswith("cuda") else {}
     failures += [f"{title}: {problem}" for title, problem in quantised.items() if problem]
     print(f"quantised: {len(quantised)} cases")
+    calls = {}
+    for name in names if options.device.startswith("cuda") else ():
+        calls |= check_calls(name, options.device)
+    failures += [f"{title}: {problem}" for title, problem in calls.items() if problem]
+    print(f"random shapes, graph, compilations, memory: {len(calls)} cases")
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began
-    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(quantised)
+    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(quantised) + len(calls)
     print(
         f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
     )
@@ -108,6 +114,7 @@ def main() -> int:
                 left_out=left_out,
                 plan_kernels=list(plan_kernels),
                 quantised=list(quantised),
+                calls=len(calls),
                 failures=failures,
                 seconds=round(seconds, 1),
             ),

@@ -1,0 +1,208 @@
+"""Checks of whole calls on a GPU: random shapes, merging by lse, one CUDA graph, compilations, peak memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from _kernel_cases import Case, judge, make
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse import block_sparse, why_not
+from dit_accel.kernels.pooling import block_means
+from dit_accel.kernels.selection import select_blocks
+from dit_accel.plan import BlockPlan, uniform_starts
+
+FUZZ = 200
+SHARE_BEYOND = {
+    "full": 0.02,
+    "int8_fp8": 0.42,
+}  # of inputs, outputs and plan: what a call may hold beside them
+
+
+def check_calls(impl: str, device: str) -> Iterator[tuple[str, str | None]]:
+    """A title and what is wrong (None: nothing) for each check of an implementation."""
+    for seed in range(FUZZ):
+        yield from _fuzz(impl, device, seed)
+    yield f"{impl}, predicting and attending in one CUDA graph", _check_graph(impl)
+    yield f"{impl}, other lengths compile nothing", _check_compilations(impl)
+    for precision in SHARE_BEYOND if impl == "hopper" else ("full",):
+        yield f"{impl}, peak memory, {precision}", _check_memory(impl, precision)
+
+
+def _fuzz(impl: str, device: str, seed: int) -> Iterator[tuple[str, str | None]]:
+    """A random shape and plan: right, deaf to other heads and to what stands behind its lists, and mergeable."""
+    pick = random.Random(seed)
+
+    def blocks() -> tuple[int, ...]:
+        count, even = pick.randint(1, 9), pick.random() < 0.4
+        sizes = [128 if even else pick.choice((128, 128, 96, 64, 17, 1, 0)) for _ in range(count)]
+        sizes[-1] = pick.randint(1, 128)
+        return tuple(sizes)
+
+    case = Case(
+        dtype=pick.choice((torch.bfloat16, torch.float16)),
+        head=pick.choice((64, 128)),
+        shape=f"fuzz {seed}",
+        batch=pick.randint(1, 2),
+        heads=pick.randint(1, 3),
+        q_blocks=blocks(),
+        k_blocks=blocks(),
+        plan=pick.choice(("random", "random", "empty rows", "broadcast", "full", "none")),
+        layout=pick.choice(("bshd", "bhsd", "bshd fused")),
+    )
+    q, k, v, plan = make(case, device, seed)
+    bare = [x.transpose(1, 2) if case.layout.startswith("bshd") else x for x in (q, k, v)]
+    reason = why_not(impl, *bare, plan)
+    if reason is not None:
+        yield case.title, reason
+        return
+    slots = torch.arange(plan.indices.shape[3], device=device)
+    behind = torch.where(slots < plan.counts[..., None], plan.indices, 2**30)
+    plan = replace(plan, indices=behind)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, layout: str) -> tuple[Tensor, Tensor]:
+        return block_sparse(q, k, v, plan, layout=layout, impl=impl)
+
+    yield case.title, judge(run, case, q, k, v, plan).problem
+    b, h = pick.randrange(case.batch), pick.randrange(case.heads)
+    out, lse = block_sparse(*bare, plan, layout="bhsd", impl=impl)
+    alone = [torch.full_like(x, torch.nan) for x in bare]
+    for poisoned, x in zip(alone, bare, strict=True):
+        poisoned[b, h] = x[b, h]
+    again, lse_again = block_sparse(*alone, plan, layout="bhsd", impl=impl)
+    same = torch.equal(out[b, h], again[b, h]) and torch.equal(lse[b, h], lse_again[b, h])
+    yield f"{case.title}, other heads NaN", None if same else "another head or batch row is read"
+    if seed % 4 == 0:
+        yield f"{case.title}, halves merged by lse", _check_merge(impl, bare, plan, out)
+
+
+def _check_merge(impl: str, bare: list[Tensor], plan: BlockPlan, whole: Tensor) -> str | None:
+    """Attention to two halves of the key blocks, put together with their lse, is attention to all of them."""
+    mask = plan.to_mask()
+    first = torch.arange(plan.n_k, device=mask.device) < plan.n_k // 2
+    known = dict(
+        n_q_tokens=plan.n_q_tokens, n_k_tokens=plan.n_k_tokens, max_q_block=plan.max_q_block,
+        max_k_block=plan.max_k_block,
+    )  # fmt: skip
+    parts = [
+        block_sparse(
+            *bare,
+            BlockPlan.from_mask(mask & half, plan.q_starts, plan.k_starts, **known),
+            layout="bhsd",
+            impl=impl,
+        )
+        for half in (first, ~first)
+    ]
+    lse = torch.stack([part[1] for part in parts])
+    weights = (lse - lse.logsumexp(0)).exp().nan_to_num(0.0)[..., None]
+    merged = sum(w * part[0].float() for w, part in zip(weights, parts, strict=True))
+    error, size = float((merged - whole.float()).norm()), float(whole.float().norm())
+    unit = torch.finfo(whole.dtype).eps
+    return None if error <= unit * size + 1e-6 else f"relative error {error / size:.1e}, allowed {unit:.1e}"
+
+
+def _check_graph(impl: str) -> str | None:
+    """Captured once, replayed with other tokens, another threshold and a shorter text: the same as run anew."""
+    video, text, heads, head = 4096, 200, 3, 128
+    generator = torch.Generator("cuda").manual_seed(0)
+    starts = torch.cat([torch.arange(0, video, 128), torch.tensor([video, video + 128, video + text])])
+    starts = starts.to("cuda", torch.int32)[None, None]
+    tokens = video + text
+    q, k, v = (
+        torch.randn(1, tokens, heads, head, device="cuda", generator=generator).bfloat16() for _ in range(3)
+    )
+    top_p = torch.tensor(0.5, device="cuda")
+
+    def attend() -> tuple[Tensor, Tensor]:
+        scores = block_means(q, starts, 128) @ block_means(k, starts, 128).transpose(2, 3) * head**-0.5
+        counts, indices = select_blocks(scores, None, 2, top_p, scores.softmax(-1))
+        plan = BlockPlan(counts, indices, starts, starts, tokens, tokens, 128, 128)
+        return block_sparse(q, k, v, plan, impl=impl)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            attend()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    for change in range(3):
+        with torch.no_grad():
+            for x in (q, k, v):
+                x.copy_(torch.randn(x.shape, device="cuda", generator=generator))
+            top_p.fill_((0.3, 0.9, 0.7)[change])
+            end = video + (200, 150, 77)[change]
+            starts[..., -2:] = torch.tensor([min(end, video + 128), end], dtype=torch.int32)
+        graph.replay()
+        expected = attend()
+        torch.cuda.synchronize()
+        if not torch.equal(found[0][:, :end], expected[0][:, :end]):
+            return f"replay {change} differs from running anew"
+        if not bool(found[0][:, :end].isfinite().all()):
+            return f"replay {change} is not finite"
+    return None
+
+
+def _check_compilations(impl: str) -> str | None:
+    import triton
+
+    compiled: list[str] = []
+
+    def note(*_args, fn, **_kwargs) -> None:
+        compiled.append(fn.name)
+
+    def attend(tokens: int) -> None:
+        q, k, v = (torch.randn(1, tokens, 2, 128, device="cuda").bfloat16() for _ in range(3))
+        starts = uniform_starts(tokens, 128)
+        known = dict(n_q_tokens=tokens, n_k_tokens=tokens, max_q_block=128, max_k_block=128)
+        on_gpu = starts.cuda()
+        scores = block_means(q, on_gpu, 128) @ block_means(k, on_gpu, 128).transpose(2, 3)
+        counts, indices = select_blocks(scores, None, 2)
+        plan = BlockPlan(counts, indices, on_gpu, on_gpu, *known.values(), even_k=True)
+        block_sparse(q, k, v, plan, impl=impl)
+
+    attend(4096)  # 32 to 64 blocks: the selection kernel is compiled for each power of two
+    attend(4097)
+    triton.knobs.runtime.jit_post_compile_hook = note
+    try:
+        for tokens in (4224, 4225, 5000, 6001, 7777, 8064, 8100):
+            attend(tokens)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    return f"compiled again: {', '.join(compiled)}" if compiled else None
+
+
+def _check_memory(impl: str, precision: str) -> str | None:
+    """What a call holds at its peak, inputs and outputs included, on memory that was free."""
+    tokens, heads, head = 32768, 12, 128
+    q, k, v = (torch.randn(1, heads, tokens, head, device="cuda").bfloat16() for _ in range(3))
+    starts = uniform_starts(tokens, 128)
+    mask = torch.rand(1, heads, 256, 256, device="cuda") < 0.1
+    plan = BlockPlan.from_mask(
+        mask, starts, starts, n_q_tokens=tokens, n_k_tokens=tokens, max_q_block=128, max_k_block=128
+    )
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return block_sparse(q, k, v, plan, layout="bhsd", impl=impl, precision=precision)
+
+    attend()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = attend()
+    torch.cuda.synchronize()
+    spent = torch.cuda.max_memory_allocated() - before
+    held = (q, k, v, *out, plan.counts, plan.indices, plan.q_starts, plan.k_starts)
+    needed = sum(x.numel() * x.element_size() for x in held)
+    beyond = spent - sum(x.numel() * x.element_size() for x in out)
+    allowed = SHARE_BEYOND[precision]
+    told = f"{beyond / 2**20:.1f} MiB beside {needed / 2**20:.1f} MiB: {beyond / needed:.1%}"
+    print(f"peak memory, {impl} {precision}: {told}")
+    return None if beyond <= allowed * needed else f"{told}, allowed {allowed:.0%}"
