@@ -15,7 +15,10 @@ BLOCK = 128
 def peer_candidates(
     names: Iterable[str], q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and call of every peer among `names` that is installed and takes the plan. q, k, v and what they give: `[B, S, H, D]`."""
+    """Name and call of every peer among `names` that is installed and takes the plan.
+
+    q, k, v and what they give: `[B, S, H, D]`.
+    """
     starts = torch.arange(0, plan.n_k_tokens, BLOCK, device=q.device)
     for side in (plan.q_starts, plan.k_starts):
         if side.shape[2] != len(starts) + 1 or not torch.equal(side[0, 0, :-1].long(), starts):

@@ -52,6 +52,7 @@ HEADS = (64, 128)
 KEY_ROWS = 128  # of one copy; no key block may be longer
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
+IN_CACHE = 60 * 2**20  # bytes of keys and values that the chip's cache holds, roughly
 SHARED = 227 * 1024  # bytes of a multiprocessor that one program may have
 
 
@@ -114,14 +115,16 @@ def _launch(
     tiles = batch * heads * plan.n_q * pieces
     scales = (parts.q_scale, parts.k_scale, parts.v_scale, parts.shift) if parts else (lse,) * 4  # not read
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    drawn = torch.zeros(1, dtype=torch.int32, device=q.device)  # how many tiles the programs have drawn
+    place_first = int(k.nbytes + v.nbytes <= IN_CACHE)
     with torch.cuda.device(q.device):
         block_sparse_kernel[(min(tiles, processors),)](
             _describe(q, (rows, head)),
             _describe(k, (key_rows, head)),
             _describe(v, (head, key_rows) if fp8_values else (key_rows, head)),
             _describe(out, (rows, head)),
-            *(out, lse, counts, indices, plan.q_starts, plan.k_starts, *scales),
-            *(tiles, plan.n_q, plan.n_k, heads, n_q, plan.n_k_tokens, scale * math.log2(math.e)),
+            *(out, lse, counts, indices, plan.q_starts, plan.k_starts, drawn, *scales),
+            *(tiles, plan.n_q, plan.n_k, heads, n_q, plan.n_k_tokens, place_first, scale * math.log2(math.e)),
             *(*lead_strides(counts), indices.shape[3]),
             *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
             *out.stride()[:3],

@@ -23,19 +23,21 @@ from .hopper_softmax import (
 )
 from .hopper_tiles import (
     LN_2,
+    NOTE,
     ROWS,
     UNSPECIALIZED,
     copy_in,
     copy_out_wait,
     empty_rows,
+    find_tile,
     finish,
-    first_tile,
     look_up,
     named_arrive,
     named_wait,
-    next_tile,
+    read_note,
     settle,
     values_from,
+    write_note,
 )
 
 # Barriers that count threads, by number; Triton itself takes the lowest. Unlike those in memory they cost the computing
@@ -58,29 +60,41 @@ def _load_tiles(
     SCALED: gl.constexpr,
     FP8_VALUES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp. `step` counts key blocks over all tiles, `turn` tiles that have any."""
-    q_smem, k_smem, v_smem, _o_smem, q_full, k_full, v_full = memory
-    counts, indices, q_starts, k_starts, tiles, n_q, _n_k, heads, _n_k_tokens = plan
+    """The loading warp: draws tiles, copies what they read, and leaves the computing groups a note for each.
+
+    `step` counts key blocks over all tiles, `turn` tiles that have any.
+    """
+    q_smem, k_smem, v_smem, _o_smem, notes, q_full, k_full, v_full = memory
+    counts, indices, q_starts, k_starts, drawn, tiles, n_q, _n_k, heads, _n_k_tokens, place_first = plan
     stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
     _o_desc, out, lse, n_tokens, _scale, stride_ob, stride_oh, stride_os = result
     FIXED: gl.constexpr = EVEN or SCALED  # blocks begin a fixed number of rows apart
+    places = n_q * PIECES
+    n_heads = tiles // places  # of all batch rows
     step = 0
     turn = 0
     tile = gl.program_id(0)
-    place, i_h, i_b = first_tile(tile, n_q * PIECES, heads)
+    place, i_h, i_b = find_tile(tile, places, heads, n_heads, place_first)
+    low, high, count, row = look_up(
+        place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
+    )
     while tile < tiles:
-        low, high, count, row = look_up(
+        first, end, count = settle(place, low, high, count, PIECES)
+        this_place, this_h, this_b = place, i_h, i_b
+        p_list = indices + row * width
+        # The next tile is drawn and looked up while this one is copied, so that nothing waits for it.
+        tile = gl.num_programs(0) + gl.atomic_add(drawn, 1)
+        place, i_h, i_b = find_tile(gl.minimum(tile, tiles - 1), places, heads, n_heads, place_first)
+        low, high, next_count, row = look_up(
             place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
         )
-        first, end, count = settle(place, low, high, count, PIECES)
         if count == 0:
-            empty_rows(out, lse, i_b, i_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os, HEAD)
+            empty_rows(
+                out, lse, this_b, this_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os, HEAD
+            )
         else:
-            if SCALED:
-                first = place * (2 * ROWS)
-            p_list = indices + row * width
-            p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
-            low = _first_row(p_key, gl.load(p_list + count - 1), BLOCK_N, FIXED)
+            p_key = k_starts + this_b.to(gl.int64) * stride_ksb + this_h.to(gl.int64) * stride_ksh
+            from_row = _first_row(p_key, gl.load(p_list + count - 1), BLOCK_N, FIXED)
             for i in range(count):
                 stage = step % STAGES
                 # The keys here before were multiplied before the values before them: known to be done, but once.
@@ -90,30 +104,38 @@ def _load_tiles(
                     copy = turn & 1
                     if turn > 1:
                         named_wait(Q_FREE + copy, ALL)
+                    write_note(notes, copy, this_b, this_h, this_place, first, end, count)
                     mbarrier.expect(q_full.index(copy), 2 * q_desc.block_type.nbytes)
+                    q_row = first
+                    if SCALED:
+                        q_row = this_place * (2 * ROWS)
                     for which in gl.static_range(2):
                         copy_in(
                             q_desc,
-                            [i_b, i_h, first + which * ROWS, 0],
+                            [this_b, this_h, q_row + which * ROWS, 0],
                             q_full.index(copy),
                             q_smem.index(2 * copy + which),
                         )
                     turn += 1
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                copy_in(k_desc, [i_b, i_h, low, 0], k_full.index(stage), k_smem.index(stage))
+                copy_in(k_desc, [this_b, this_h, from_row, 0], k_full.index(stage), k_smem.index(stage))
                 # Read before waiting, so that the next copy need not wait for its address.
                 ahead = _first_row(p_key, gl.load(p_list + gl.maximum(count - 2 - i, 0)), BLOCK_N, FIXED)
                 if step > STAGES:
                     named_wait(FREE + stage, ALL)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 if FP8_VALUES:
-                    copy_in(v_desc, [i_b, i_h, 0, low], v_full.index(stage), v_smem.index(stage))
+                    copy_in(v_desc, [this_b, this_h, 0, from_row], v_full.index(stage), v_smem.index(stage))
                 else:
-                    copy_in(v_desc, [i_b, i_h, low, 0], v_full.index(stage), v_smem.index(stage))
-                low = ahead
+                    copy_in(v_desc, [this_b, this_h, from_row, 0], v_full.index(stage), v_smem.index(stage))
+                from_row = ahead
                 step += 1
-        tile += gl.num_programs(0)
-        place, i_h, i_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
+        count = next_count
+    copy = turn & 1
+    if turn > 1:
+        named_wait(Q_FREE + copy, ALL)
+    write_note(notes, copy, 0, 0, 0, 0, 0, 0)  # no more tiles
+    mbarrier.arrive(q_full.index(copy), count=1)
 
 
 @gluon.jit
@@ -188,12 +210,12 @@ def _attend_tiles(
 ):  # fmt: skip
     """A computing group: 64 rows of every tile that reads anything.
 
-    `step` counts key blocks over all tiles, `turn` tiles; `new_*` is the tile after this one, looked up a tile ahead.
-    The loop over a tile's blocks holds no branch that is seldom taken: the processor would have to fetch around it.
+    `step` counts key blocks over all tiles, `turn` tiles. The loop over a tile's blocks holds no branch that is seldom
+    taken: the processor would have to fetch around it.
     """
-    q_smem, k_smem, v_smem, o_smem, q_full, k_full, v_full = memory
-    counts, indices, q_starts, k_starts, tiles, n_q, n_k, heads, n_k_tokens = plan
-    stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
+    q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
+    counts, indices, q_starts, k_starts, _drawn, tiles, n_q, n_k, heads, n_k_tokens, _place_first = plan
+    stride_cb, stride_ch, width, _stride_qsb, _stride_qsh, stride_ksb, stride_ksh = strides
     _o_desc, out, _lse, _n_tokens, scale_log2, _stride_ob, _stride_oh, _stride_os = result
     _q_scale, k_scale, _v_scale, _shift = scales
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32 if SCALED else 16])
@@ -202,22 +224,12 @@ def _attend_tiles(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     weight_type: gl.constexpr = gl.float8e4nv if FP8_VALUES else out.dtype.element_ty
     blank = gl.zeros([ROWS, BLOCK_N], gl.int32 if INTEGERS else gl.float32, S_LAYOUT)
-    tile = gl.program_id(0)
-    place, i_h, i_b = first_tile(tile, n_q * PIECES, heads)
-    low, high, count, row = look_up(
-        place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
-    )
-    first, end, count = settle(place, low, high, count, PIECES)
-    while (count == 0) & (tile + gl.num_programs(0) < tiles):
-        tile += gl.num_programs(0)
-        place, i_h, i_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
-        low, high, count, row = look_up(
-            place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
-        )
-        first, end, count = settle(place, low, high, count, PIECES)
+    mbarrier.wait(q_full.index(0), 0)
+    i_b, i_h, place, first, end, count = read_note(notes, 0)
     if count > 0:
         if WHICH == 1:
             named_arrive(GO, PAIR)  # the first group goes first
+        row = i_b.to(gl.int64) * stride_cb + i_h.to(gl.int64) * stride_ch + place // PIECES
         p_list = indices + row * width + count - 1
         p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
         entry = gl.load(p_list)
@@ -227,7 +239,6 @@ def _attend_tiles(
         if SCALED:
             rows_factor = _row_factors(scales, i_b, i_h, place, heads, n_q, scale_log2, WHICH, ROW)
             factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
-        mbarrier.wait(q_full.index(0), 0)
         mbarrier.wait(k_full.index(0), 0)
         b_q = q_smem.index(WHICH).reshape([ROWS, HEAD])
         b_kt = k_smem.index(0).reshape([BLOCK_N, HEAD]).permute((1, 0))
@@ -244,37 +255,22 @@ def _attend_tiles(
         PARTS: gl.constexpr = parts.type.layout
         packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
         acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
+        last = (i_b, i_h, place, first, end)
         turn = 0
         step = 0
         going = True
         while going:
-            tile += gl.num_programs(0)
-            new_place, new_h, new_b = next_tile(place, i_h, i_b, n_q * PIECES, heads)
-            if tile >= tiles:  # none, and not looked at; but read all the same
-                new_place, new_h, new_b = place, i_h, i_b
-            new_low, new_high, new_count, new_row = look_up(
-                new_place,
-                new_h,
-                new_b,
-                counts,
-                q_starts,
-                PIECES,
-                stride_cb,
-                stride_ch,
-                stride_qsb,
-                stride_qsh,
-            )
             copy = turn & 1
             b_q = q_smem.index(2 * copy + WHICH).reshape([ROWS, HEAD])
             entry = gl.load(p_list - gl.minimum(1, count - 1))
             for i in range(1, count):
                 stage = step % STAGES
                 now = (step + 1) % STAGES
-                named_wait(GO + WHICH, PAIR)
                 mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                named_wait(GO + WHICH, PAIR)
                 b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
                 scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
                 b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
                 later = warpgroup_mma(b_p, b_v, acc, is_async=True)
@@ -310,34 +306,25 @@ def _attend_tiles(
                 packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
                 parts = gl.fma(parts, gl.convert_layout(fade, gl.SliceLayout(1, PARTS))[:, None], sums)
                 step += 1
-            new_first, new_end, new_count = settle(new_place, new_low, new_high, new_count, PIECES)
-            while (new_count == 0) & (tile < tiles):
-                tile += gl.num_programs(0)
-                if tile < tiles:
-                    new_place, new_h, new_b = next_tile(new_place, new_h, new_b, n_q * PIECES, heads)
-                    new_low, new_high, new_count, new_row = look_up(
-                        new_place, new_h, new_b,
-                        counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh,
-                    )  # fmt: skip
-                    new_first, new_end, new_count = settle(new_place, new_low, new_high, new_count, PIECES)
-            going = tile < tiles
+            turn += 1
+            copy = turn & 1
+            mbarrier.wait(q_full.index(copy), (turn >> 1) & 1)
+            last = (i_b, i_h, place, first, end)
+            i_b, i_h, place, first, end, count = read_note(notes, copy)
+            going = count > 0
             if going:  # the same once more, but the scores are those of the next tile's first block
-                last = (i_b, i_h, place, first, end)
-                place, i_h, i_b, first, end, count = new_place, new_h, new_b, new_first, new_end, new_count
-                p_list = indices + new_row * width + count - 1
+                row = i_b.to(gl.int64) * stride_cb + i_h.to(gl.int64) * stride_ch + place // PIECES
+                p_list = indices + row * width + count - 1
                 p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
                 entry = gl.load(p_list)
-                turn += 1
-                copy = turn & 1
                 stage = step % STAGES
                 now = (step + 1) % STAGES
-                named_wait(GO + WHICH, PAIR)
-                mbarrier.wait(q_full.index(copy), (turn >> 1) & 1)
                 mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                named_wait(GO + WHICH, PAIR)
                 b_q = q_smem.index(2 * copy + WHICH).reshape([ROWS, HEAD])
                 b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
                 scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
                 b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
                 later = warpgroup_mma(b_p, b_v, acc, is_async=True)
@@ -378,7 +365,7 @@ def _attend_tiles(
         later = warpgroup_mma(b_p, b_v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[later])
         _end_tile(
-            acc, top, parts, (i_b, i_h, place, first, end), o_smem, heads, n_q, result, scales,
+            acc, top, parts, last, o_smem, heads, n_q, result, scales,
             WHICH, HEAD, O_LAYOUT, SCALED, FP8_VALUES,
         )  # fmt: skip
         copy_out_wait(0)
@@ -387,8 +374,8 @@ def _attend_tiles(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def block_sparse_kernel(
     q_desc, k_desc, v_desc, o_desc,
-    out, lse, counts, indices, q_starts, k_starts, q_scale, k_scale, v_scale, shift,
-    tiles, n_q, n_k, heads, n_tokens, n_k_tokens, scale_log2,
+    out, lse, counts, indices, q_starts, k_starts, drawn, q_scale, k_scale, v_scale, shift,
+    tiles, n_q, n_k, heads, n_tokens, n_k_tokens, place_first, scale_log2,
     stride_cb, stride_ch, width,
     stride_qsb, stride_qsh, stride_ksb, stride_ksh,
     stride_ob, stride_oh, stride_os,
@@ -410,6 +397,7 @@ def block_sparse_kernel(
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
     o_smem = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, ROWS, HEAD], o_desc.layout)
+    notes = gl.allocate_shared_memory(gl.int32, [2 * NOTE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -419,9 +407,9 @@ def block_sparse_kernel(
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
-    memory = (q_smem, k_smem, v_smem, o_smem, q_full, k_full, v_full)
+    memory = (q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full)
     strides = (stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh)
-    plan = (counts, indices, q_starts, k_starts, tiles, n_q, n_k, heads, n_k_tokens)
+    plan = (counts, indices, q_starts, k_starts, drawn, tiles, n_q, n_k, heads, n_k_tokens, place_first)
     result = (o_desc, out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os)
     scales = (q_scale, k_scale, v_scale, shift)
     gl.warp_specialize(

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 ROWS = gl.constexpr(64)  # query rows of one computing group
+NOTE = gl.constexpr(6)  # numbers that describe a tile
 LN_2 = gl.constexpr(math.log(2))
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names before Triton 3.8
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -17,7 +18,18 @@ copy_out_wait = tma.store_wait
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
 UNSPECIALIZED = (
-    *("tiles", "n_q", "n_k", "heads", "n_tokens", "n_k_tokens", "stride_cb", "stride_ch", "width"),
+    *(
+        "tiles",
+        "n_q",
+        "n_k",
+        "heads",
+        "n_tokens",
+        "n_k_tokens",
+        "place_first",
+        "stride_cb",
+        "stride_ch",
+        "width",
+    ),
     *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh"),
 )
 
@@ -40,23 +52,40 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 
 @gluon.jit
-def first_tile(tile, per_head, heads):
-    """Place within its head, head and batch row of this program's first tile."""
-    i_bh = tile // per_head
-    return tile % per_head, i_bh % heads, i_bh // heads
+def find_tile(tile, places, heads, n_heads, place_first):
+    """Place within its head, head and batch row of a tile.
+
+    Heads one after another, so that the keys of few are in use at a time, or with `place_first` the same place of all
+    heads; in either order from the last place on, where text stands that reads everything and takes longest.
+    """
+    place = gl.where(place_first != 0, tile // n_heads, tile % places)
+    i_bh = gl.where(place_first != 0, tile % n_heads, tile // places)
+    return places - 1 - place, i_bh % heads, i_bh // heads
 
 
 @gluon.jit
-def next_tile(place, i_h, i_b, per_head, heads):
-    """The same of its next tile, without a division."""
-    place += gl.num_programs(0)
-    while place >= per_head:
-        place -= per_head
-        i_h += 1
-        if i_h == heads:
-            i_h -= heads
-            i_b += 1
-    return place, i_h, i_b
+def write_note(notes, copy, i_b, i_h, place, first, end, count):
+    """Leave the computing groups word of a tile."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    notes.index(copy * NOTE + 0).store(gl.full([1], i_b, gl.int32, ONE))
+    notes.index(copy * NOTE + 1).store(gl.full([1], i_h, gl.int32, ONE))
+    notes.index(copy * NOTE + 2).store(gl.full([1], place, gl.int32, ONE))
+    notes.index(copy * NOTE + 3).store(gl.full([1], first, gl.int32, ONE))
+    notes.index(copy * NOTE + 4).store(gl.full([1], end, gl.int32, ONE))
+    notes.index(copy * NOTE + 5).store(gl.full([1], count, gl.int32, ONE))
+
+
+@gluon.jit
+def read_note(notes, copy):
+    """What `write_note` wrote."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i_b = gl.sum(notes.index(copy * NOTE + 0).load(ONE), 0)
+    i_h = gl.sum(notes.index(copy * NOTE + 1).load(ONE), 0)
+    place = gl.sum(notes.index(copy * NOTE + 2).load(ONE), 0)
+    first = gl.sum(notes.index(copy * NOTE + 3).load(ONE), 0)
+    end = gl.sum(notes.index(copy * NOTE + 4).load(ONE), 0)
+    count = gl.sum(notes.index(copy * NOTE + 5).load(ONE), 0)
+    return i_b, i_h, place, first, end, count
 
 
 @gluon.jit

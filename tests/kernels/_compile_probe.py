@@ -125,7 +125,7 @@ def compile_hopper() -> Iterator[dict]:
         }
         pointers = {"scale_log2": "fp32", "out": f"*{names[dtype]}"}
         pointers |= dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale", "shift"), "*fp32")
-        pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
+        pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts", "drawn"), "*i32")
         key_block = (hopper.KEY_ROWS, head)
         value_block = key_block[::-1] if fp8_values else key_block
         blocks = {

@@ -24,7 +24,7 @@ import torch
 
 NAMED = 100  # what is added to the number of a named barrier to tell it from a ring
 PATIENCE = 20.0  # seconds until a wait counts as a deadlock
-POISON = {torch.int8: 113}  # of types without NaN
+POISON = {torch.int8: 113, torch.int32: -1}  # of types without NaN
 _failures: list[BaseException] = []  # of the roles that run
 _here = (
     threading.local()
@@ -94,6 +94,9 @@ class Memory:
 
     def permute(self, axes) -> Memory:
         return Memory(self.data.permute(axes))
+
+    def load(self, _layout) -> torch.Tensor:
+        return self.data.clone().as_subclass(Tile)
 
     def store(self, tile: torch.Tensor) -> None:
         assert not any(self.data.data_ptr() == source.data_ptr() for source, _ in _here.copies_out), (
@@ -256,6 +259,17 @@ def _store(pointer: Pointer, value, mask=None):
     pointer.flat[offset[mask]] = value[mask]
 
 
+def _atomic_add(pointer: Pointer, value):
+    before = _load(pointer)
+    pointer.flat[pointer.offset] += value
+    return before
+
+
+def _sum(x, axis):
+    total = x.sum(axis)
+    return Number(total) if total.dim() == 0 and total.dtype in (torch.int32, torch.int64) else total
+
+
 def _pair(tensors, scalars):
     """A function of two tensors or of two scalars."""
 
@@ -337,8 +351,10 @@ def _names(deaf: int | None) -> dict:
         log2=torch.log2,
         fma=lambda a, b, c: a * b + c,
         split=lambda x: (x[..., 0], x[..., 1]),
+        atomic_add=_atomic_add,
+        SwizzledSharedLayout=lambda *_args: None,
         max=lambda x, axis: x.amax(axis),
-        sum=lambda x, axis: x.sum(axis),
+        sum=_sum,
         allocate_shared_memory=share,
         warp_specialize=specialise,
     )
