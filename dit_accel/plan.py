@@ -66,6 +66,9 @@ class BlockPlan:
     max_q_block: int  # no query block is longer
     max_k_block: int  # no key block is longer
     even_k: bool = False  # known that every key block but the last holds exactly max_k_block tokens
+    key_means: Tensor | None = (
+        None  # fp32 [B, H, Nk, D], mean key of each block, if the plan was made from them
+    )
 
     def __post_init__(self) -> None:
         fields = {name: getattr(self, name) for name in ("counts", "indices", "q_starts", "k_starts")}

@@ -141,6 +141,8 @@ def quantised_candidates(mode: str, q: Tensor, k: Tensor, v: Tensor, plan: Block
     if not error < 0.06:
         print(f"{mode} WRONG, not timed: relative error {error:.3f}")
         return {}
+    # The mean key comes from the means that the plan was made from.
+    plan = replace(plan, key_means=block_means(k.transpose(1, 2), plan.k_starts, plan.max_k_block))
     copies = quantize_blocks(q, k, v, plan, mode)
     scale = q.shape[3] ** -0.5
     return {

@@ -52,9 +52,10 @@ class Method:
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.force import forced_blocks
         from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import expected_attention, mean_scores
+        from dit_accel.methods.parts.score import block_means, expected_attention, mean_scores
 
-        scores = mean_scores(query, key, layout)
+        key_means = block_means(key, layout)
+        scores = mean_scores(query, key_means, layout)
         shares = None if self.top_p is None else expected_attention(scores, layout)
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
-        return plan_of(*choose_blocks(scores, forced, self.keep, self.top_p, shares), layout)
+        return plan_of(*choose_blocks(scores, forced, self.keep, self.top_p, shares), layout, key_means)

@@ -214,7 +214,7 @@ def _attend_tiles(
     taken: the processor would have to fetch around it.
     """
     q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
-    counts, indices, q_starts, k_starts, _drawn, tiles, n_q, n_k, heads, n_k_tokens, _place_first = plan
+    _counts, indices, _q_starts, k_starts, _drawn, _tiles, n_q, n_k, heads, n_k_tokens, _place_first = plan
     stride_cb, stride_ch, width, _stride_qsb, _stride_qsh, stride_ksb, stride_ksh = strides
     _o_desc, out, _lse, _n_tokens, scale_log2, _stride_ob, _stride_oh, _stride_os = result
     _q_scale, k_scale, _v_scale, _shift = scales

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.kernels.pooling import block_means
 from dit_accel.plan import BlockPlan
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -88,7 +89,20 @@ def quantize_blocks(
         case "triton":
             from .triton import quantize_blocks as run
     with torch.no_grad():
-        return run(q, k, v, plan, MODES[mode])
+        return run(q, k, v, mean_key(k, plan), plan, MODES[mode])
+
+
+def mean_key(k: Tensor, plan: BlockPlan) -> Tensor:
+    """Mean key of each head, fp32 `[B, H, D]`, from the means of the key blocks: the plan's, or taken anew.
+
+    Any vector would do, it only has to be the same for all keys of a head: so means of another step's keys, in a plan
+    that is used again, cost accuracy at most.
+    """
+    means = plan.key_means
+    if means is None:
+        means = block_means(k.transpose(1, 2), plan.k_starts, plan.max_k_block)
+    weights = plan.k_starts.diff(dim=-1).float() / plan.n_k_tokens
+    return (weights[..., None, :] @ means)[..., 0, :]
 
 
 def choose(q: Tensor, impl: str = "auto") -> str:

@@ -10,10 +10,10 @@ from dit_accel.plan import BlockPlan
 from .api import KEY_ORDER, ROWS, SMALLEST_SCALE, Mode, Quantised
 
 
-def quantize_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, mode: Mode) -> Quantised:
+def quantize_blocks(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, plan: BlockPlan, mode: Mode) -> Quantised:
     """Arguments and results as in `api.quantize_blocks`."""
     q, k, full = q.float(), k.float(), v.float()
-    mean = k.mean(2, keepdim=True)
+    mean = mean[:, :, None]
     q_rows = pad_blocks(q, plan.q_starts)
     k_rows = pad_blocks(k - mean, plan.k_starts).unflatten(2, (-1, ROWS))
     q_scale = _scale(q_rows, (3,), mode.scores)
@@ -62,5 +62,5 @@ def _scale(x: Tensor, over: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _round(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """To the nearest number of the format."""
-    scaled = x / scale
+    scaled = x * scale.reciprocal()
     return scaled.round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else scaled.to(dtype)

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from dit_accel.kernels.block_sparse import triton as kernel
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
+from dit_accel.kernels.quantize import MODES
 from dit_accel.kernels.quantize import triton as quantize
 from dit_accel.kernels.selection import triton as selection
 
@@ -68,23 +69,24 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(counting.count_pairs_kernel, pointers, constants, counting.UNSPECIALIZED)
     told = compile_source(counting.count_pairs_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "counting", **told}
-    for name, pointers, flags in (
-        ("rows", {"x": "*bf16", "mean": "*fp32", "out": "*i8", "shift": "*fp32"}, {"INTEGERS": True}),
-        ("keys", {"x": "*bf16", "mean": "*fp32", "out": "*i8"}, {"INTEGERS": True, "IN_KEY_ORDER": True}),
-        ("peaks", {"x": "*bf16", "out": "*fp32"}, {}),
-        ("values", {"x": "*bf16", "out": "*fp8e4nv"}, {"FP8_VALUES": True}),
-    ):
-        if "fp8" in pointers["out"] and capability < 89:
+    pointers = {"x": "*bf16", "out": "*fp32", "starts": "*i32"}
+    constants = {"ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
+    signature, aligned = sign(quantize.channel_peaks_kernel, pointers, constants, quantize.UNSPECIALIZED)
+    told = compile_source(quantize.channel_peaks_kernel, signature, constants, aligned, 8, 3, capability)
+    yield {"kernel": "quantising, peaks", **told}
+    for mode in MODES.values():
+        if capability < 89 and torch.float8_e4m3fn in (mode.scores, mode.values):
             continue
-        kernel_of = {"rows": "quantize_rows", "keys": "quantize_keys", "peaks": "channel_peaks"}
-        function = getattr(quantize, kernel_of.get(name, "pack_values") + "_kernel")
-        constants = {**flags, "ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
-        if "INTEGERS" in flags:
-            constants["SMALLEST"] = quantize.SMALLEST_SCALE
-        pointers |= {"scales": "*fp32", "starts": "*i32"}
-        signature, aligned = sign(function, pointers, constants, quantize.UNSPECIALIZED)
-        told = compile_source(function, signature, constants, aligned, 8, 3, capability)
-        yield {"kernel": f"quantising {name}", **told}
+        pointers = dict.fromkeys(("q", "k", "v"), "*bf16") | dict.fromkeys(("q_starts", "k_starts"), "*i32")
+        pointers |= dict.fromkeys(("mean", "peaks", "q_scale", "shift", "k_scale", "v_scale"), "*fp32")
+        names = {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", None: "*bf16"}
+        pointers |= {"q8": names[mode.scores], "k8": names[mode.scores], "v8": names[mode.values]}
+        constants = {"INTEGERS": mode.scores == torch.int8, "FP8_VALUES": mode.values is not None}
+        constants |= {"SMALLEST": quantize.SMALLEST_SCALE, "ROWS": quantize.ROWS, "HEAD": 128}
+        constants |= {f"stride_{x}d": 1 for x in "qkv"}
+        signature, aligned = sign(quantize.quantize_kernel, pointers, constants, quantize.UNSPECIALIZED)
+        told = compile_source(quantize.quantize_kernel, signature, constants, aligned, 8, 3, capability)
+        yield {"kernel": f"quantising, {mode.name}", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
         constants |= {"LEAST_THERE": False, "TOP_P_THERE": False}
@@ -107,7 +109,6 @@ def compile_hopper() -> Iterator[dict]:
     from dit_accel.kernels.block_sparse import hopper
     from dit_accel.kernels.block_sparse.hopper_kernel import block_sparse_kernel
     from dit_accel.kernels.block_sparse.hopper_tiles import UNSPECIALIZED
-    from dit_accel.kernels.quantize import MODES
 
     forms = {"bf16": (torch.bfloat16,) * 3, "fp16": (torch.float16,) * 3}
     forms |= {m.name: (torch.bfloat16, m.scores, m.values or torch.bfloat16) for m in MODES.values()}

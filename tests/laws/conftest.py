@@ -36,9 +36,9 @@ class Remember:
     def predict(self, query: torch.Tensor, key: torch.Tensor, layout: Any, call: Any, state: Any) -> Any:
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import mean_scores
+        from dit_accel.methods.parts.score import block_means, mean_scores
 
-        scores = mean_scores(query, key, layout)
+        scores = mean_scores(query, block_means(key, layout), layout)
         if state is not None:
             owner = (call.run, call.role, call.branch, call.layer)
             assert state["owner"] in (None, owner), (

@@ -8,8 +8,13 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import BlockPlan
 
 
-def plan_of(counts: Tensor, indices: Tensor, layout: TokenLayout) -> BlockPlan:
-    """The plan that reads `indices` up to `counts`, with the layout's blocks on both sides."""
+def plan_of(
+    counts: Tensor, indices: Tensor, layout: TokenLayout, key_means: Tensor | None = None
+) -> BlockPlan:
+    """The plan that reads `indices` up to `counts`, with the layout's blocks on both sides.
+
+    key_means: fp32 `[B, H, N, D]`, where the method took them: quantised attention then need not.
+    """
     starts = layout.starts.to(counts.device)
     return BlockPlan(
         counts=counts,
@@ -21,4 +26,5 @@ def plan_of(counts: Tensor, indices: Tensor, layout: TokenLayout) -> BlockPlan:
         max_q_block=layout.max_block,
         max_k_block=layout.max_block,
         even_k=layout.even,
+        key_means=key_means,
     )

@@ -21,17 +21,17 @@ def block_means(x: Tensor, layout: TokenLayout) -> Tensor:
     return pooling.block_means(x, layout.starts.to(x.device), layout.max_block)
 
 
-def mean_scores(query: Tensor, key: Tensor, layout: TokenLayout) -> Tensor:
+def mean_scores(query: Tensor, key_means: Tensor, layout: TokenLayout) -> Tensor:
     """Attention logits between the means of every query block and every key block.
 
     Args:
-        query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
+        query: `[B, S, H, D]`, post-RoPE, in the layout's order.
+        key_means: fp32 `[B, H, N, D]`, from `block_means`.
 
     Returns:
         fp32 `[B, H, N, N]`.
     """
-    queries, keys = block_means(query, layout), block_means(key, layout)
-    return queries @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return block_means(query, layout) @ key_means.transpose(-1, -2) * query.shape[-1] ** -0.5
 
 
 def expected_attention(scores: Tensor, layout: TokenLayout) -> Tensor:
