@@ -28,6 +28,7 @@ from .hopper_tiles import (
     UNSPECIALIZED,
     copy_in,
     copy_out_wait,
+    draw,
     empty_rows,
     find_tile,
     finish,
@@ -83,7 +84,7 @@ def _load_tiles(
         this_place, this_h, this_b = place, i_h, i_b
         p_list = indices + row * width
         # The next tile is drawn and looked up while this one is copied, so that nothing waits for it.
-        tile = gl.num_programs(0) + gl.atomic_add(drawn, 1)
+        tile = gl.num_programs(0) + draw(drawn)
         place, i_h, i_b = find_tile(gl.minimum(tile, tiles - 1), places, heads, n_heads, place_first)
         low, high, next_count, row = look_up(
             place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh

@@ -52,6 +52,24 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 
 @gluon.jit
+def draw(drawn):
+    """How many tiles were drawn before this one, by a single warp.
+
+    Gluon's own scalar atomic passes its result through scratch memory that Triton lays over the arguments of warps that
+    have not read them yet.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
+        "@p atom.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }",
+        "=r,l",
+        [drawn.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def find_tile(tile, places, heads, n_heads, place_first):
     """Place within its head, head and batch row of a tile.
 
