@@ -211,7 +211,8 @@ def _attend_tiles(
 ):  # fmt: skip
     """A computing group: 64 rows of every tile that reads anything.
 
-    `step` counts key blocks over all tiles, `turn` tiles. The loop over a tile's blocks holds no branch that is seldom
+    `step` counts key blocks over all tiles, `turn` tiles; `last_*` is the tile whose rows are not written yet (no
+    tuple: Triton does not carry one through a loop). The loop over a tile's blocks holds no branch that is seldom
     taken: the processor would have to fetch around it.
     """
     q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
@@ -256,7 +257,7 @@ def _attend_tiles(
         PARTS: gl.constexpr = parts.type.layout
         packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
         acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
-        last = (i_b, i_h, place, first, end)
+        last_b, last_h, last_place, last_first, last_end = i_b, i_h, place, first, end
         turn = 0
         step = 0
         going = True
@@ -310,7 +311,7 @@ def _attend_tiles(
             turn += 1
             copy = turn & 1
             mbarrier.wait(q_full.index(copy), (turn >> 1) & 1)
-            last = (i_b, i_h, place, first, end)
+            last_b, last_h, last_place, last_first, last_end = i_b, i_h, place, first, end
             i_b, i_h, place, first, end, count = read_note(notes, copy)
             going = count > 0
             if going:  # the same once more, but the scores are those of the next tile's first block
@@ -355,7 +356,8 @@ def _attend_tiles(
                 packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
                 step += 1
                 _end_tile(
-                    acc, last_top, last_parts, last, o_smem, heads, n_q, result, scales,
+                    acc, last_top, last_parts, (last_b, last_h, last_place, last_first, last_end),
+                    o_smem, heads, n_q, result, scales,
                     WHICH, HEAD, O_LAYOUT, SCALED, FP8_VALUES,
                 )  # fmt: skip
                 acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
@@ -366,7 +368,8 @@ def _attend_tiles(
         later = warpgroup_mma(b_p, b_v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[later])
         _end_tile(
-            acc, top, parts, last, o_smem, heads, n_q, result, scales,
+            acc, top, parts, (last_b, last_h, last_place, last_first, last_end),
+            o_smem, heads, n_q, result, scales,
             WHICH, HEAD, O_LAYOUT, SCALED, FP8_VALUES,
         )  # fmt: skip
         copy_out_wait(0)
