@@ -17,6 +17,7 @@ SHAPES = {
     "even": dict(batch=2, heads=3, q_blocks=(128,) * 9, k_blocks=(128,) * 17),
     "ragged": dict(batch=1, heads=4, q_blocks=(128, 77, 128, 40), k_blocks=(128, 96, 128, 1)),
     "zero-length": dict(batch=2, heads=2, q_blocks=(64, 0, 33, 128, 0), k_blocks=(0, 17, 128, 0, 64, 0)),
+    "many tiles": dict(batch=2, heads=4, q_blocks=(128,) * 70, k_blocks=(128, 128, 60)),
     "long": dict(batch=1, heads=2, q_blocks=(128,) * 3, k_blocks=(128,) * 80),
 }
 # Relative error against float64 on normal inputs.

@@ -396,8 +396,8 @@ def main() -> int:
         rows, wrong = time_shape(shape, options, dtype)
         table += rows
         failures += wrong
-    if options.output:
-        write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))
+        if options.output:  # after every shape: a run that is cut short leaves what it has
+            write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))
     return 1 if failures else 0
 
 

@@ -211,8 +211,8 @@ def _attend_tiles(
 ):  # fmt: skip
     """A computing group: 64 rows of every tile that reads anything.
 
-    `step` counts key blocks over all tiles, `turn` tiles; `last_*` is the tile whose rows are not written yet (no
-    tuple: Triton does not carry one through a loop). The loop over a tile's blocks holds no branch that is seldom
+    `step` counts key blocks over all tiles, `turn` tiles; `last_*` is the tile whose rows are not written yet.
+    The loop over a tile's blocks holds no branch that is seldom
     taken: the processor would have to fetch around it.
     """
     q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
@@ -257,7 +257,8 @@ def _attend_tiles(
         PARTS: gl.constexpr = parts.type.layout
         packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
         acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
-        last_b, last_h, last_place, last_first, last_end = i_b, i_h, place, first, end
+        # New values, if equal ones: Triton carries no name through a loop that enters it with the value another has.
+        last_b, last_h, last_place, last_first, last_end = i_b + 0, i_h + 0, place + 0, first + 0, end + 0
         turn = 0
         step = 0
         going = True

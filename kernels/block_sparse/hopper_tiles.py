@@ -53,7 +53,7 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 @gluon.jit
 def draw(drawn):
-    """How many tiles were drawn before this one. For a single warp, which needs no memory and no barrier to share it."""
+    """How many tiles were drawn before this one. For a single warp, which shares it without memory or barrier."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
         "@p atom.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }",
