@@ -1,8 +1,8 @@
 """Block-sparse attention forward for Hopper (sm_90) in Gluon: loading and computing warps, copies by TMA.
 
-A program of twelve warps stays on its multiprocessor and takes one tile of 128 query rows after another. One warp
-loads: it walks the tiles' lists and fills a ring of key and value blocks. Two groups of four warps compute, 64 query
-rows each. Two overlaps keep the tensor cores busy while exponentials are taken, both from FlashAttention-3
+A program of twelve warps stays on its multiprocessor and draws one tile of 128 query rows after another, so that unequal
+lists do not leave others waiting. One warp draws and loads: it walks the tiles' lists, fills a ring of key and value
+blocks, and leaves the others a note of each tile. Two groups of four warps compute, 64 query rows each. Two overlaps keep the tensor cores busy while exponentials are taken, both from FlashAttention-3
 (arXiv:2407.08608, sections 3.1 and 3.2):
 
 - inside a group, `q k^T` of the next block is issued before the softmax of this one, and `p v` runs beneath it;
@@ -15,10 +15,11 @@ The arithmetic is that of `triton.py`. Rows behind a block's end are read with i
 weighted with zero; only the end of the sequence is filled with zeros by the copy. So a NaN anywhere in the keys or
 values of a head may reach any of its rows, as it does in dense attention. Heads and batch rows never mix.
 
-Quantised operands (`kernels/quantize`) take the same way; `SCORES` and `VALUES` name their formats:
+The device's code is in `hopper_kernel.py` (the roles), `hopper_softmax.py` and `hopper_tiles.py`; docs/kernels.md says
+how fast it is and what limits it. Quantised operands (`kernels/quantize`) take the same way:
 
-- Scores of 8-bit integers are counted from 1.5 * 2^23 up, where an integer's bits, read as a float, are its value: so
-  they need no conversion, which would cost as much as the exponentials.
+- Scores of 8-bit integers are moved to 1.5 * 2^23 and up, where an integer's bits, read as a float, are its value: one
+  addition, where a conversion would cost as much as the exponentials.
 - A thread gets other columns of the scores than the product with 8-bit values takes from it. The keys of each sixteen
   are stored in the order (`quantize.KEY_ORDER`) in which both agree, and nothing moves between threads.
 - Weights are scaled by 2^8 before they are rounded to fp8; the total is scaled alike.
