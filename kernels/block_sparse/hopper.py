@@ -1,9 +1,10 @@
 """Block-sparse attention forward for Hopper (sm_90) in Gluon: loading and computing warps, copies by TMA.
 
-A program of twelve warps stays on its multiprocessor and draws one tile of 128 query rows after another, so that unequal
-lists do not leave others waiting. One warp draws and loads: it walks the tiles' lists, fills a ring of key and value
-blocks, and leaves the others a note of each tile. Two groups of four warps compute, 64 query rows each. Two overlaps keep the tensor cores busy while exponentials are taken, both from FlashAttention-3
-(arXiv:2407.08608, sections 3.1 and 3.2):
+A program of twelve warps stays on its multiprocessor and draws one tile of 128 query rows after another, so that none
+waits for others with longer lists. One warp draws and loads: it walks the tiles' lists, fills a ring of key and value
+blocks, and leaves the others a note of each tile. Two groups of four warps compute, 64 query rows each. Two overlaps
+keep the tensor cores busy while exponentials are taken, both from FlashAttention-3 (arXiv:2407.08608, sections 3.1 and
+3.2):
 
 - inside a group, `q k^T` of the next block is issued before the softmax of this one, and `p v` runs beneath it;
 - between the groups, `go` lets one issue its products while the other takes its exponentials.

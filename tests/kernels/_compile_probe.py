@@ -185,7 +185,18 @@ def compile_source(
         **{**numbers, "shared": compiled.metadata.shared},
         **{"wgmma": "wgmma" in ptx, "mma": "mma.sync" in ptx, "async": "cp.async" in ptx},
         **loop_facts(sass),
+        "stores_after_loop": stores_after_loop(compiled.asm.get("ttgir", "")),
     }
+
+
+def stores_after_loop(ttgir: str) -> list[bool]:
+    """Of each bulk store that stands behind a computing group's loop over tiles: is its place a result of that loop?
+
+    Triton carries a name through a loop only if the value it enters with is no other name's. Left behind, the name
+    would still mean the first tile, and nothing but a GPU that works on several would notice.
+    """
+    places = re.findall(r"async_tma_copy_local_to_global \S+\[(\S+), (\S+), ", ttgir)
+    return ["#" in batch and "#" in head for batch, head in places[1::2]]
 
 
 def loop_facts(sass: str) -> dict:

@@ -132,8 +132,9 @@ def test_hopper_kernel_compiles_for_speed():
     ]
     for kernel in kernels:
         groups = kernel["overlapped_exponentials"]  # of each computing group: within a tile, and between two
-        assert len(groups) == 4 and min(groups[::2]) >= 8, kernel
+        assert len(groups) == 4 and min(groups[::2]) >= 4, kernel
         assert kernel["stack"] <= 128 and kernel["local"] == 0 and kernel["spills_in_loop"] <= 4, kernel
+        assert kernel["stores_after_loop"] == [True, True], kernel
         assert kernel["shared"] <= LARGEST_SHARED, kernel
         assert {40, 232} <= set(kernel["registers_set"]), kernel
         assert kernel["wgmma"] and kernel["async"] and not kernel["mma"], kernel
