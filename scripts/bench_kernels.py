@@ -287,6 +287,8 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
             row = dict(shape=title, keep=keep, achieved_keep=achieved, impl=impl, dense=dense)
             row |= dict(dense_milliseconds=quartiles[dense], milliseconds=quartiles[impl])
             row |= dict(ratio=ratio, ratio_quartiles=(worst, best), of_ideal=ratio * achieved)
+            if device == "cuda":
+                row["host_microseconds"] = host_microseconds(runs[impl])
             table.append(row | gauge.read())
             measured = f"{impl} {middle:.3f} ({low:.3f}-{high:.3f})"
             share = f"{1 / ratio:9.2%}*" if impl == "plan" else f"{ratio * achieved:10.0%}"

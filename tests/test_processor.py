@@ -263,6 +263,7 @@ def test_bad_options_change_nothing(transformer):
         (UnknownNameError, "Did you mean 'neighbours'", {"neighbor": 1}),
         (UnknownNameError, "Did you mean 'raster'", {"order": "rastar"}),
         (UnknownNameError, "Did you mean 'triton'", {"impl": "trition"}),
+        (UnknownNameError, "Did you mean 'int8_fp8'", {"precision": "int8_fp"}),
         (UsageError, r"keep=1.5 is not possible: .*up to 1", {"keep": 1.5}),
         (UsageError, r"block=4096 is not possible", {"block": 4096}),
         (UsageError, r"layer 7, but this transformer has 2", {"dense_layers": (7,)}),

@@ -83,7 +83,7 @@ def _load_tiles(
         first, end, count = settle(place, low, high, count, PIECES)
         this_place, this_h, this_b = place, i_h, i_b
         p_list = indices + row * width
-        # The next tile is drawn and looked up while this one is copied, so that nothing waits for it.
+        # The next tile is drawn and looked up now; its numbers come while this one is copied.
         tile = gl.num_programs(0) + draw(drawn)
         place, i_h, i_b = find_tile(gl.minimum(tile, tiles - 1), places, heads, n_heads, place_first)
         low, high, next_count, row = look_up(
@@ -212,8 +212,7 @@ def _attend_tiles(
     """A computing group: 64 rows of every tile that reads anything.
 
     `step` counts key blocks over all tiles, `turn` tiles; `last_*` is the tile whose rows are not written yet.
-    The loop over a tile's blocks holds no branch that is seldom
-    taken: the processor would have to fetch around it.
+    The loop over a tile's blocks holds no branch that is seldom taken: the processor would have to fetch around it.
     """
     q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
     _counts, indices, _q_starts, k_starts, _drawn, _tiles, n_q, n_k, heads, n_k_tokens, _place_first = plan
@@ -296,9 +295,8 @@ def _attend_tiles(
                 sums = sum_parts(early, BLOCK_N // 2)
                 if not EVEN:
                     sums = pin(sums)
-                if (
-                    FP8_VALUES
-                ):  # the wait takes no 8-bit operands; the assembler itself keeps registers that are read
+                # The wait takes no 8-bit operands; the assembler itself keeps registers that are read.
+                if FP8_VALUES:
                     acc, sums, late = warpgroup_mma_wait(0, deps=[later, sums, late])
                 else:
                     acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
