@@ -287,6 +287,18 @@ def test_an_executor_asked_for_by_name_runs_or_raises(transformer):
         run(transformer)
 
 
+def test_precision_reaches_the_kernel(transformer):
+    full = run_with(transformer, impl="reference")
+    processor = install(transformer, precision="int8_fp8")
+    quantised = run(transformer)
+    assert not torch.equal(full, quantised)
+    assert (quantised - full).norm() < 0.05 * full.norm()
+    assert processor.report.executors.keys() == {"reference (int8_fp8)"}
+    install(transformer, impl="cpu", precision="int8_fp8")
+    with pytest.raises(KernelUnavailable, match="precision 'int8_fp8' runs on"):
+        run(transformer)
+
+
 def run_with(transformer, **options):
     install(transformer, **options)
     return run(transformer)
