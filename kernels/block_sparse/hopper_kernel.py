@@ -13,7 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_softmax import (
     WEIGHT_BITS,
+    code_scores,
+    find_peak,
     halves,
+    pack_codes,
     pack_weights,
     pin,
     shift_scores,
@@ -35,6 +38,7 @@ from .hopper_tiles import (
     look_up,
     named_arrive,
     named_wait,
+    open_ticket,
     read_note,
     settle,
     values_from,
@@ -46,6 +50,8 @@ from .hopper_tiles import (
 GO = gl.constexpr(8)  # and 9: a computing group may issue its products
 Q_FREE = gl.constexpr(10)  # and 11: both groups have multiplied this copy of the queries for the last time
 FREE = gl.constexpr(12)  # to 15: both groups have multiplied this stage's values
+FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0
+ONES = gl.constexpr(8)  # columns of ones that weights are multiplied with to be summed
 PAIR = gl.constexpr(256)  # threads of both computing groups
 ALL = gl.constexpr(288)  # and of the loading warp
 
@@ -65,8 +71,8 @@ def _load_tiles(
 
     `step` counts key blocks over all tiles, `turn` tiles that have any.
     """
-    q_smem, k_smem, v_smem, _o_smem, notes, q_full, k_full, v_full = memory
-    counts, indices, q_starts, k_starts, drawn, tiles, n_q, _n_k, heads, _n_k_tokens, place_first = plan
+    q_smem, k_smem, v_smem, _o_smem, _ones, notes, q_full, k_full, v_full = memory
+    counts, indices, q_starts, k_starts, drawn, tiles, n_q, _n_k, heads, _n_k_tokens, ahead = plan
     stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh = strides
     _o_desc, out, lse, n_tokens, _scale, stride_ob, stride_oh, stride_os = result
     FIXED: gl.constexpr = EVEN or SCALED  # blocks begin a fixed number of rows apart
@@ -75,7 +81,7 @@ def _load_tiles(
     step = 0
     turn = 0
     tile = gl.program_id(0)
-    place, i_h, i_b = find_tile(tile, places, heads, n_heads, place_first)
+    place, i_h, i_b = find_tile(tile, places, heads, n_heads, ahead)
     low, high, count, row = look_up(
         place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
     )
@@ -83,12 +89,7 @@ def _load_tiles(
         first, end, count = settle(place, low, high, count, PIECES)
         this_place, this_h, this_b = place, i_h, i_b
         p_list = indices + row * width
-        # The next tile is drawn and looked up now; its numbers come while this one is copied.
-        tile = gl.num_programs(0) + draw(drawn)
-        place, i_h, i_b = find_tile(gl.minimum(tile, tiles - 1), places, heads, n_heads, place_first)
-        low, high, next_count, row = look_up(
-            place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
-        )
+        ticket = draw(drawn)
         if count == 0:
             empty_rows(
                 out, lse, this_b, this_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os, HEAD
@@ -121,7 +122,7 @@ def _load_tiles(
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 copy_in(k_desc, [this_b, this_h, from_row, 0], k_full.index(stage), k_smem.index(stage))
                 # Read before waiting, so that the next copy need not wait for its address.
-                ahead = _first_row(p_key, gl.load(p_list + gl.maximum(count - 2 - i, 0)), BLOCK_N, FIXED)
+                from_next = _first_row(p_key, gl.load(p_list + gl.maximum(count - 2 - i, 0)), BLOCK_N, FIXED)
                 if step > STAGES:
                     named_wait(FREE + stage, ALL)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
@@ -129,9 +130,14 @@ def _load_tiles(
                     copy_in(v_desc, [this_b, this_h, 0, from_row], v_full.index(stage), v_smem.index(stage))
                 else:
                     copy_in(v_desc, [this_b, this_h, from_row, 0], v_full.index(stage), v_smem.index(stage))
-                from_row = ahead
+                from_row = from_next
                 step += 1
-        count = next_count
+        # Looked up only now that the ring is full: it would keep this tile's first copies waiting.
+        tile = gl.num_programs(0) + open_ticket(ticket)
+        place, i_h, i_b = find_tile(gl.minimum(tile, tiles - 1), places, heads, n_heads, ahead)
+        low, high, count, row = look_up(
+            place, i_h, i_b, counts, q_starts, PIECES, stride_cb, stride_ch, stride_qsb, stride_qsh
+        )
     copy = turn & 1
     if turn > 1:
         named_wait(Q_FREE + copy, ALL)
@@ -189,7 +195,9 @@ def _end_tile(
         missing = gl.load(shift + place + gl.arange(0, ROWS, layout=ROW)) * (scale_log2 * LN_2)
     if FP8_VALUES:
         missing = missing - WEIGHT_BITS * LN_2
-    total = gl.convert_layout(gl.sum(parts, 1), ROW)
+        total = gl.convert_layout(gl.max(parts, 1), ROW)
+    else:
+        total = gl.convert_layout(gl.sum(parts, 1), ROW)
     finish(
         acc, top, total, missing, first, end, i_b, i_h, o_smem, heads, result, v_scale,
         WHICH, HEAD, LAYOUT, SCALED,
@@ -214,17 +222,21 @@ def _attend_tiles(
     `step` counts key blocks over all tiles, `turn` tiles; `last_*` is the tile whose rows are not written yet.
     The loop over a tile's blocks holds no branch that is seldom taken: the processor would have to fetch around it.
     """
-    q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full = memory
-    _counts, indices, _q_starts, k_starts, _drawn, _tiles, n_q, n_k, heads, n_k_tokens, _place_first = plan
+    q_smem, k_smem, v_smem, o_smem, ones, notes, q_full, k_full, v_full = memory
+    _counts, indices, _q_starts, k_starts, _drawn, _tiles, n_q, n_k, heads, n_k_tokens, _ahead = plan
     stride_cb, stride_ch, width, _stride_qsb, _stride_qsh, stride_ksb, stride_ksh = strides
     _o_desc, out, _lse, _n_tokens, scale_log2, _stride_ob, _stride_oh, _stride_os = result
     _q_scale, k_scale, _v_scale, _shift = scales
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32 if SCALED else 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 32 if FP8_VALUES else 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4 if FP8_VALUES else 2)
+    SUM_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 32])
+    SUM_P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, SUM_LAYOUT, 4)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     weight_type: gl.constexpr = gl.float8e4nv if FP8_VALUES else out.dtype.element_ty
     blank = gl.zeros([ROWS, BLOCK_N], gl.int32 if INTEGERS else gl.float32, S_LAYOUT)
+    blank_out = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
+    blank_sums = gl.zeros([ROWS, ONES], gl.float32, SUM_LAYOUT)
     mbarrier.wait(q_full.index(0), 0)
     i_b, i_h, place, first, end, count = read_note(notes, 0)
     if count > 0:
@@ -248,13 +260,17 @@ def _attend_tiles(
         if count == 1:
             named_arrive(Q_FREE, ALL)
         top = gl.full([ROWS], -float("inf"), gl.float32, ROW)
-        powers, top, _fade = shift_scores(
-            scores, top, length, factor, BLOCK_N, True, SCALED, INTEGERS, FP8_VALUES
-        )
-        early, late = halves(gl.exp2(powers), BLOCK_N)
-        parts = sum_parts(early, BLOCK_N // 2) + sum_parts(late, BLOCK_N // 2)
-        PARTS: gl.constexpr = parts.type.layout
-        packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
+        scores, peak = find_peak(scores, length, ROW, BLOCK_N, True, INTEGERS, FP8_VALUES)
+        if FP8_VALUES:
+            codes, top, anchor, fade = code_scores(scores, peak, top, top, factor, INTEGERS)
+            parts = gl.zeros([ROWS, ONES], gl.float32, SUM_LAYOUT)
+            packed = pack_codes(codes, BLOCK_N)
+        else:
+            powers, top, _fade = shift_scores(scores, peak, top, factor, SCALED, INTEGERS)
+            early, late = halves(gl.exp2(powers), BLOCK_N)
+            parts = sum_parts(early, BLOCK_N // 2) + sum_parts(late, BLOCK_N // 2)
+            PARTS: gl.constexpr = parts.type.layout
+            packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
         acc = gl.zeros([ROWS, HEAD], gl.float32, O_LAYOUT)
         # New values, if equal ones: Triton carries no name through a loop that enters it with the value another has.
         last_b, last_h, last_place, last_first, last_end = i_b + 0, i_h + 0, place + 0, first + 0, end + 0
@@ -268,14 +284,19 @@ def _attend_tiles(
             for i in range(1, count):
                 stage = step % STAGES
                 now = (step + 1) % STAGES
-                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
-                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 named_wait(GO + WHICH, PAIR)
+                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
                 b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
                 scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
                 b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
-                later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+                if FP8_VALUES:
+                    later = warpgroup_mma(b_p, b_v, blank_out, use_acc=False, is_async=True)
+                    b_p = gl.convert_layout(b_p, SUM_P_LAYOUT, assert_trivial=True)
+                    sums = warpgroup_mma(b_p, ones.permute((1, 0)), blank_sums, use_acc=False, is_async=True)
+                else:
+                    later = warpgroup_mma(b_p, b_v, acc, is_async=True)
                 named_arrive(GO + 1 - WHICH, PAIR)
                 if not EVEN:  # else only the last block may be shorter, and lists begin with it
                     length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
@@ -283,29 +304,34 @@ def _attend_tiles(
                     factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
                 if SCALED or not EVEN:  # looked up a step ahead
                     entry = gl.load(p_list - gl.minimum(i + 1, count - 1))
-                scores = warpgroup_mma_wait(1, deps=[scores])
+                scores = warpgroup_mma_wait(2 if FP8_VALUES else 1, deps=[scores])
                 if i + 1 == count:
                     named_arrive(Q_FREE + copy, ALL)
-                powers, top, fade = shift_scores(
-                    scores, top, length, factor, BLOCK_N, not EVEN, SCALED, INTEGERS, FP8_VALUES
-                )
-                # Half of the weights before the wait, where `p v` runs beneath them; half behind it, beside scaling.
-                early, late = halves(powers, BLOCK_N)
-                early = gl.exp2(early)
-                sums = sum_parts(early, BLOCK_N // 2)
-                if not EVEN:
-                    sums = pin(sums)
-                # The wait takes no 8-bit operands; the assembler itself keeps registers that are read.
+                scores, peak = find_peak(scores, length, ROW, BLOCK_N, not EVEN, INTEGERS, FP8_VALUES)
                 if FP8_VALUES:
-                    acc, sums, late = warpgroup_mma_wait(0, deps=[later, sums, late])
+                    later, sums = warpgroup_mma_wait(0, deps=[later, sums])
+                    named_arrive(FREE + stage, ALL)
+                    acc = gl.fma(acc, gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None], later)
+                    parts = gl.fma(
+                        parts, gl.convert_layout(fade, gl.SliceLayout(1, SUM_LAYOUT))[:, None], sums
+                    )
+                    codes, top, anchor, fade = code_scores(scores, peak, top, anchor, factor, INTEGERS)
+                    packed = pack_codes(codes, BLOCK_N)
                 else:
+                    powers, top, fade = shift_scores(scores, peak, top, factor, SCALED, INTEGERS)
+                    # Half of the weights before the wait, where `p v` runs beneath them; half beside scaling.
+                    early, late = halves(powers, BLOCK_N)
+                    early = gl.exp2(early)
+                    sums = sum_parts(early, BLOCK_N // 2)
+                    if not EVEN:
+                        sums = pin(sums)
                     acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
-                named_arrive(FREE + stage, ALL)
-                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
-                late = gl.exp2(late)
-                sums += sum_parts(late, BLOCK_N // 2)
-                packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
-                parts = gl.fma(parts, gl.convert_layout(fade, gl.SliceLayout(1, PARTS))[:, None], sums)
+                    named_arrive(FREE + stage, ALL)
+                    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                    late = gl.exp2(late)
+                    sums += sum_parts(late, BLOCK_N // 2)
+                    parts = gl.fma(parts, gl.convert_layout(fade, gl.SliceLayout(1, PARTS))[:, None], sums)
+                    packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
                 step += 1
             turn += 1
             copy = turn & 1
@@ -320,39 +346,53 @@ def _attend_tiles(
                 entry = gl.load(p_list)
                 stage = step % STAGES
                 now = (step + 1) % STAGES
-                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
-                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 named_wait(GO + WHICH, PAIR)
+                mbarrier.wait(k_full.index(now), ((step + 1) // STAGES) & 1)
                 b_q = q_smem.index(2 * copy + WHICH).reshape([ROWS, HEAD])
                 b_kt = k_smem.index(now).reshape([BLOCK_N, HEAD]).permute((1, 0))
                 scores = warpgroup_mma(b_q, b_kt, blank, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
                 b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
-                later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+                if FP8_VALUES:
+                    later = warpgroup_mma(b_p, b_v, blank_out, use_acc=False, is_async=True)
+                    b_p = gl.convert_layout(b_p, SUM_P_LAYOUT, assert_trivial=True)
+                    sums = warpgroup_mma(b_p, ones.permute((1, 0)), blank_sums, use_acc=False, is_async=True)
+                else:
+                    later = warpgroup_mma(b_p, b_v, acc, is_async=True)
                 named_arrive(GO + 1 - WHICH, PAIR)
                 length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
                 if SCALED:
                     rows_factor = _row_factors(scales, i_b, i_h, place, heads, n_q, scale_log2, WHICH, ROW)
                     factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
-                scores = warpgroup_mma_wait(1, deps=[scores])
+                scores = warpgroup_mma_wait(2 if FP8_VALUES else 1, deps=[scores])
                 if count == 1:
                     named_arrive(Q_FREE + copy, ALL)
-                last_top, last_parts = top, parts
+                last_parts = parts
+                last_top = top
                 top = gl.full([ROWS], -float("inf"), gl.float32, ROW)
-                powers, top, _fade = shift_scores(
-                    scores, top, length, factor, BLOCK_N, True, SCALED, INTEGERS, FP8_VALUES
-                )
-                early, late = halves(powers, BLOCK_N)
-                early = gl.exp2(early)
-                sums = sum_parts(early, BLOCK_N // 2)
+                scores, peak = find_peak(scores, length, ROW, BLOCK_N, True, INTEGERS, FP8_VALUES)
                 if FP8_VALUES:
-                    acc, sums, late = warpgroup_mma_wait(0, deps=[later, sums, late])
+                    last_top = anchor
+                    later, sums = warpgroup_mma_wait(0, deps=[later, sums])
+                    named_arrive(FREE + stage, ALL)
+                    acc = gl.fma(acc, gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None], later)
+                    last_parts = gl.fma(
+                        parts, gl.convert_layout(fade, gl.SliceLayout(1, SUM_LAYOUT))[:, None], sums
+                    )
+                    codes, top, anchor, fade = code_scores(scores, peak, top, top, factor, INTEGERS)
+                    parts = gl.zeros([ROWS, ONES], gl.float32, SUM_LAYOUT)
+                    packed = pack_codes(codes, BLOCK_N)
                 else:
+                    powers, top, _fade = shift_scores(scores, peak, top, factor, SCALED, INTEGERS)
+                    early, late = halves(powers, BLOCK_N)
+                    early = gl.exp2(early)
+                    sums = sum_parts(early, BLOCK_N // 2)
                     acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
-                named_arrive(FREE + stage, ALL)
-                late = gl.exp2(late)
-                parts = sums + sum_parts(late, BLOCK_N // 2)
-                packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
+                    named_arrive(FREE + stage, ALL)
+                    late = gl.exp2(late)
+                    parts = sums + sum_parts(late, BLOCK_N // 2)
+                    packed = pack_weights(whole(early, late, BLOCK_N, S_LAYOUT), weight_type, BLOCK_N)
                 step += 1
                 _end_tile(
                     acc, last_top, last_parts, (last_b, last_h, last_place, last_first, last_end),
@@ -364,8 +404,17 @@ def _attend_tiles(
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         b_p = unpack_weights(packed, weight_type, BLOCK_N, P_LAYOUT)
         b_v = values_from(v_smem.index(stage), HEAD, BLOCK_N, FP8_VALUES)
-        later = warpgroup_mma(b_p, b_v, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[later])
+        if FP8_VALUES:
+            later = warpgroup_mma(b_p, b_v, blank_out, use_acc=False, is_async=True)
+            b_p = gl.convert_layout(b_p, SUM_P_LAYOUT, assert_trivial=True)
+            sums = warpgroup_mma(b_p, ones.permute((1, 0)), blank_sums, use_acc=False, is_async=True)
+            later, sums = warpgroup_mma_wait(0, deps=[later, sums])
+            acc = gl.fma(acc, gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None], later)
+            parts = gl.fma(parts, gl.convert_layout(fade, gl.SliceLayout(1, SUM_LAYOUT))[:, None], sums)
+            top = anchor
+        else:
+            later = warpgroup_mma(b_p, b_v, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[later])
         _end_tile(
             acc, top, parts, (last_b, last_h, last_place, last_first, last_end),
             o_smem, heads, n_q, result, scales,
@@ -378,7 +427,7 @@ def _attend_tiles(
 def block_sparse_kernel(
     q_desc, k_desc, v_desc, o_desc,
     out, lse, counts, indices, q_starts, k_starts, drawn, q_scale, k_scale, v_scale, shift,
-    tiles, n_q, n_k, heads, n_tokens, n_k_tokens, place_first, scale_log2,
+    tiles, n_q, n_k, heads, n_tokens, n_k_tokens, ahead, scale_log2,
     stride_cb, stride_ch, width,
     stride_qsb, stride_qsh, stride_ksb, stride_ksh,
     stride_ob, stride_oh, stride_os,
@@ -400,6 +449,11 @@ def block_sparse_kernel(
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
     o_smem = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, ROWS, HEAD], o_desc.layout)
+    ones = gl.allocate_shared_memory(v_desc.dtype, [ONES, BLOCK_N], gl.NVMMASharedLayout(128, 8, 2))
+    ONE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    if FP8_VALUES:
+        # By its bits: the assembler packs converted constants wrongly (two of four bytes stay 0).
+        ones.store(gl.full([ONES, BLOCK_N], FP8_ONE, gl.int8, ONE).to(v_desc.dtype, bitcast=True))
     notes = gl.allocate_shared_memory(gl.int32, [2 * NOTE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -410,9 +464,9 @@ def block_sparse_kernel(
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
-    memory = (q_smem, k_smem, v_smem, o_smem, notes, q_full, k_full, v_full)
+    memory = (q_smem, k_smem, v_smem, o_smem, ones, notes, q_full, k_full, v_full)
     strides = (stride_cb, stride_ch, width, stride_qsb, stride_qsh, stride_ksb, stride_ksh)
-    plan = (counts, indices, q_starts, k_starts, drawn, tiles, n_q, n_k, heads, n_k_tokens, place_first)
+    plan = (counts, indices, q_starts, k_starts, drawn, tiles, n_q, n_k, heads, n_k_tokens, ahead)
     result = (o_desc, out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os)
     scales = (q_scale, k_scale, v_scale, shift)
     gl.warp_specialize(

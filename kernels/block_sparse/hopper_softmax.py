@@ -17,6 +17,11 @@ INTEGER_ZERO = gl.constexpr(0x4B400000)  # the bits of 1.5 * 2^23
 FLOAT_ZERO = gl.constexpr(12582912.0)
 INTEGER_NOTHING = gl.constexpr(-0x4BC00000)  # an integer that becomes -inf when INTEGER_ZERO is added to it
 WEIGHT_BITS = gl.constexpr(8.0)  # fp8 weights are scaled by two to this power
+CODES = gl.constexpr(8.0)  # fp8 (e4m3) numbers between two powers of two
+CODE_OF_ONE = gl.constexpr(120 - 0.46)
+LAG = gl.constexpr(
+    12.0
+)  # powers of two by which a block's fp8 weights may be scaled up beside the row's largest
 
 
 @gluon.jit
@@ -69,35 +74,40 @@ def whole(first, second, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def shift_scores(
-    scores, top, length, factor,
+def find_peak(
+    scores, length, row_layout: gl.constexpr,
     BLOCK_N: gl.constexpr,
     MASKED: gl.constexpr,
-    SCALED: gl.constexpr,
     INTEGERS: gl.constexpr,
     FP8_VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Of one block: the weights' powers of two, `factor s - m'`; the new maximum; by what older parts fade.
+    """Of one block: the scores as floats (integers as `FLOAT_ZERO` and what they are), and each row's largest.
 
-    length: tokens of the block; looked at with MASKED alone. factor: one number, or with SCALED one for each row.
+    length: tokens of the block; looked at with MASKED alone.
     """
     LAYOUT: gl.constexpr = scores.type.layout
-    ROW: gl.constexpr = top.type.layout
     if MASKED:
         if length < BLOCK_N:
             scores = mask_behind(
                 scores, length, INTEGER_NOTHING if INTEGERS else -float("inf"), BLOCK_N, FP8_VALUES, LAYOUT
             )
-    peak = max_of_rows(scores, BLOCK_N, ROW)
+    peak = max_of_rows(scores, BLOCK_N, row_layout)
     if INTEGERS:
         peak = peak.to(gl.float32)
         scores = (scores + INTEGER_ZERO).to(gl.float32, bitcast=True)
+    return scores, peak
+
+
+@gluon.jit
+def shift_scores(scores, peak, top, factor, SCALED: gl.constexpr, INTEGERS: gl.constexpr):
+    """Of one block: the weights' powers of two, `factor s - m'`; the new maximum; by what older parts fade.
+
+    factor: one number, or with SCALED one for each row.
+    """
     new_top = gl.maximum(top, peak * factor)
     # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
     anchor = gl.where(new_top == -float("inf"), 0.0, new_top)
     below = -anchor
-    if FP8_VALUES:
-        below = below + WEIGHT_BITS
     if INTEGERS:
         below = below - FLOAT_ZERO * factor
     if SCALED:
@@ -105,6 +115,30 @@ def shift_scores(
     else:
         powers = gl.fma(scores, factor, below[:, None])
     return powers, new_top, gl.exp2(top - anchor)
+
+
+@gluon.jit
+def code_scores(scores, peak, top, anchor, factor, INTEGERS: gl.constexpr):
+    """Of one block: the fp8 weights' codes; the new maximum, a whole power of two; the new anchor; and by what older
+    parts, which stood below the old anchor, fade.
+
+    An e4m3 number's bits, read as an integer, are a line between two powers of two; so bits that are linear in the
+    score are weights that are exponential in it, but for up to 3 % (see `hopper.py`). They come as multiples of 2^-24,
+    which rounding to fp16 makes integers of. Every block has an anchor of its own: fp8 holds 2^15, a row more.
+    """
+    rises = gl.ceil(peak * factor)
+    new_top = gl.maximum(top, rises)
+    new_anchor = gl.maximum(rises, new_top - LAG)
+    # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
+    new_anchor = gl.where(new_top == -float("inf"), 0.0, new_anchor)
+    fine: gl.constexpr = CODES * 2.0**-24
+    slope = factor * fine
+    below = CODE_OF_ONE * 2.0**-24 - new_anchor * fine
+    if INTEGERS:
+        below = below - FLOAT_ZERO * slope
+    codes = gl.fma(scores, slope[:, None], below[:, None])
+    # Bounded for a row that had met no key: nothing times a large number.
+    return codes, new_top, new_anchor, gl.exp2(gl.minimum(anchor - new_anchor, LAG))
 
 
 @gluon.jit
@@ -139,33 +173,35 @@ def mask_behind(
 
 
 @gluon.jit
+def pack_codes(codes, BLOCK_N: gl.constexpr):
+    """Codes of `code_scores`, rounded, none below 0, four neighbours in 32 bits: int32 `[ROWS, BLOCK_N // 4]`."""
+    codes = in_token_order(codes, BLOCK_N)
+    even, odd = gl.split(codes.reshape([ROWS, BLOCK_N // 4, 2, 2]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 low, high; cvt.rn.relu.f16x2.f32 low, $2, $1; cvt.rn.relu.f16x2.f32 high, $4, $3; "
+        "prmt.b32 $0, low, high, 0x6420; }",
+        "=r,f,f,f,f",
+        [first, second, third, fourth],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def pack_weights(weights, dtype: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Weights rounded to `dtype`, two or four neighbours in 32 bits: int32 `[ROWS, BLOCK_N // 2 (or 4)]`."""
-    if dtype == gl.float8e4nv:
-        weights = in_token_order(weights, BLOCK_N)
-        even, odd = gl.split(weights.reshape([ROWS, BLOCK_N // 4, 2, 2]))
-        first, third = gl.split(even)
-        second, fourth = gl.split(odd)
-        packed = gl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-            "=r,f,f,f,f",
-            [first, second, third, fourth],
-            dtype=gl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        even, odd = gl.split(weights.reshape([ROWS, BLOCK_N // 2, 2]))
-        packed = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;",
-            "=r,f,f",
-            [even, odd],
-            dtype=gl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    return packed
+    """Weights rounded to `dtype`, of 16 bits, two neighbours in 32: int32 `[ROWS, BLOCK_N // 2]`."""
+    even, odd = gl.split(weights.reshape([ROWS, BLOCK_N // 2, 2]))
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;",
+        "=r,f,f",
+        [even, odd],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ UNSPECIALIZED = (
         "heads",
         "n_tokens",
         "n_k_tokens",
-        "place_first",
+        "ahead",
         "stride_cb",
         "stride_ch",
         "width",
@@ -53,10 +53,10 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 @gluon.jit
 def draw(drawn):
-    """How many tiles were drawn before this one. For a single warp, which shares it without memory or barrier."""
+    """Draw a tile for a single warp, without waiting for its number: `open_ticket` does."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
-        "@p atom.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }",
+        "@p atom.global.add.u32 $0, [$1], 1; }",
         "=r,l",
         [drawn.to(gl.int64)],
         dtype=gl.int32,
@@ -66,15 +66,31 @@ def draw(drawn):
 
 
 @gluon.jit
-def find_tile(tile, places, heads, n_heads, place_first):
+def open_ticket(ticket):
+    """How many tiles were drawn before: what one thread of `draw` was told, for all threads of the warp."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+        "=r,r",
+        [ticket],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def find_tile(tile, places, heads, n_heads, ahead):
     """Place within its head, head and batch row of a tile.
 
-    Heads one after another, so that the keys of few are in use at a time, or with `place_first` the same place of all
-    heads; in either order from the last place on, where text stands that reads everything and takes longest.
+    First the last places, `ahead` of them, of all heads: text that reads everything stands there, and a tile that
+    takes long must not begin last. Then heads one after another, so that the keys of few are in use at a time.
     """
-    place = gl.where(place_first != 0, tile // n_heads, tile % places)
-    i_bh = gl.where(place_first != 0, tile % n_heads, tile // places)
-    return places - 1 - place, i_bh % heads, i_bh // heads
+    first = tile < ahead * n_heads
+    tile = gl.where(first, tile, tile - ahead * n_heads)
+    rest = places - ahead
+    place = gl.where(first, places - 1 - tile // n_heads, rest - 1 - tile % rest)
+    i_bh = gl.where(first, tile % n_heads, tile // rest)
+    return place, i_bh % heads, i_bh // heads
 
 
 @gluon.jit

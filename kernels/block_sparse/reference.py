@@ -10,6 +10,8 @@ and skips nothing. Scores are formed for a limited number of query rows at a tim
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from dit_accel.kernels.quantize import ROWS, Quantised
 from dit_accel.kernels.quantize.reference import in_key_order
 from dit_accel.plan import BlockPlan
 
+LN_2 = math.log(2)
+CODE_BIAS = 0.46  # of an eighth of a power of two: what 1 + x is more than 2^x, 0 <= x < 1, in the mean
 # Scores held at once, per batch row and head; 2^22 of them are 32 MB in float64.
 SCORES_AT_ONCE = 1 << 22
 
@@ -60,6 +64,18 @@ def _owners(starts: Tensor, n_tokens: int) -> Tensor:
     return (starts[..., None, 1:] <= token[:, None]).sum(dim=-1)
 
 
+def fp8_weights(powers: Tensor) -> Tensor:
+    """About `2 ** powers`, as a number of fp8's three bits behind the point.
+
+    Between two powers of two it is linear, where `2 ** x` is not: up to 2 % less and 4 % more, in the mean neither
+    (Schraudolph, "A Fast, Compact Approximation of the Exponential Function", 1999; here with the rounding to fp8 in
+    the same step). The exponent is not bounded as fp8's is: the kernel gives every block of keys an anchor of its own.
+    """
+    codes = (powers * 8 - CODE_BIAS).round()
+    octave = (codes / 8).floor()
+    return octave.exp2() * (1 + codes / 8 - octave).nan_to_num(0.0)
+
+
 def block_sparse_quantised(
     parts: Quantised, plan: BlockPlan, scale: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -81,11 +97,13 @@ def block_sparse_quantised(
     read = plan.to_mask().expand(*lead, -1).repeat_interleave(ROWS, 2).repeat_interleave(ROWS, 3)
     scores.masked_fill_(~(read & (slot < k_lengths[..., None]).flatten(2)[:, :, None]), -torch.inf)
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - top.clamp(min=torch.finfo(torch.float32).min)).exp()
-    total = weights.sum(-1, keepdim=True)
     if parts.mode.values is not None:
-        weights = (weights * 256).to(parts.mode.values).float() / 256
+        top = (top / LN_2).ceil() * LN_2
+        weights = fp8_weights((scores - top.clamp(min=torch.finfo(torch.float32).min)) / LN_2)
+        total = weights.sum(-1, keepdim=True)
     else:
+        weights = (scores - top.clamp(min=torch.finfo(torch.float32).min)).exp()
+        total = weights.sum(-1, keepdim=True)
         weights = weights.to(like.dtype).float()
     out = weights @ values / total.masked_fill(total == 0, 1) * parts.v_scale[:, :, None]
     lse = (top + total.log())[..., 0] + parts.shift * scale

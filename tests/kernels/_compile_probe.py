@@ -117,12 +117,14 @@ def compile_hopper() -> Iterator[dict]:
     grid = itertools.product((True, False), hopper.HEADS, forms.items())
     for even, head, (form, (dtype, scores, values)) in grid:
         fp8_values = values == torch.float8_e4m3fn
+        config = hopper.config_for(head, scores, values)
         constants = {
             **{"HEAD": head, "BLOCK_N": hopper.KEY_ROWS},
-            **{"STAGES": hopper.config_for(head, scores, values).stages},
+            "STAGES": config.stages,
             **{"PIECES": 1, "EVEN": even},
             **{"SCALED": form in MODES, "INTEGERS": scores == torch.int8, "FP8_VALUES": fp8_values},
-            **{f"{who}_REGISTERS": getattr(hopper, f"{who}_REGISTERS") for who in ("CONSUMER", "PRODUCER")},
+            "CONSUMER_REGISTERS": config.consumer_registers,
+            "PRODUCER_REGISTERS": config.producer_registers,
         }
         pointers = {"scale_log2": "fp32", "out": f"*{names[dtype]}"}
         pointers |= dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale", "shift"), "*fp32")
@@ -200,14 +202,34 @@ def stores_after_loop(ttgir: str) -> list[bool]:
 
 
 def loop_facts(sass: str) -> dict:
-    """Of a kernel that issues two products at once: what lies between the wait for the first and for the second."""
+    """Of a kernel that issues two products at once: what lies between the wait for the first and for the second; and of
+    the loops over blocks themselves."""
     between = re.findall(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", sass, re.DOTALL)
+    loops = product_loops(sass)[:2]  # of the two groups
     return {
         "overlapped_exponentials": [part.count("MUFU.EX2") for part in between],
-        "spills_in_loop": sum(len(re.findall(r"\b(?:LDL|STL)", part)) for part in between),
+        "exponentials_in_loop": [sum("MUFU.EX2" in line for line in loop) for loop in loops],
+        "spills_in_loop": [sum(bool(re.search(r"\b(?:LDL|STL)", line)) for line in loop) for loop in loops],
+        "fp8_ones": sass.count("0x38383838"),
         "products": sorted(set(re.findall(r"\b[HIQ]GMMA", sass))),
         "registers_set": sorted({int(n, 16) for n in re.findall(r"USETMAXREG\S* (?:UP\d, )?(0x\w+)", sass)}),
     }
+
+
+def product_loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop that holds matrix products, in their order."""
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(\S.*?);", sass)
+    number = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    spans = set()
+    for i, (_, text) in enumerate(lines):
+        target = re.search(r"BRA.*?(0x[0-9a-f]+)", text)
+        begin = number.get(int(target[1], 16)) if target else None
+        if begin is not None and begin < i and any("GMMA" in x for _, x in lines[begin:i]):
+            spans.add((begin, i))
+    inner = [
+        (a, b) for a, b in sorted(spans) if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
+    ]
+    return [[text for _, text in lines[a:b]] for a, b in inner]
 
 
 if __name__ == "__main__":

@@ -291,7 +291,8 @@ def _names(deaf: int | None) -> dict:
     """What stands for Gluon's names in the kernel's modules."""
     nothing = lambda *_args, **_kwargs: None  # noqa: E731
     layouts = (
-        "NVMMADistributedLayout DotOperandLayout SliceLayout BlockedLayout DistributedLinearLayout".split()
+        *("NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout"),
+        *("SliceLayout", "BlockedLayout", "DistributedLinearLayout"),
     )
 
     rings = itertools.count()
@@ -331,6 +332,7 @@ def _names(deaf: int | None) -> dict:
         **dict.fromkeys(layouts, nothing),
         constexpr=lambda x: x,
         int64=torch.int64,
+        int8=torch.int8,
         int32=torch.int32,
         float32=torch.float32,
         float8e4nv=torch.float8_e4m3fn,
@@ -346,7 +348,8 @@ def _names(deaf: int | None) -> dict:
         arange=lambda *args, layout=None: torch.arange(*args).as_subclass(Tile),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype).as_subclass(Tile),
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype).as_subclass(Tile),
-        convert_layout=lambda x, layout: x,
+        convert_layout=lambda x, layout, assert_trivial=False: x,
+        ceil=torch.ceil,
         exp2=torch.exp2,
         log2=torch.log2,
         fma=lambda a, b, c: a * b + c,
@@ -377,6 +380,7 @@ def _names(deaf: int | None) -> dict:
         "LN_2": math.log(2),
         "pin": lambda x: x,
         "draw": _draw,
+        "open_ticket": lambda ticket: ticket,
         "copy_out": _copy_out,
         "copy_out_wait": lambda pending: _wait_for_copies_out(pending),
         "unpack_weights": lambda packed, _dtype, _columns, _layout: packed,
@@ -405,9 +409,16 @@ def modelled(kernel, programs: int, deaf: int | None = None):
         elif isinstance(function, FunctionType):
             names[name] = FunctionType(function.__code__, names, name, function.__defaults__)
     names |= _names(deaf)
-    names["pack_weights"] = lambda weights, dtype, columns: (
-        names["in_token_order"](weights, columns) if dtype == torch.float8_e4m3fn else weights
-    ).to(dtype)
+    names["pack_weights"] = lambda weights, dtype, _columns: weights.to(dtype)
+    # Multiples of 2^-24, the smallest numbers of fp16: rounded to it their bits are integers.
+    names["pack_codes"] = lambda codes, columns: (
+        names["in_token_order"](codes, columns)
+        .relu()
+        .half()
+        .view(torch.int16)
+        .to(torch.uint8)
+        .view(torch.float8_e4m3fn)
+    )
     run = names["block_sparse_kernel"]
 
     class Launcher:
@@ -433,5 +444,5 @@ def _launch(run, programs: int, args, kwargs) -> None:
         elif isinstance(value, int):
             given[name] = Number(value)
     for program in range(programs):
-        _here.program = (Number(program), Number(programs))
+        _here.program, _here.copies_out = (Number(program), Number(programs)), []
         run(**given)

