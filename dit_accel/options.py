@@ -12,7 +12,7 @@ from typing import Any
 from dit_accel.errors import UsageError, unknown_name
 
 ORDERS = ("raster", "tiles", "packed")
-IMPLS = ("auto", "cpu", "hopper", "reference", "triton")
+IMPLS = ("auto", "cpu", "flash4", "flex", "hopper", "reference", "triton")
 PRECISIONS = ("full", "int8_fp8", "fp8", "int8")
 
 

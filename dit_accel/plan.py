@@ -66,6 +66,7 @@ class BlockPlan:
     max_q_block: int  # no query block is longer
     max_k_block: int  # no key block is longer
     even_k: bool = False  # known that every key block but the last holds exactly max_k_block tokens
+    even_q: bool = False  # the same of the query blocks and max_q_block
     key_means: Tensor | None = (
         None  # fp32 [B, H, Nk, D], mean key of each block, if the plan was made from them
     )
@@ -142,9 +143,10 @@ class BlockPlan:
                 raise UsageError(
                     f"{side}_starts must rise from 0 to n_{side}_tokens={tokens} and never fall."
                 )
-            if side == "k" and self.even_k and bool((sizes[..., :-1] != longest).any()):
+            if getattr(self, f"even_{side}") and bool((sizes[..., :-1] != longest).any()):
+                what = "key" if side == "k" else "query"
                 raise UsageError(
-                    f"even_k says that all key blocks but the last hold {longest} tokens; one does not."
+                    f"even_{side} says that all {what} blocks but the last hold {longest} tokens; one does not."
                 )
             if high > longest:
                 raise UsageError(f"A {side} block holds {high} tokens, more than max_{side}_block={longest}.")
@@ -194,7 +196,7 @@ class BlockPlan:
         """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise UsageError(f"mask must be bool [B|1, H|1, Nq, Nk], got {mask.dtype} {tuple(mask.shape)}.")
-        even_k = _are_even(k_starts)
+        even_q, even_k = _are_even(q_starts), _are_even(k_starts)
         q_starts, n_q_tokens, max_q_block = _measure(q_starts, n_q_tokens, max_q_block, mask.device)
         k_starts, n_k_tokens, max_k_block = _measure(k_starts, n_k_tokens, max_k_block, mask.device)
         n_k = mask.shape[3]
@@ -215,6 +217,7 @@ class BlockPlan:
             max_q_block=max_q_block,
             max_k_block=max_k_block,
             even_k=even_k == max_k_block,
+            even_q=even_q == max_q_block,
         )
 
     @classmethod

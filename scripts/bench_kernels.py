@@ -37,12 +37,12 @@ from dit_accel.kernels.selection import select_blocks
 from dit_accel.plan import BlockPlan
 
 GPU_SHAPES = (
-    dict(name="wan 480p", heads=12, tokens=32768, head=128, keeps=(0.5, 0.25, 0.1, 0.05)),
+    dict(name="wan 480p", heads=12, tokens=32768, head=128, keeps=(1.0, 0.5, 0.25, 0.1, 0.05)),
     dict(name="wan 480p", heads=12, tokens=32760, head=128, keeps=(0.25, 0.1)),
     dict(name="skewed", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="skewed"),
     dict(name="local", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="local"),
     dict(name="head 64", heads=24, tokens=4480, head=64, keeps=(0.5, 0.25, 0.1)),
-    dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.25, 0.12)),
+    dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.25, 0.11)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=333, keeps=(0.25,)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.35,), family="dense text"),
     dict(name="wan 720p", heads=40, tokens=75648, head=128, keeps=(0.5, 0.25, 0.1, 0.05)),

@@ -50,7 +50,9 @@ def _check_block_sparse(name: str) -> Check:
 
     impl = name.split("/")[1]
     device = _device(impl)
-    dtype = torch.bfloat16 if device.type == "cuda" and impl in ("triton", "hopper") else torch.float32
+    dtype = (
+        torch.bfloat16 if device.type == "cuda" and impl in ("triton", "hopper", "flash4") else torch.float32
+    )
     generator = torch.Generator("cpu").manual_seed(0)
     tokens, block, heads, width = 301, 64, 2, 64
     q, k, v = (torch.randn(1, tokens, heads, width, generator=generator) for _ in range(3))

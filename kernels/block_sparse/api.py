@@ -11,7 +11,7 @@ from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
 from dit_accel.kernels.quantize import MODES, ROWS, quantize_blocks
 from dit_accel.plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper", "flash4", "flex")
 PRECISIONS = ("full", *MODES)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,7 +41,7 @@ def block_sparse(
         plan: covers exactly the tokens of q and of k; its batch and head sizes are those of q or 1.
         scale: factor of the scores; None is `D ** -0.5`.
         layout: the order of the dimensions of q, k, v and out.
-        impl: "reference", "cpu", "triton", "hopper", or "auto" (`choose`). A named one runs or raises.
+        impl: one of `IMPLEMENTATIONS`, or "auto" (`choose`). A named one runs or raises.
         precision: "full", or a mode of `kernels.quantize`: q, k and v are quantised first. "int8_fp8" costs a relative
             error of about 0.04, "fp8" 0.05, "int8" 0.01 on normal inputs. Runs on "hopper" and, slowly, "reference".
 
@@ -87,6 +87,10 @@ def run(
                 from .triton import block_sparse as attend
             case "hopper":
                 from .hopper import block_sparse as attend
+            case "flash4":
+                from .flash4 import block_sparse as attend
+            case "flex":
+                from .flex import block_sparse as attend
         return attend(q, k, v, plan, scale)
 
 
@@ -106,8 +110,9 @@ def _run_quantised(
 def choose(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto", precision: str = "full"
 ) -> str:
-    """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA "hopper" where it can run, which is
-    the fastest on an H100 or H200, else "triton".
+    """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA the first of "hopper", "flash4" and
+    "triton" that can run, which is the order of their speed: on an H100 or H200 "hopper", on a B200 "flash4" if
+    flash-attn-4 is installed.
 
     Where Triton cannot run a CUDA call, "auto" raises as the named choice would: the reference is an oracle, not
     something to fall back to unseen.
@@ -123,8 +128,8 @@ def choose(
         KernelUnavailable: it cannot run this call; the message says why.
     """
     if impl == "auto" and q.device.type == "cuda":
-        special = precision != "full" or why_not("hopper", q, k, v, plan) is None
-        impl = "hopper" if special else "triton"
+        able = (name for name in ("hopper", "flash4") if why_not(name, q, k, v, plan) is None)
+        impl = "hopper" if precision != "full" else next(able, "triton")
     elif impl == "auto":
         impl = "cpu" if precision == "full" else "reference"
     reason = why_not(impl, q, k, v, plan, precision)
@@ -150,6 +155,10 @@ def why_not(
             return f"quantised attention takes no float64 and no block above {ROWS} tokens."
     if impl in ("triton", "hopper"):
         return _why_not_compiled(impl, q, k, v, plan)
+    if impl in ("flash4", "flex"):
+        from . import flash4, flex
+
+        return (flash4 if impl == "flash4" else flex).why_not(q, plan)
     if q.dtype not in (*FLOATS, torch.float64):
         return f"it takes float32, float16, bfloat16 and float64, not {q.dtype}."
     if impl == "cpu" and q.device.type != "cpu":

@@ -9,6 +9,8 @@ from dit_accel.plan import BlockPlan
 
 from .api import run
 
+HOST = ("max_q_block", "max_k_block", "even_k", "even_q")  # what of a plan the host knows
+
 
 @torch.library.custom_op("dit_accel::block_sparse", mutates_args=())
 def block_sparse_op(
@@ -28,9 +30,10 @@ def block_sparse_op(
 
     Args:
         q, k, v: `[B, H, S, D]`.
-        host: the plan's `max_q_block`, `max_k_block` and `even_k`.
+        host: the plan's `max_q_block`, `max_k_block`, `even_k` and `even_q`.
     """
-    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], *host[:2], bool(host[2]))
+    known = dict(zip(HOST, host[:2] + [bool(x) for x in host[2:]], strict=True))
+    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], **known)
     return run(q, k, v, plan, scale, impl, precision)
 
 
@@ -45,5 +48,5 @@ def block_sparse(
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
     fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts)
-    host = [plan.max_q_block, plan.max_k_block, int(plan.even_k)]
+    host = [int(getattr(plan, name)) for name in HOST]
     return block_sparse_op(q, k, v, *fields, host, scale, impl, precision)

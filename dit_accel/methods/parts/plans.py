@@ -26,5 +26,6 @@ def plan_of(
         max_q_block=layout.max_block,
         max_k_block=layout.max_block,
         even_k=layout.even,
+        even_q=layout.even,
         key_means=key_means,
     )
