@@ -185,7 +185,12 @@ def compile_source(
     return {
         **{"triton": triton.__version__, "capability": capability},
         **{**numbers, "shared": compiled.metadata.shared},
-        **{"wgmma": "wgmma" in ptx, "mma": "mma.sync" in ptx, "async": "cp.async" in ptx},
+        **{
+            "wgmma": "wgmma" in ptx,
+            "mma": "mma.sync" in ptx,
+            "tcgen05": "tcgen05.mma" in ptx,
+            "async": "cp.async" in ptx,
+        },
         **loop_facts(sass),
         "stores_after_loop": stores_after_loop(compiled.asm.get("ttgir", "")),
     }

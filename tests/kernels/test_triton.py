@@ -68,18 +68,20 @@ def test_interpreted_kernel_passes_the_oracle_tests():
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
 def test_compiles_without_spills(capability: int):
     """On the tensor cores, within the smallest chip's shared memory, asynchronous copies for 16-bit types."""
     told = run(str(HERE / "_compile_probe.py"), str(capability), "64,96,128,256")
     kernels = [json.loads(line) for line in told.splitlines()]
     assert len(kernels) == 12
     for kernel in kernels:
-        # Without tensor cores (fp32) an older compiler puts a few bytes on the stack.
-        assert kernel["stack"] <= (16 if kernel["dtype"] == "fp32" else 0) and kernel["local"] == 0, kernel
+        # Without tensor cores (fp32), and with the rarer head sizes, some compilers put a few bytes on the stack.
+        rare = kernel["dtype"] == "fp32" or kernel["head"] not in (64, 128)
+        assert kernel["stack"] <= (64 if rare else 0) and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
         if kernel["dtype"] != "fp32":
-            assert kernel["wgmma" if capability == 90 else "mma"] and kernel["async"], kernel
+            products = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma")
+            assert kernel[products] and kernel["async"], kernel
 
 
 def test_importing_kernels_imports_no_triton():
