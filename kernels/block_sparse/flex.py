@@ -1,4 +1,8 @@
-"""FlexAttention of torch as an executor: compiled by torch for any CUDA device, and again for each new shape.
+"""FlexAttention of torch as an executor: compiled by torch for any CUDA device, and again for some new shapes.
+
+Only compiled: as plain Python it ignores the lists of blocks. So where torch would stop compiling, at its limit of
+recompilations, and go on in Python, the call fails; and the limit is raised for the time of a call, because every
+combination of type, head size and layout compiles anew.
 
 Slower than the others here (docs/kernels.md); it is what remains where neither of them runs, and a second opinion.
 """
@@ -10,11 +14,13 @@ import functools
 import torch
 from torch import Tensor
 
+from dit_accel.errors import KernelUnavailable
 from dit_accel.plan import BlockPlan
 
 from .even_blocks import SIZE, why_uneven
 
 HEADS = (16, 32, 64, 128, 256)
+COMPILATIONS = 64  # of FlexAttention in one process
 
 
 def why_not(q: Tensor, plan: BlockPlan) -> str | None:
@@ -47,11 +53,18 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
         seq_lengths=(q.shape[2], k.shape[2]),
         compute_q_blocks=False,  # of the backward
     )
-    return _compiled()(q, k, v, block_mask=mask, scale=scale, return_lse=True)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+            return _compiled()(q, k, v, block_mask=mask, scale=scale, return_lse=True)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise KernelUnavailable(
+            "block_sparse impl='flex' cannot run this call: torch has compiled FlexAttention for "
+            f"{COMPILATIONS} kinds of calls, which is the limit; use impl='triton'."
+        ) from error
 
 
 @functools.cache
 def _compiled():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
