@@ -7,6 +7,7 @@ and -inf there too.
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 
 import torch
@@ -33,12 +34,17 @@ def why_not(q: Tensor, plan: BlockPlan) -> str | None:
         return f"it takes float16 and bfloat16, not {q.dtype}."
     if q.shape[3] not in HEADS:
         return f"head size {q.shape[3]} is not one of {', '.join(map(str, HEADS))}."
+    return _why_not_installed() or why_uneven(plan)
+
+
+@functools.cache  # looking through the installed packages takes longer than a call
+def _why_not_installed() -> str | None:
     try:
         metadata.version("flash-attn-4")
         import flash_attn.cute.interface  # noqa: F401
     except (ImportError, metadata.PackageNotFoundError) as error:
         return f"flash-attn-4 cannot be imported ({error}); install it with `pip install flash-attn-4`."
-    return why_uneven(plan)
+    return None
 
 
 def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
 from dit_accel.kernels.block_sparse import block_sparse, choose, why_not
+from dit_accel.kernels.block_sparse.even_blocks import why_uneven
 from dit_accel.plan import BlockPlan, uniform_starts
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -286,3 +287,26 @@ def test_quantised_precision(precision):
         block_sparse(q, k, v, plan, precision=precision, impl="cpu")
     with pytest.raises(UnknownNameError, match="int8_fp8"):
         block_sparse(q, k, v, plan, precision="int4")
+
+
+@pytest.mark.parametrize("impl", ["flash4", "flex"])
+def test_executors_of_other_packages_say_why_not(impl):
+    q = torch.zeros(1, 128, 1, 64)
+    with pytest.raises(
+        KernelUnavailable, match=rf"impl='{impl}' cannot run this call: the tensors are on cpu"
+    ):
+        block_sparse(q, q, q, BlockPlan.full([0, 128], [0, 128]), impl=impl)
+
+
+@pytest.mark.parametrize(
+    "q_starts, k_starts, side",
+    [
+        ([0, 128, 200], [0, 128, 256], None),
+        ([0, 100, 128], [0, 128], "query"),
+        ([0, 128], [0, 64, 128], "key"),
+        ([0, 128], [0, 60], "key"),
+    ],
+)
+def test_blocks_of_one_size_are_recognised(q_starts, k_starts, side):
+    reason = why_uneven(BlockPlan.full(q_starts, k_starts))
+    assert reason is None if side is None else f"{side} blocks of 128 tokens" in reason

@@ -48,12 +48,16 @@ def test_host_numbers():
 def test_even_key_blocks_are_noticed(starts, even):
     mask = torch.ones(1, 1, 1, (starts.shape[-1] if torch.is_tensor(starts) else len(starts)) - 1).bool()
     assert BlockPlan.from_mask(mask, [0, 5], starts).even_k == even
+    assert BlockPlan.from_mask(mask.transpose(2, 3), starts, [0, 5]).even_q == even
 
 
 def test_a_false_claim_of_even_key_blocks_is_refused():
     plan = BlockPlan.full([0, 5], [0, 4, 6, 10])
     with pytest.raises(UsageError, match="even_k says"):
         dataclasses.replace(plan, even_k=True)
+    plan = BlockPlan.full([0, 4, 6, 10], [0, 5])
+    with pytest.raises(UsageError, match="even_q says that all query blocks"):
+        dataclasses.replace(plan, even_q=True)
 
 
 def test_token_mask_follows_the_blocks():
