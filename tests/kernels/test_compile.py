@@ -66,7 +66,7 @@ def test_operators_are_sound(dtype):
     scores = torch.randn(1, 2, 7, 7)
     checks = ("test_schema", "test_faketensor")  # there is no backward
     torch.library.opcheck(
-        OPS.block_sparse, (*by_head, *fields, [16, 16, 0], 0.3, "cpu", "full"), test_utils=checks
+        OPS.block_sparse, (*by_head, *fields, [16, 16, 0, 0], 0.3, "cpu", "full"), test_utils=checks
     )
     torch.library.opcheck(OPS.block_means, (q, starts, 16, "reference"), test_utils=checks)
     torch.library.opcheck(
