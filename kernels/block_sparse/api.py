@@ -110,9 +110,8 @@ def _run_quantised(
 def choose(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto", precision: str = "full"
 ) -> str:
-    """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA the first of "hopper", "flash4" and
-    "triton" that can run, which is the order of their speed: on an H100 or H200 "hopper", on a B200 "flash4" if
-    flash-attn-4 is installed.
+    """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA "hopper" where it can run, on an
+    H100 or H200, else "triton". "flash4" and "flex" run by name only: the one is no faster where we could measure it.
 
     Where Triton cannot run a CUDA call, "auto" raises as the named choice would: the reference is an oracle, not
     something to fall back to unseen.
@@ -128,8 +127,8 @@ def choose(
         KernelUnavailable: it cannot run this call; the message says why.
     """
     if impl == "auto" and q.device.type == "cuda":
-        able = (name for name in ("hopper", "flash4") if why_not(name, q, k, v, plan) is None)
-        impl = "hopper" if precision != "full" else next(able, "triton")
+        special = precision != "full" or why_not("hopper", q, k, v, plan) is None
+        impl = "hopper" if special else "triton"
     elif impl == "auto":
         impl = "cpu" if precision == "full" else "reference"
     reason = why_not(impl, q, k, v, plan, precision)

@@ -12,16 +12,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_tiles import ROWS
+from .reference import CODE_BIAS
 
 INTEGER_ZERO = gl.constexpr(0x4B400000)  # the bits of 1.5 * 2^23
 FLOAT_ZERO = gl.constexpr(12582912.0)
 INTEGER_NOTHING = gl.constexpr(-0x4BC00000)  # an integer that becomes -inf when INTEGER_ZERO is added to it
 WEIGHT_BITS = gl.constexpr(8.0)  # fp8 weights are scaled by two to this power
 CODES = gl.constexpr(8.0)  # fp8 (e4m3) numbers between two powers of two
-CODE_OF_ONE = gl.constexpr(120 - 0.46)
-LAG = gl.constexpr(
-    12.0
-)  # powers of two by which a block's fp8 weights may be scaled up beside the row's largest
+CODE_OF_ONE = gl.constexpr(120 - CODE_BIAS)  # of a weight of 1, which is scaled to 2^8: its bits are 120
+LAG = gl.constexpr(12.0)  # powers of two that a block's anchor may stand below the row's largest weight
 
 
 @gluon.jit
@@ -123,7 +122,7 @@ def code_scores(scores, peak, top, anchor, factor, INTEGERS: gl.constexpr):
     parts, which stood below the old anchor, fade.
 
     An e4m3 number's bits, read as an integer, are a line between two powers of two; so bits that are linear in the
-    score are weights that are exponential in it, but for up to 3 % (see `hopper.py`). They come as multiples of 2^-24,
+    score are weights that are exponential in it, but for up to 4 % (see `hopper.py`). They come as multiples of 2^-24,
     which rounding to fp16 makes integers of. Every block has an anchor of its own: fp8 holds 2^15, a row more.
     """
     rises = gl.ceil(peak * factor)

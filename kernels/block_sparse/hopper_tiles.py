@@ -53,7 +53,11 @@ def why_no_bulk_copy(name: str, x: Tensor) -> str | None:
 
 @gluon.jit
 def draw(drawn):
-    """Draw a tile for a single warp, without waiting for its number: `open_ticket` does."""
+    """Draw a tile for a single warp, without waiting for its number: `open_ticket` does.
+
+    Gluon's own scalar atomic passes its result through scratch memory that Triton lays over the arguments of warps that
+    have not read them yet.
+    """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.b32 $0, 0; "
         "@p atom.global.add.u32 $0, [$1], 1; }",

@@ -67,7 +67,7 @@ def _owners(starts: Tensor, n_tokens: int) -> Tensor:
 def fp8_weights(powers: Tensor) -> Tensor:
     """About `2 ** powers`, as a number of fp8's three bits behind the point.
 
-    Between two powers of two it is linear, where `2 ** x` is not: up to 2 % less and 4 % more, in the mean neither
+    Between two powers of two it is linear, where `2 ** x` is not: up to 4 % less and 2 % more, in the mean neither
     (Schraudolph, "A Fast, Compact Approximation of the Exponential Function", 1999; here with the rounding to fp8 in
     the same step). The exponent is not bounded as fp8's is: the kernel gives every block of keys an anchor of its own.
     """
