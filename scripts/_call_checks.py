@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from _kernel_cases import Case, judge, make
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse import block_sparse, why_not
+from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, why_not
+from dit_accel.kernels.block_sparse.reference import margins
+from dit_accel.kernels.compaction import compact_lists
 from dit_accel.kernels.pooling import block_means
 from dit_accel.kernels.selection import select_blocks
 from dit_accel.plan import BlockPlan, uniform_starts
 
 FUZZ = 200
+VERDICT_BLOCKS = ((128,), (128, 96, 17))  # tokens of the blocks, which take turns
 OTHERS = ("flash4", "flex")  # other packages' kernels: blocks of one size only, compiled for each shape
 SHARE_BEYOND = {
     "full": 0.02,
@@ -31,6 +36,10 @@ def check_calls(impl: str, device: str) -> Iterator[tuple[str, str | None]]:
         return
     for seed in range(FUZZ):
         yield from _fuzz(impl, device, seed)
+    for precision in ("full", "int8_fp8", "fp8", "int8") if impl == "hopper" else ("full",):
+        for head, lengths in itertools.product((64, 128), VERDICT_BLOCKS):
+            title = f"{impl}, verdicts, {precision}, D={head}, blocks of {lengths}"
+            yield title, _check_verdicts(impl, precision, head, lengths, device)
     yield f"{impl}, predicting and attending in one CUDA graph", _check_graph(impl)
     yield f"{impl}, other lengths compile nothing", _check_compilations(impl)
     for precision in SHARE_BEYOND if impl == "hopper" else ("full",):
@@ -113,6 +122,39 @@ def _check_merge(impl: str, bare: list[Tensor], plan: BlockPlan, whole: Tensor) 
     error, size = float((merged - whole.float()).norm()), float(whole.float().norm())
     unit = torch.finfo(whole.dtype).eps
     return None if error <= unit * size + 1e-6 else f"relative error {error / size:.1e}, allowed {unit:.1e}"
+
+
+def _check_verdicts(
+    impl: str, precision: str, head: int, lengths: tuple[int, ...], device: str
+) -> str | None:
+    """Which entries mattered, against the formula in float64, but for those too close to tell; and the next plan."""
+    generator = torch.Generator().manual_seed(head)
+    blocks = (lengths * 40)[:37]
+    starts = [0, *accumulate(blocks)]
+    q, k, v = (torch.randn(2, 3, starts[-1], head, generator=generator) for _ in range(3))
+    for first, end in pairwise(starts):  # some blocks matter to all rows, some to none
+        k[:, :, first:end] *= 3 * torch.rand(2, 3, 1, 1, generator=generator) ** 2
+    q, k, v = (x.to(device, torch.bfloat16) for x in (q, k, v))
+    mask = torch.rand(2, 3, len(blocks), len(blocks), generator=generator) < 0.5
+    plan = BlockPlan.from_mask(mask.to(device), starts, starts)
+    rise, threshold = margins(q.double(), k.double(), plan, head**-0.5), -2.0
+    known = dict(layout="bhsd", impl=impl, precision=precision)
+    out, lse, needed = block_sparse_feedback(q, k, v, plan, threshold, **known)
+    plain, plain_lse = block_sparse(q, k, v, plan, **known)
+    if not torch.equal(out, plain) or not torch.equal(lse, plain_lse):
+        return "asking changes the result"
+    noise = 5e-3 if precision == "full" else 0.4  # of the scores, in powers of two
+    eager = 2.0 if precision in ("int8_fp8", "fp8") else 0.0
+    slot = torch.arange(needed.shape[3], device=device)
+    listed = slot < plan.counts[..., None]
+    wrong = needed & (rise < threshold - eager - noise) & ~(rise.isneginf() & listed)
+    if bool(wrong.any()) or not bool(needed[rise > threshold + noise].all()):
+        return "an entry has the wrong verdict"
+    share = float(needed.sum() / listed.sum())
+    if not 0.05 < share < 0.95:
+        return f"{share:.0%} of the entries mattered: nothing is tested"
+    short, right = (compact_lists(plan, needed, impl=name) for name in ("triton", "reference"))
+    return None if torch.equal(short.to_mask(), right.to_mask()) else "the next plan is wrong"
 
 
 def _check_graph(impl: str) -> str | None:

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.kernels.block_sparse import block_sparse, why_not
+from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, why_not
+from dit_accel.kernels.compaction import compact_lists
 from dit_accel.kernels.counting import count_pairs
 from dit_accel.kernels.pooling import block_means
 from dit_accel.kernels.selection import select_blocks
@@ -50,7 +51,7 @@ GPU_SHAPES = (
     dict(name="hunyuan", heads=24, tokens=118800, head=128, text=256, keeps=(0.25, 0.1)),
 )
 CPU_SHAPES = tuple(
-    dict(name="cpu", heads=4, tokens=n, head=64, blocks=(128, 96), keeps=(1.0, 0.5, 0.35, 0.25, 0.15))
+    dict(name=f"cpu {n}", heads=4, tokens=n, head=64, blocks=(128, 96), keeps=(1.0, 0.5, 0.35, 0.25, 0.15))
     for n in (512, 1024, 2048, 4352, 8192)
 )
 SAMPLE_SECONDS = 5e-3  # calls are repeated within a sample until it lasts about this long
@@ -268,6 +269,11 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
                 table.append(dict(shape=title, keep=keep, impl=impl, problem=problem))
             else:
                 runs[impl] = partial(block_sparse, q, k, v, plan, impl=impl)
+                if (
+                    options.feedback
+                    and why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan, feedback=True) is None
+                ):
+                    runs[f"{impl} + next plan"] = partial(attend_and_shorten, q, k, v, plan, impl)
         for mode in options.precision if tokens > 30000 else ():
             runs |= quantised_candidates(mode, q, k, v, plan)
         if options.peers is not None:
@@ -298,21 +304,16 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
     for impl, points in spent.items():
         if len(points) > 3 and impl != "plan":
             slope, start = statistics.linear_regression(*zip(*points, strict=True))
-            share = quartiles[dense][1] / slope
-            tiles = heads * (len(starts) - 1) / torch.cuda.get_device_properties(device).multi_processor_count
+            row = dict(shape=title, impl=impl, slope=slope, intercept=start)
             told = (
-                f"{slope:.2f} ms for all pairs ({share:.0%} of ideal) + {start * 1e3 / tiles:.2f} us a tile"
+                f"{slope:.2f} ms for all pairs ({quartiles[dense][1] / slope:.0%} of ideal) + {start:.3f} ms"
             )
+            if device == "cuda":
+                processors = torch.cuda.get_device_properties(device).multi_processor_count
+                row["tile_microseconds"] = start * 1e3 * processors / (heads * (len(starts) - 1))
+                told += f", {row['tile_microseconds']:.2f} us a tile"
             print(f"{title}: {impl} takes {told}", flush=True)
-            table.append(
-                dict(
-                    shape=title,
-                    impl=impl,
-                    slope=slope,
-                    intercept=start,
-                    tile_microseconds=start * 1e3 / tiles,
-                )
-            )
+            table.append(row)
     return table, failures
 
 
@@ -321,6 +322,12 @@ def predict(q: Tensor, k: Tensor, plan: BlockPlan, keep: float) -> BlockPlan:
     scores = block_means(q, plan.q_starts, 128) @ block_means(k, plan.k_starts, 128).transpose(2, 3)
     counts, indices = select_blocks(scores, None, max(1, round(keep * plan.n_k)))
     return replace(plan, counts=counts, indices=indices)
+
+
+def attend_and_shorten(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str) -> BlockPlan:
+    """A call that also tells which entries mattered, and the plan made of it."""
+    needed = block_sparse_feedback(q, k, v, plan, -10.0, impl=impl)[2]
+    return compact_lists(plan, needed)
 
 
 class Gauge:
@@ -383,6 +390,11 @@ def main() -> int:
         "--peers",
         nargs="*",
         help="also these where installed: flash-attn-4, flex; without a name, both",
+    )
+    parser.add_argument(
+        "--feedback",
+        action="store_true",
+        help="also calls that tell which entries mattered, and the next plan",
     )
     parser.add_argument("--only", nargs="+", help="names of shapes")
     parser.add_argument("--rounds", type=int, default=20)

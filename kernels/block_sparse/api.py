@@ -11,6 +11,8 @@ from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
 from dit_accel.kernels.quantize import MODES, ROWS, quantize_blocks
 from dit_accel.plan import BlockPlan
 
+from .feedback import Feedback
+
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper", "flash4", "flex")
 PRECISIONS = ("full", *MODES)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,14 +56,7 @@ def block_sparse(
         UnknownNameError: no such implementation, layout or precision.
         KernelUnavailable: the named implementation cannot run this call.
     """
-    if layout not in ("bshd", "bhsd"):
-        raise unknown_name("layout", layout, ("bshd", "bhsd"))
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
-    if layout == "bshd":
-        q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
-    _validate(q, k, v, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v, scale = _prepare(q, k, v, plan, scale, layout, precision)
     if torch.compiler.is_compiling():
         from .op import block_sparse as attend
     else:
@@ -70,14 +65,98 @@ def block_sparse(
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
+def block_sparse_feedback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    threshold: float,
+    *,
+    scale: float | None = None,
+    layout: Layout = "bshd",
+    impl: str = "auto",
+    precision: str = "full",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `block_sparse`, and which entries of the plan's lists mattered: LiteAttention's verdict (arXiv:2511.11062).
+
+    Lists are visited last to first. An entry matters if in any row of the query block its largest score comes above
+    `m + threshold`, where m is the row's largest score in the entries visited before and scores are in powers of two
+    (times `scale log2 e`). The entry visited first matters always, if the query block has a row. The verdict is about
+    the next call: here every listed entry is read. `compaction.compact_lists` makes the next plan of it.
+
+    Args:
+        threshold: powers of two, at most 0; -10 keeps all that is worth a thousandth of a row's largest weight.
+
+    Modes with 8-bit values round m up to a whole power of two and lower the threshold by one: they call an entry
+    needed that the formula would not, never the other way round but for their scores' own error.
+
+    Returns:
+        `out` and `lse` as `block_sparse`, and `needed`, bool `[B, H, Nq, M]` beside the plan's `indices`; false behind
+        the counts.
+
+    Raises:
+        UsageError: also for a threshold above 0.
+        KernelUnavailable: also where the implementation gives no verdict.
+    """
+    q, k, v, scale = _prepare(q, k, v, plan, scale, layout, precision)
+    if not threshold <= 0:
+        raise UsageError(f"threshold={threshold} must be at most 0: powers of two relative to the maximum.")
+    if torch.compiler.is_compiling():
+        from .op import block_sparse_feedback as attend
+    else:
+        attend = run_feedback
+    out, lse, needed = attend(q, k, v, plan, scale, impl, precision, float(threshold))
+    return (out.transpose(1, 2) if layout == "bshd" else out), lse, needed
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, layout: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Check what can be checked before choosing; q, k, v as `[B, H, S, D]` and the scale as a number."""
+    if layout not in ("bshd", "bhsd"):
+        raise unknown_name("layout", layout, ("bshd", "bhsd"))
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
+    _validate(q, k, v, plan)
+    return q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def run_feedback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    impl: str,
+    precision: str,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_sparse_feedback` on validated `[B, H, S, D]`."""
+    needed = torch.zeros(
+        *q.shape[:2], *plan.indices.shape[2:], dtype=torch.uint8, device=q.device
+    )  # a byte each: kernels write no bits
+    out, lse = run(q, k, v, plan, scale, impl, precision, Feedback(threshold, needed))
+    return out, lse, needed.view(torch.bool)
+
+
 def run(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str = "full"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    impl: str,
+    precision: str = "full",
+    feedback: Feedback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_sparse` on validated `[B, H, S, D]`."""
-    name = choose(q, k, v, plan, impl, precision)
+    """`block_sparse` on validated `[B, H, S, D]`; what `feedback` asks for is written into it."""
+    name = choose(q, k, v, plan, impl, precision, feedback is not None)
+    asked = () if feedback is None else (feedback,)
     with torch.no_grad():
         if precision != "full":
-            return _run_quantised(name, q, k, v, plan, scale, precision)
+            return _run_quantised(name, q, k, v, plan, scale, precision, *asked)
         match name:
             case "reference":
                 from .reference import block_sparse as attend
@@ -91,11 +170,11 @@ def run(
                 from .flash4 import block_sparse as attend
             case "flex":
                 from .flex import block_sparse as attend
-        return attend(q, k, v, plan, scale)
+        return attend(q, k, v, plan, scale, *asked)
 
 
 def _run_quantised(
-    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, mode: str
+    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, mode: str, *asked: Feedback
 ) -> tuple[Tensor, Tensor]:
     match name:
         case "reference":
@@ -104,11 +183,17 @@ def _run_quantised(
             from .hopper import block_sparse_quantised as attend
     if scale <= 0:  # the kernels scale by powers of two of a positive number
         q, scale = -q, max(-scale, 1e-30)
-    return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q)
+    return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q, *asked)
 
 
 def choose(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, impl: str = "auto", precision: str = "full"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    impl: str = "auto",
+    precision: str = "full",
+    feedback: bool = False,
 ) -> str:
     """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA "hopper" where it can run, on an
     H100 or H200, else "triton". "flash4" and "flex" run by name only: the one is no faster where we could measure it.
@@ -121,6 +206,7 @@ def choose(
         plan: the call's plan.
         impl: "auto" or a name.
         precision: "full" or a quantised mode; for a mode "auto" is "hopper" on CUDA and "reference" on the CPU.
+        feedback: whether the call asks which entries mattered.
 
     Raises:
         UnknownNameError: no such implementation.
@@ -131,14 +217,20 @@ def choose(
         impl = "hopper" if special else "triton"
     elif impl == "auto":
         impl = "cpu" if precision == "full" else "reference"
-    reason = why_not(impl, q, k, v, plan, precision)
+    reason = why_not(impl, q, k, v, plan, precision, feedback)
     if reason is not None:
         raise KernelUnavailable(f"block_sparse impl={impl!r} cannot run this call: {reason}")
     return impl
 
 
 def why_not(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, precision: str = "full"
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    precision: str = "full",
+    feedback: bool = False,
 ) -> str | None:
     """Why `impl` cannot run this call, or None if it can. Arguments as in `choose`.
 
@@ -152,6 +244,8 @@ def why_not(
             return f"precision {precision!r} runs on 'hopper' and 'reference' only."
         if q.dtype == torch.float64 or max(plan.max_q_block, plan.max_k_block) > ROWS:
             return f"quantised attention takes no float64 and no block above {ROWS} tokens."
+    if feedback and (impl in ("flash4", "flex") or (impl == "reference" and precision != "full")):
+        return "it does not tell which entries mattered (feedback)."
     if impl in ("triton", "hopper"):
         return _why_not_compiled(impl, q, k, v, plan)
     if impl in ("flash4", "flex"):

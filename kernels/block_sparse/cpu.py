@@ -14,7 +14,7 @@ of a non-Intel CPU's vector width unused (measured on Zen 5: 100 against 200 GFL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -24,11 +24,15 @@ from torch import Tensor
 
 from dit_accel.plan import BlockPlan
 
+from .feedback import Feedback
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks only, on as many threads as `torch.get_num_threads()` says.
 
     Arguments and results as in `reference.block_sparse`. The result does not depend on the number of threads.
@@ -45,7 +49,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
         for h in range(heads)
         for share in range(shares)
     ]
-    attend = partial(_attend_rows, q, k, v, plan, scale, out, lse)
+    attend = partial(_attend_rows, q, k, v, plan, scale, out, lse, feedback)
     if threads == 1:
         for job in jobs:
             attend(job)
@@ -74,6 +78,7 @@ def _attend_rows(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    feedback: Feedback | None,
     job: tuple[int, int, range],
 ) -> None:
     """Write `out` and `lse` for a run of query blocks of one head; `job` is (batch row, head, query blocks)."""
@@ -89,12 +94,17 @@ def _attend_rows(
     acc = torch.zeros_like(b_q, memory_format=torch.contiguous_format)
     top = torch.full((len(b_q), 1), -torch.inf, dtype=dtype)
     total = torch.ones(len(b_q), 1, dtype=dtype)
-    for (first, last), kept in zip(pairwise(starts), _kept_tokens(plan, b, h, blocks), strict=True):
+    listed = _kept_tokens(plan, b, h, blocks)
+    for block, (first, last), (kept, lengths) in zip(blocks, pairwise(starts), listed, strict=True):
+        if feedback is not None and first < last and lengths:
+            feedback.needed[b, h, block, len(lengths) - 1] = 1  # what is visited first
         if first == last or len(kept) == 0:
             continue
         own = slice(first - base, last - base)
         scores = product(b_q[own], b_k.index_select(0, kept))
         peak = torch.amax(scores, -1, keepdim=True, out=top[own])
+        if feedback is not None:
+            _judge(scores, lengths, feedback.threshold, feedback.needed[b, h, block])
         weights = scores.sub_(peak).exp2_()
         torch.sum(weights, -1, keepdim=True, out=total[own])
         acc[own] = product(weights, b_v.index_select(0, kept).T)
@@ -102,8 +112,20 @@ def _attend_rows(
     torch.add(top[:, 0], total[:, 0].log2_(), out=lse[b, h, rows]).mul_(LN_2)
 
 
-def _kept_tokens(plan: BlockPlan, b: int, h: int, blocks: range) -> tuple[Tensor, ...]:
-    """The key tokens each of these query blocks reads: one int32 tensor of positions per query block."""
+def _judge(scores: Tensor, lengths: list[int], threshold: float, needed: Tensor) -> None:
+    """Mark which of a list's entries mattered. scores: `[rows, tokens of the list]`, in powers of two."""
+    top = None
+    parts = scores.split(lengths, dim=1)
+    for slot in range(len(lengths) - 1, -1, -1):
+        if lengths[slot]:
+            peak = parts[slot].amax(1)
+            if top is None or bool((peak > top + threshold).any()):
+                needed[slot] = 1
+            top = peak if top is None else torch.maximum(top, peak)
+
+
+def _kept_tokens(plan: BlockPlan, b: int, h: int, blocks: range) -> Iterator[tuple[Tensor, list[int]]]:
+    """What each of these query blocks reads: its key tokens, int32 positions, and how many of each list entry."""
     counts = _of(plan.counts, b, h)[blocks.start : blocks.stop]
     indices = _of(plan.indices, b, h)[blocks.start : blocks.stop]
     starts = _of(plan.k_starts, b, h)
@@ -113,7 +135,8 @@ def _kept_tokens(plan: BlockPlan, b: int, h: int, blocks: range) -> tuple[Tensor
     ends = lengths.flatten().cumsum(0)
     shift = starts[indices].flatten() - (ends - lengths.flatten())
     positions = torch.arange(int(ends[-1])) + shift.repeat_interleave(lengths.flatten())
-    return positions.to(torch.int32).split(lengths.sum(1).tolist())
+    kept = positions.to(torch.int32).split(lengths.sum(1).tolist())
+    return zip(kept, (row[:n] for row, n in zip(lengths.tolist(), counts.tolist(), strict=True)), strict=True)
 
 
 def _of(tensor: Tensor, b: int, h: int) -> Tensor:

@@ -48,6 +48,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_accel.kernels.quantize import Quantised
 from dit_accel.plan import BlockPlan, lead_strides
 
+from .feedback import Feedback
 from .hopper_kernel import block_sparse_kernel
 from .hopper_tiles import ROWS, bulk_strides, why_no_bulk_copy
 
@@ -101,22 +102,31 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
     return why_no_bulk_copy("q", q) or why_no_bulk_copy("k", k) or why_no_bulk_copy("v", v)
 
 
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
     if scale <= 0:  # the maximum is taken before scaling
         q, scale = -q, max(-scale, 1e-30)
-    return _launch(q, k, v, None, plan, scale, q)
+    return _launch(q, k, v, None, plan, scale, q, feedback)
 
 
 def block_sparse_quantised(
-    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor
+    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor, feedback: Feedback | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse`, from quantised copies; `out` is shaped and typed as `like`. The scale must be positive."""
-    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like)
+    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback)
 
 
 def _launch(
-    q, k, v, parts: Quantised | None, plan: BlockPlan, scale: float, like: Tensor
+    q,
+    k,
+    v,
+    parts: Quantised | None,
+    plan: BlockPlan,
+    scale: float,
+    like: Tensor,
+    feedback: Feedback | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, head = like.shape
     out = torch.empty_like(like)
@@ -131,6 +141,10 @@ def _launch(
     places = plan.n_q * pieces
     tiles, ahead = batch * heads * places, min(AHEAD, places // 4)
     config = config_for(head, q.dtype, v.dtype)
+    needed, threshold = lse, 0.0  # not read
+    if feedback is not None:
+        # With fp8 values a row's maximum is rounded up to a whole power of two.
+        needed, threshold = feedback.needed.view(torch.int8), feedback.threshold - fp8_values
     with torch.cuda.device(q.device):
         block_sparse_kernel[(min(tiles, processors),)](
             _describe(q, (rows, head)),
@@ -138,6 +152,7 @@ def _launch(
             _describe(v, (head, key_rows) if fp8_values else (key_rows, head)),
             _describe(out, (rows, head)),
             *(out, lse, counts, indices, plan.q_starts, plan.k_starts, drawn, *scales),
+            *(needed, threshold),
             *(tiles, plan.n_q, plan.n_k, heads, n_q, plan.n_k_tokens, ahead, scale * math.log2(math.e)),
             *(*lead_strides(counts), indices.shape[3]),
             *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
@@ -150,6 +165,7 @@ def _launch(
             SCALED=parts is not None,
             INTEGERS=q.dtype == torch.int8,
             FP8_VALUES=fp8_values,
+            FEEDBACK=feedback is not None,
             CONSUMER_REGISTERS=config.consumer_registers,
             PRODUCER_REGISTERS=config.producer_registers,
             num_warps=4,

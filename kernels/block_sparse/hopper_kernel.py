@@ -176,6 +176,28 @@ def _row_factors(
 
 
 @gluon.jit
+def _ask(
+    verdict, i_b, i_h, i_block, heads, n_q, first, end, count, width,
+    WHICH: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of a tile: where the verdict on its first visited entry goes, and how far a row must rise above its maximum for
+    an entry to matter. Marks the entry visited first, which always does; rows behind the end have no vote."""
+    needed, threshold = verdict
+    p_needed = needed + ((i_b.to(gl.int64) * heads + i_h) * n_q + i_block) * width + count - 1
+    gl.store(p_needed, 1)
+    rows = first + WHICH * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
+    return p_needed, gl.where(rows < end, threshold, float("inf"))
+
+
+@gluon.jit
+def _vote(p_needed, risen, bar, LAYOUT: gl.constexpr):
+    """Every row in which an entry mattered marks it: no row need know of another."""
+    places = p_needed + gl.zeros([ROWS], gl.int32, LAYOUT)
+    gl.store(places, gl.full([ROWS], 1, gl.int8, LAYOUT), mask=risen > bar)
+
+
+@gluon.jit
 def _end_tile(
     acc, top, parts, tile, o_smem, heads, n_q, result, scales,
     WHICH: gl.constexpr,
@@ -206,7 +228,7 @@ def _end_tile(
 
 @gluon.jit
 def _attend_tiles(
-    memory, plan, strides, result, scales,
+    memory, plan, strides, result, scales, verdict,
     WHICH: gl.constexpr,
     HEAD: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -216,6 +238,7 @@ def _attend_tiles(
     SCALED: gl.constexpr,
     INTEGERS: gl.constexpr,
     FP8_VALUES: gl.constexpr,
+    FEEDBACK: gl.constexpr,
 ):  # fmt: skip
     """A computing group: 64 rows of every tile that reads anything.
 
@@ -247,6 +270,10 @@ def _attend_tiles(
         p_key = k_starts + i_b.to(gl.int64) * stride_ksb + i_h.to(gl.int64) * stride_ksh
         entry = gl.load(p_list)
         length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
+        if FEEDBACK:
+            p_needed, bar = _ask(
+                verdict, i_b, i_h, place // PIECES, heads, n_q, first, end, count, width, WHICH, ROW
+            )
         factor = scale_log2
         rows_factor = scale_log2
         if SCALED:
@@ -308,6 +335,8 @@ def _attend_tiles(
                 if i + 1 == count:
                     named_arrive(Q_FREE + copy, ALL)
                 scores, peak = find_peak(scores, length, ROW, BLOCK_N, not EVEN, INTEGERS, FP8_VALUES)
+                if FEEDBACK:
+                    _vote(p_needed - i, peak * factor - top, bar, ROW)
                 if FP8_VALUES:
                     later, sums = warpgroup_mma_wait(0, deps=[later, sums])
                     named_arrive(FREE + stage, ALL)
@@ -323,7 +352,7 @@ def _attend_tiles(
                     early, late = halves(powers, BLOCK_N)
                     early = gl.exp2(early)
                     sums = sum_parts(early, BLOCK_N // 2)
-                    if not EVEN:
+                    if FEEDBACK or not EVEN:
                         sums = pin(sums)
                     acc, b_p, sums, late = warpgroup_mma_wait(0, deps=[later, b_p, sums, late])
                     named_arrive(FREE + stage, ALL)
@@ -362,6 +391,10 @@ def _attend_tiles(
                     later = warpgroup_mma(b_p, b_v, acc, is_async=True)
                 named_arrive(GO + 1 - WHICH, PAIR)
                 length = _length(p_key, entry, n_k_tokens, BLOCK_N, EVEN)
+                if FEEDBACK:
+                    p_needed, bar = _ask(
+                        verdict, i_b, i_h, place // PIECES, heads, n_q, first, end, count, width, WHICH, ROW
+                    )
                 if SCALED:
                     rows_factor = _row_factors(scales, i_b, i_h, place, heads, n_q, scale_log2, WHICH, ROW)
                     factor = rows_factor * gl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
@@ -427,6 +460,7 @@ def _attend_tiles(
 def block_sparse_kernel(
     q_desc, k_desc, v_desc, o_desc,
     out, lse, counts, indices, q_starts, k_starts, drawn, q_scale, k_scale, v_scale, shift,
+    needed, threshold,
     tiles, n_q, n_k, heads, n_tokens, n_k_tokens, ahead, scale_log2,
     stride_cb, stride_ch, width,
     stride_qsb, stride_qsh, stride_ksb, stride_ksh,
@@ -439,6 +473,7 @@ def block_sparse_kernel(
     SCALED: gl.constexpr,
     INTEGERS: gl.constexpr,
     FP8_VALUES: gl.constexpr,
+    FEEDBACK: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -469,6 +504,7 @@ def block_sparse_kernel(
     plan = (counts, indices, q_starts, k_starts, drawn, tiles, n_q, n_k, heads, n_k_tokens, ahead)
     result = (o_desc, out, lse, n_tokens, scale_log2, stride_ob, stride_oh, stride_os)
     scales = (q_scale, k_scale, v_scale, shift)
+    verdict = (needed, threshold)
     gl.warp_specialize(
         [
             (
@@ -479,6 +515,7 @@ def block_sparse_kernel(
                     strides,
                     result,
                     scales,
+                    verdict,
                     0,
                     HEAD,
                     BLOCK_N,
@@ -488,6 +525,7 @@ def block_sparse_kernel(
                     SCALED,
                     INTEGERS,
                     FP8_VALUES,
+                    FEEDBACK,
                 ),
             ),
             (
@@ -498,6 +536,7 @@ def block_sparse_kernel(
                     strides,
                     result,
                     scales,
+                    verdict,
                     1,
                     HEAD,
                     BLOCK_N,
@@ -507,6 +546,7 @@ def block_sparse_kernel(
                     SCALED,
                     INTEGERS,
                     FP8_VALUES,
+                    FEEDBACK,
                 ),
             ),
             (

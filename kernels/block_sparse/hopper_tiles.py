@@ -30,7 +30,7 @@ UNSPECIALIZED = (
         "stride_ch",
         "width",
     ),
-    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh"),
+    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "threshold"),
 )
 
 

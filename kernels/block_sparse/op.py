@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.plan import BlockPlan
 
-from .api import run
+from .api import run, run_feedback
 
 HOST = ("max_q_block", "max_k_block", "even_k", "even_q")  # what of a plan the host knows
 
@@ -32,8 +32,7 @@ def block_sparse_op(
         q, k, v: `[B, H, S, D]`.
         host: the plan's `max_q_block`, `max_k_block`, `even_k` and `even_q`.
     """
-    known = dict(zip(HOST, host[:2] + [bool(x) for x in host[2:]], strict=True))
-    plan = BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], **known)
+    plan = _plan(q, k, counts, indices, q_starts, k_starts, host)
     return run(q, k, v, plan, scale, impl, precision)
 
 
@@ -47,6 +46,54 @@ def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
-    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts)
+    return block_sparse_op(q, k, v, *_fields(plan), scale, impl, precision)
+
+
+@torch.library.custom_op("dit_accel::block_sparse_feedback", mutates_args=())
+def block_sparse_feedback_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    host: list[int],
+    scale: float,
+    impl: str,
+    precision: str,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`api.run_feedback` with a plan's fields in its place; arguments as in `block_sparse_op`."""
+    plan = _plan(q, k, counts, indices, q_starts, k_starts, host)
+    return run_feedback(q, k, v, plan, scale, impl, precision, threshold)
+
+
+@block_sparse_feedback_op.register_fake
+def _feedback_shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision, threshold):
+    out, lse = _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision)
+    return out, lse, q.new_empty((*q.shape[:2], *indices.shape[2:]), dtype=torch.bool)
+
+
+def block_sparse_feedback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    impl: str,
+    precision: str,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`api.run_feedback` through the operator."""
+    return block_sparse_feedback_op(q, k, v, *_fields(plan), scale, impl, precision, threshold)
+
+
+def _fields(plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     host = [int(getattr(plan, name)) for name in HOST]
-    return block_sparse_op(q, k, v, *fields, host, scale, impl, precision)
+    return plan.counts, plan.indices, plan.q_starts, plan.k_starts, host
+
+
+def _plan(q, k, counts, indices, q_starts, k_starts, host) -> BlockPlan:
+    known = dict(zip(HOST, host[:2] + [bool(x) for x in host[2:]], strict=True))
+    return BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], **known)

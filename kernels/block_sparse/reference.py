@@ -11,6 +11,7 @@ and skips nothing. Scores are formed for a limited number of query rows at a tim
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,13 +20,17 @@ from dit_accel.kernels.quantize import ROWS, Quantised
 from dit_accel.kernels.quantize.reference import in_key_order
 from dit_accel.plan import BlockPlan
 
+from .feedback import Feedback
+
 LN_2 = math.log(2)
 CODE_BIAS = 0.46  # of an eighth of a power of two: what 1 + x is more than 2^x, 0 <= x < 1, in the mean
 # Scores held at once, per batch row and head; 2^22 of them are 32 MB in float64.
 SCORES_AT_ONCE = 1 << 22
 
 
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
     """Masked attention.
 
     Args:
@@ -33,6 +38,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
         k, v: `[B, H, Sk, D]`.
         plan: which key blocks each query block reads.
         scale: factor of the scores.
+        feedback: if given, which entries mattered is written into it.
 
     Returns:
         `out [B, H, Sq, D]` in q's dtype and `lse [B, H, Sq]` (float64 for float64 inputs, else float32).
@@ -55,7 +61,43 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
                 # An empty row has lse -inf; its weights exp(-inf - 0) are the zeros it should have.
                 weights = (scores - lse[b, h, own].clamp_min(torch.finfo(acc_dtype).min)[:, None]).exp()
                 out[b, h, own] = weights.to(v.dtype) @ v[b, h]
+    if feedback is not None:
+        feedback.needed.copy_(margins(q, k, plan, scale) > feedback.threshold)
     return out, lse
+
+
+def margins(q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> Tensor:
+    """By how many powers of two each list entry rose above what its rows had seen before, in the row where most.
+
+    Lists are visited last to first; a row that had seen nothing gives infinity, as does the entry visited first, and
+    an entry without a token gives minus infinity. `Feedback.threshold` is compared with it.
+
+    Returns:
+        `[B, H, Nq, M]` beside the plan's `indices`, minus infinity behind the counts and for blocks without a row.
+    """
+    batch, heads = q.shape[:2]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    found = torch.full((batch, heads, *plan.indices.shape[2:]), -torch.inf, dtype=dtype, device=q.device)
+    lead = (batch, heads, -1)
+    q_starts, k_starts, counts = (t.expand(lead) for t in (plan.q_starts, plan.k_starts, plan.counts))
+    indices = plan.indices.expand(*lead, -1)
+    for b in range(batch):
+        for h in range(heads):
+            rows, keys = q_starts[b, h].tolist(), k_starts[b, h].tolist()
+            for i, (first, end) in enumerate(pairwise(rows)):
+                count = int(counts[b, h, i])
+                if first == end or count == 0:
+                    continue
+                listed = indices[b, h, i, :count].tolist()
+                scores = (q[b, h, first:end] @ k[b, h].T * scale).to(dtype) / LN_2
+                parts = [scores[:, keys[j] : keys[j + 1]] for j in listed]
+                nothing = scores.new_full((end - first,), -torch.inf)
+                peaks = torch.stack([p.amax(1) if p.shape[1] else nothing for p in parts], 1)
+                before = peaks.flip(1).cummax(1).values.flip(1)[:, 1:]
+                rise = torch.where(peaks[:, :-1].isneginf(), -torch.inf, peaks[:, :-1] - before)
+                found[b, h, i, : count - 1] = rise.amax(0)
+                found[b, h, i, count - 1] = torch.inf
+    return found
 
 
 def _owners(starts: Tensor, n_tokens: int) -> Tensor:

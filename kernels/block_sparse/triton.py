@@ -24,6 +24,8 @@ from torch import Tensor
 
 from dit_accel.plan import BlockPlan, lead_strides
 
+from .feedback import Feedback
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 
@@ -72,7 +74,9 @@ def interpreting() -> bool:
     return not isinstance(block_sparse_kernel, triton.JITFunction)
 
 
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
     batch, heads, n_q, head = q.shape
     config = config_for(head, q.dtype)
@@ -88,8 +92,9 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             *(*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2]),
             *(*lead_strides(plan.counts), *lead_strides(plan.indices), plan.indices.stride(2)),
             *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
+            *(lse if feedback is None else feedback.needed, feedback.threshold if feedback else 0.0),
             scale * math.log2(math.e),
-            parts,
+            *(parts, plan.n_q, plan.indices.shape[3], heads),
             HEAD=head,
             BLOCK_D=padded_head(head),
             BLOCK_M=config.block_m,
@@ -97,6 +102,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
             STEPS=max(1, triton.cdiv(plan.max_k_block, config.block_n)),
             # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
             UPCAST=interpreting() and q.dtype == torch.bfloat16,
+            FEEDBACK=feedback is not None,
             num_warps=config.warps,
             enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
             num_stages=config.stages,
@@ -107,7 +113,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float)
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
 UNSPECIALIZED = (
     *("stride_lb", "stride_lh", "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_iq"),
-    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "parts"),
+    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "parts", "n_q", "width", "heads", "threshold"),
 )
 
 
@@ -124,14 +130,16 @@ def block_sparse_kernel(
     stride_ib, stride_ih, stride_iq,
     stride_qsb, stride_qsh,
     stride_ksb, stride_ksh,
+    needed, threshold,
     scale_log2,
-    parts,
+    parts, n_q, width, heads,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
+    FEEDBACK: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_M` rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements."""
     i_block = tl.program_id(0) // parts
@@ -165,6 +173,9 @@ def block_sparse_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if FEEDBACK:
+        p_needed = needed + (((i_b * heads + i_h) * n_q + i_block) * width + count - 1)
+        tl.store(p_needed, 1, mask=count > 0)  # what is visited first
 
     # One flat loop over (list entry, step in its block), so that loads are pipelined across blocks.
     for i in range(0, count * STEPS):
@@ -182,7 +193,13 @@ def block_sparse_kernel(
         scores = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
         scores = tl.where(key_ok[None, :], scores, -float("inf"))
 
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        peak = tl.max(scores, 1)
+        if FEEDBACK:
+            # Every row that needs the entry says so. A block's steps are one entry: at a threshold of at most 0 its
+            # first step cannot raise the maximum without being needed itself.
+            more = row_ok & (peak > top + threshold)
+            tl.store(p_needed - i // STEPS + tl.zeros([BLOCK_M], tl.int32), 1, mask=more)
+        new_top = tl.maximum(top, peak)
         # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
         anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
         weights = tl.math.exp2(scores - anchor[:, None])

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
@@ -27,15 +28,24 @@ from dit_accel.kernels.quantize import triton as quantize
 from dit_accel.kernels.selection import triton as selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-POINTERS = {"lse": "*fp32", "counts": "*i32", "indices": "*i32", "q_starts": "*i32", "k_starts": "*i32"}
+FLOATS = ("scale_log2", "threshold")
+POINTERS = {
+    "lse": "*fp32",
+    "needed": "*u8",
+    "counts": "*i32",
+    "indices": "*i32",
+    "q_starts": "*i32",
+    "k_starts": "*i32",
+}
 
 
-def compile_for(capability: int, head: int, dtype: torch.dtype) -> dict:
+def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool) -> dict:
     """Registers, stack bytes, shared bytes and matrix instructions of one configuration."""
     config = kernel.config_for(head, dtype)
     constants = {
         **{"HEAD": head, "BLOCK_D": kernel.padded_head(head), "BLOCK_M": config.block_m},
         **{"BLOCK_N": config.block_n, "STEPS": -(-128 // config.block_n), "UPCAST": False},
+        "FEEDBACK": feedback,
         # A launch specialises on these: the head dimension is contiguous in every layout.
         **{f"stride_{x}d": 1 for x in "qkvo"},
     }
@@ -47,13 +57,13 @@ def compile_for(capability: int, head: int, dtype: torch.dtype) -> dict:
         if name in ("q", "k", "v", "out"):
             signature[name] = "*" + TYPES[dtype]
         else:
-            signature[name] = POINTERS.get(name, "fp32" if name == "scale_log2" else "i32")
-        if name != "scale_log2" and name not in kernel.UNSPECIALIZED:
+            signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
+        if name not in FLOATS and name not in kernel.UNSPECIALIZED:
             aligned[(position,)] = [["tt.divisibility", 16]]
     told = compile_source(
         kernel.block_sparse_kernel, signature, constants, aligned, config.warps, config.stages, capability
     )
-    return {"head": head, "dtype": TYPES[dtype], **told}
+    return {"head": head, "dtype": TYPES[dtype], "feedback": feedback, **told}
 
 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
@@ -69,6 +79,12 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(counting.count_pairs_kernel, pointers, constants, counting.UNSPECIALIZED)
     told = compile_source(counting.count_pairs_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "counting", **told}
+    pointers = dict.fromkeys(("counts", "indices", "new_counts", "new_indices"), "*i32")
+    pointers |= dict.fromkeys(("needed", "forced"), "*i1")
+    constants = {"ENTRIES": compaction.ENTRIES, "FORCED": True}
+    signature, aligned = sign(compaction.compact_lists_kernel, pointers, constants, compaction.UNSPECIALIZED)
+    told = compile_source(compaction.compact_lists_kernel, signature, constants, aligned, 1, 3, capability)
+    yield {"kernel": "compaction", **told}
     pointers = {"x": "*bf16", "out": "*fp32", "starts": "*i32"}
     constants = {"ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
     signature, aligned = sign(quantize.channel_peaks_kernel, pointers, constants, quantize.UNSPECIALIZED)
@@ -114,8 +130,10 @@ def compile_hopper() -> Iterator[dict]:
     forms |= {m.name: (torch.bfloat16, m.scores, m.values or torch.bfloat16) for m in MODES.values()}
     names = {**TYPES, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
     rows = hopper.ROWS.value
-    grid = itertools.product((True, False), hopper.HEADS, forms.items())
-    for even, head, (form, (dtype, scores, values)) in grid:
+    grid = itertools.product((True, False), hopper.HEADS, forms.items(), (False, True))
+    for even, head, (form, (dtype, scores, values)), feedback in grid:
+        if feedback and (form == "fp16" or not even):
+            continue
         fp8_values = values == torch.float8_e4m3fn
         config = hopper.config_for(head, scores, values)
         constants = {
@@ -123,10 +141,11 @@ def compile_hopper() -> Iterator[dict]:
             "STAGES": config.stages,
             **{"PIECES": 1, "EVEN": even},
             **{"SCALED": form in MODES, "INTEGERS": scores == torch.int8, "FP8_VALUES": fp8_values},
+            "FEEDBACK": feedback,
             "CONSUMER_REGISTERS": config.consumer_registers,
             "PRODUCER_REGISTERS": config.producer_registers,
         }
-        pointers = {"scale_log2": "fp32", "out": f"*{names[dtype]}"}
+        pointers = {"scale_log2": "fp32", "threshold": "fp32", "out": f"*{names[dtype]}", "needed": "*i8"}
         pointers |= dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale", "shift"), "*fp32")
         pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts", "drawn"), "*i32")
         key_block = (hopper.KEY_ROWS, head)
@@ -145,7 +164,7 @@ def compile_hopper() -> Iterator[dict]:
         told = compile_source(
             block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
         )
-        yield {"even": even, "head": head, "dtype": form, **told}
+        yield {"even": even, "head": head, "dtype": form, "feedback": feedback, **told}
 
 
 def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):
@@ -247,4 +266,5 @@ if __name__ == "__main__":
             print(json.dumps(told), flush=True)
         for dtype in TYPES if sys.argv[2] != "plan" else ():
             for head in map(int, sys.argv[2].split(",")):
-                print(json.dumps(compile_for(capability, head, dtype)), flush=True)
+                for feedback in (False, True) if head == 128 else (False,):
+                    print(json.dumps(compile_for(capability, head, dtype, feedback)), flush=True)

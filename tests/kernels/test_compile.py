@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import dit_accel.kernels.block_sparse.op
+import dit_accel.kernels.compaction.op
 import dit_accel.kernels.counting.op
 import dit_accel.kernels.pooling.op
 import dit_accel.kernels.selection.op  # noqa: F401
-from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback
+from dit_accel.kernels.compaction import compact_lists
 from dit_accel.kernels.counting import count_pairs
 from dit_accel.kernels.pooling import block_means
 from dit_accel.kernels.selection import select_blocks
@@ -19,12 +21,14 @@ OPS = torch.ops.dit_accel
 
 
 def predict_and_attend(q, k, v, starts, least):
-    """From queries and keys `[B, S, H, D]` to the output, its lse and the pairs that were read."""
+    """From queries and keys `[B, S, H, D]` to the outputs of two calls, the second of what the first found needed, and
+    the pairs that the first read."""
     tokens = q.shape[1]
     scores = block_means(q, starts, 16) @ block_means(k, starts, 16).transpose(2, 3)
     counts, indices = select_blocks(scores, None, least)
     plan = BlockPlan(counts, indices, starts, starts, tokens, tokens, 16, 16)
-    return *block_sparse(q, k, v, plan), count_pairs(plan)
+    out, lse, needed = block_sparse_feedback(q, k, v, plan, -1.0)
+    return *block_sparse(q, k, v, compact_lists(plan, needed)), out, lse, count_pairs(plan)
 
 
 def inputs(tokens=100, heads=2, seed=0):
@@ -67,6 +71,15 @@ def test_operators_are_sound(dtype):
     checks = ("test_schema", "test_faketensor")  # there is no backward
     torch.library.opcheck(
         OPS.block_sparse, (*by_head, *fields, [16, 16, 0, 0], 0.3, "cpu", "full"), test_utils=checks
+    )
+    torch.library.opcheck(
+        OPS.block_sparse_feedback,
+        (*by_head, *fields, [16, 16, 0, 0], 0.3, "cpu", "full", -2.0),
+        test_utils=checks,
+    )
+    needed = torch.rand(1, 2, *plan.indices.shape[2:]) < 0.5
+    torch.library.opcheck(
+        OPS.compact_lists, (plan.counts, plan.indices, needed, None, "auto"), test_utils=checks
     )
     torch.library.opcheck(OPS.block_means, (q, starts, 16, "reference"), test_utils=checks)
     torch.library.opcheck(

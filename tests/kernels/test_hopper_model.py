@@ -2,13 +2,15 @@
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from dit_accel.kernels.block_sparse import block_sparse
-from dit_accel.kernels.block_sparse.reference import block_sparse_quantised
+from dit_accel.kernels.block_sparse.feedback import Feedback
+from dit_accel.kernels.block_sparse.reference import block_sparse_quantised, margins
 from dit_accel.kernels.quantize import MODES, quantize_blocks
 from dit_accel.plan import BlockPlan
 
@@ -73,6 +75,42 @@ def test_quantised_against_the_reference(shape, mode):
     assert error <= {"int8_fp8": 0.045, "fp8": 0.058, "int8": 0.016}[mode] * size
     # Where a score lies between two codes either may be taken: one weight differs by up to an eighth.
     assert (lse - emulated_lse).nan_to_num(0.0).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["full", *MODES])
+@pytest.mark.parametrize("shape", CASES)
+def test_which_entries_mattered(shape, precision):
+    """8-bit values: what the formula calls needed is, and nothing that is two powers of two below."""
+    q_blocks, k_blocks = CASES[shape]
+    if precision != "full" and max(q_blocks) > 128:
+        pytest.skip("quantised copies have no longer blocks")
+    generator = torch.Generator().manual_seed(len(shape))
+    q, k, v = (torch.randn(2, 2, sum(n), 64, generator=generator) for n in (q_blocks, k_blocks, k_blocks))
+    starts = [[0, *torch.tensor(n).cumsum(0).tolist()] for n in (q_blocks, k_blocks)]
+    for first, end in pairwise(starts[1]):
+        k[:, :, first:end] *= 3 * torch.rand(2, 2, 1, 1, generator=generator) ** 2
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    mask = torch.rand(2, 2, len(q_blocks), len(k_blocks), generator=generator) < 0.8
+    plan = BlockPlan.from_mask(mask, *starts)
+    needed = torch.zeros(2, 2, *plan.indices.shape[2:], dtype=torch.uint8)
+    feedback = Feedback(-2.0, needed)
+    with modelled(hopper, 2):
+        if precision == "full":
+            hopper.block_sparse(q, k, v, plan, 64**-0.5, feedback)
+        else:
+            hopper.block_sparse_quantised(
+                quantize_blocks(q, k, v, plan, precision), plan, 64**-0.5, q, feedback
+            )
+    rise = margins(q.double(), k.double(), plan, 64**-0.5)
+    noise = 1e-3 if precision == "full" else 0.3  # of the scores, in powers of two
+    eager = 2.0 if precision in ("int8_fp8", "fp8") else 0.0
+    needed = needed.bool()
+    assert needed[rise > -2.0 + noise].all()
+    slot = torch.arange(needed.shape[3])
+    empty = rise.isneginf() & (slot < plan.counts[..., None])  # of blocks without a token nothing is asked
+    assert not needed[(rise < -2.0 - eager - noise) & ~empty].any()
+    if len(k_blocks) > 2:
+        assert 0 < needed.sum() < plan.counts.sum()  # both verdicts occur
 
 
 @pytest.mark.parametrize("mode", ["int8_fp8", "fp8"])

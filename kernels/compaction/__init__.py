@@ -1,0 +1,5 @@
+"""Shortening a plan's lists by what a call found: `compact_lists`."""
+
+from .api import IMPLEMENTATIONS, choose, compact_lists, why_not
+
+__all__ = ["IMPLEMENTATIONS", "choose", "compact_lists", "why_not"]
