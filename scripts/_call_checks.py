@@ -20,7 +20,7 @@ from dit_accel.kernels.selection import select_blocks
 from dit_accel.plan import BlockPlan, uniform_starts
 
 FUZZ = 200
-VERDICT_BLOCKS = ((128,), (128, 96, 17))  # tokens of the blocks, which take turns
+VERDICT_BLOCKS = ((128,), (128, 96, 17), (64,), (64, 17))  # tokens of the blocks, which take turns
 OTHERS = ("flash4", "flex")  # other packages' kernels: blocks of one size only, compiled for each shape
 SHARE_BEYOND = {
     "full": 0.02,
@@ -51,9 +51,10 @@ def _fuzz(impl: str, device: str, seed: int) -> Iterator[tuple[str, str | None]]
     pick = random.Random(seed)
 
     def blocks() -> tuple[int, ...]:
-        count, even = pick.randint(1, 9), pick.random() < 0.4
-        sizes = [128 if even else pick.choice((128, 128, 96, 64, 17, 1, 0)) for _ in range(count)]
-        sizes[-1] = pick.randint(1, 128)
+        count, even, longest = pick.randint(1, 9), pick.random() < 0.4, pick.choice((64, 128))
+        sizes = [longest if even else pick.choice((longest, longest, 96, 64, 17, 1, 0)) for _ in range(count)]
+        sizes = [min(size, longest) for size in sizes]
+        sizes[-1] = pick.randint(1, longest)
         return tuple(sizes)
 
     case = Case(

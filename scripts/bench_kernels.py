@@ -42,6 +42,17 @@ GPU_SHAPES = (
     dict(name="wan 480p", heads=12, tokens=32760, head=128, keeps=(0.25, 0.1)),
     dict(name="skewed", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="skewed"),
     dict(name="local", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="local"),
+    dict(
+        name="128 x 64",
+        heads=12,
+        tokens=32768,
+        head=128,
+        blocks=(64,),
+        q_blocks=(128,),
+        keeps=(0.5, 0.25, 0.1, 0.05),
+    ),
+    dict(name="64 x 64", heads=12, tokens=32768, head=128, blocks=(64,), keeps=(0.5, 0.25, 0.1, 0.05)),
+    dict(name="head 64, 64 x 64", heads=24, tokens=4480, head=64, blocks=(64,), keeps=(0.5, 0.25, 0.1)),
     dict(name="head 64", heads=24, tokens=4480, head=64, keeps=(0.5, 0.25, 0.1)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.25, 0.11)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=333, keeps=(0.25,)),
@@ -72,7 +83,13 @@ def random_plan(heads: int, starts: list[int], keep: float, device: str) -> Bloc
 
 
 def family_plan(
-    family: str, heads: int, starts: list[int], keep: float, device: str, text: int = 0
+    family: str,
+    heads: int,
+    starts: list[int],
+    keep: float,
+    device: str,
+    text: int = 0,
+    q_starts: list[int] | None = None,
 ) -> BlockPlan:
     """A plan that reads about `keep` of all pairs of blocks; the last `text` tokens are read by every query.
 
@@ -80,14 +97,16 @@ def family_plan(
         family: "uniform": each query block of each head keeps its own random key blocks, the same number of them.
             "skewed": how many they keep differs, as with top-p: half of them keep a third of the mean. "local": a band
             around the query block and the first block. "dense text": as "uniform", but text queries read everything.
+        starts: offsets of the key blocks, and of the query blocks unless `q_starts` has others ("uniform" only).
     """
-    n = len(starts) - 1
-    column, row = torch.arange(n, device=device), torch.arange(n, device=device)[:, None]
-    score = torch.rand(1, heads, n, n, generator=torch.Generator().manual_seed(0)).to(device)
+    q_starts = q_starts or starts
+    n, rows = len(starts) - 1, len(q_starts) - 1
+    column, row = torch.arange(n, device=device), torch.arange(rows, device=device)[:, None]
+    score = torch.rand(1, heads, rows, n, generator=torch.Generator().manual_seed(0)).to(device)
     texts = sum(start >= starts[-1] - text for start in starts[:-1])
     score[..., n - texts :] = 2
     least = max(1, round(keep * n))
-    count = torch.full((1, heads, n, 1), least, device=device)
+    count = torch.full((1, heads, rows, 1), least, device=device)
     if family == "skewed":
         draw = torch.rand(1, heads, n, 1, generator=torch.Generator().manual_seed(1)).to(device)
         count = (torch.where(draw < 0.5, 1 / 3, 5 / 3) * least).round().long().clamp(1, n)
@@ -100,7 +119,7 @@ def family_plan(
         count[:, :, n - texts :] = n
     rank = score.argsort(-1, descending=True).argsort(-1)
     known = dict(n_q_tokens=starts[-1], n_k_tokens=starts[-1])
-    return BlockPlan.from_mask(rank < count, starts, starts, **known)
+    return BlockPlan.from_mask(rank < count, q_starts, starts, **known)
 
 
 def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -216,10 +235,17 @@ def host_microseconds(run: Callable, calls: int = 50) -> float:
 
 
 def check(
-    impl: str, heads: int, starts: list[int], head: int, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan
+    impl: str,
+    head: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    q_starts: list[int],
+    starts: list[int],
 ) -> str | None:
     """Why the output of the first and last head is wrong, or None."""
-    blocks = tuple(b - a for a, b in pairwise(starts))
+    q_blocks, k_blocks = (tuple(b - a for a, b in pairwise(x)) for x in (q_starts, starts))
     if q.shape[1] > 40000:  # float64 would not fit: against Triton's kernel, which smaller shapes check
         out, lse = block_sparse(q, k, v, plan, impl=impl)
         exact, exact_lse = block_sparse(q, k, v, plan, impl="triton")
@@ -227,13 +253,13 @@ def check(
         gap = float((lse - exact_lse).abs().max())
         return None if error < 5e-3 and gap < 1e-3 else f"differs from Triton's: {error:.1e}, lse {gap:.1e}"
     # Two heads of all the tokens: enough to catch a wrong offset, and float64 stays affordable.
-    some = torch.tensor([0, heads - 1], device=q.device)
+    some = torch.tensor([0, q.shape[2] - 1], device=q.device)
     mask = plan.to_mask()[:, some]
-    case = Case(q.dtype, head, "bench", 1, 2, blocks, blocks, "random", "bshd")
+    case = Case(q.dtype, head, "bench", 1, 2, q_blocks, k_blocks, "random", "bshd")
     run = block_sparse(q, k, v, plan, impl=impl)
     picked = run[0][:, :, some], run[1][:, some]
     verdict = judge(lambda *_a, **_kw: picked, case, *(x[:, :, some] for x in (q, k, v)),
-                    BlockPlan.from_mask(mask, starts, starts))  # fmt: skip
+                    BlockPlan.from_mask(mask, q_starts, starts))  # fmt: skip
     return verdict.problem
 
 
@@ -243,6 +269,7 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
     heads, tokens, head, text = shape["heads"], shape["tokens"], shape["head"], shape.get("text", 0)
     starts = cut(tokens, shape.get("blocks", (128,)))
     starts += [tokens + start for start in cut(text, (128,))[1:]] if text else []
+    q_starts = cut(tokens, shape["q_blocks"]) if "q_blocks" in shape else starts
     generator = torch.Generator(device).manual_seed(1)
     q, k, v = (
         torch.randn(1, starts[-1], heads, head, generator=generator, device=device).to(dtype)
@@ -252,7 +279,7 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
     title = f"{shape['name']} H={heads} N={tokens}{f'+{text}' if text else ''} D={head} {family}"
     table, failures, spent = [], 0, {}
     for keep in shape["keeps"]:
-        plan = family_plan(family, heads, starts, keep, device, text)
+        plan = family_plan(family, heads, starts, keep, device, text, q_starts)
         runs = dense_candidates(q, k, v)
         if len(runs) > 1 and tokens > 40000:
             runs.pop("flash", None)
@@ -262,7 +289,7 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
             if reason:
                 print(f"{title:48}{keep:6} {impl} not timed: {reason}", flush=True)
                 continue
-            problem = check(impl, heads, starts, head, q, k, v, plan)
+            problem = check(impl, head, q, k, v, plan, q_starts, starts)
             if problem:
                 failures += 1
                 print(f"{title:48}{keep:6} {impl} WRONG, not timed: {problem}", flush=True)
@@ -274,11 +301,11 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
                     and why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan, feedback=True) is None
                 ):
                     runs[f"{impl} + next plan"] = partial(attend_and_shorten, q, k, v, plan, impl)
-        for mode in options.precision if tokens > 30000 else ():
+        for mode in options.precision if tokens > 30000 and plan.max_k_block == 128 else ():
             runs |= quantised_candidates(mode, q, k, v, plan)
         if options.peers is not None:
             runs |= dict(right_peers(options.peers or PEERS, q, k, v, plan))
-        if family == "uniform" and device == "cuda":
+        if family == "uniform" and device == "cuda" and q_starts is starts:
             runs["plan"] = partial(predict, q, k, plan, keep)
         with Gauge(device) as gauge:
             times = time_in_turns(runs, device, options.rounds)
@@ -310,7 +337,7 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
             )
             if device == "cuda":
                 processors = torch.cuda.get_device_properties(device).multi_processor_count
-                row["tile_microseconds"] = start * 1e3 * processors / (heads * (len(starts) - 1))
+                row["tile_microseconds"] = start * 1e3 * processors / (heads * (len(q_starts) - 1))
                 told += f", {row['tile_microseconds']:.2f} us a tile"
             print(f"{title}: {impl} takes {told}", flush=True)
             table.append(row)

@@ -33,6 +33,9 @@ SHAPES = {
     ),
     # More tiles than a GPU has multiprocessors, so that a program takes several.
     "many tiles": dict(batch=2, heads=4, q_blocks=(128,) * 70 + (40,), k_blocks=(128, 128, 128, 60)),
+    "128 x 64": dict(batch=1, heads=3, q_blocks=(128,) * 3 + (77,), k_blocks=(64,) * 11 + (9,)),
+    "64 x 64": dict(batch=2, heads=3, q_blocks=(64,) * 5 + (33,), k_blocks=(64,) * 11 + (9,)),
+    "many 64 x 64": dict(batch=2, heads=4, q_blocks=(64,) * 130 + (40,), k_blocks=(64, 64, 64, 48)),
     "zero-length": dict(batch=2, heads=2, q_blocks=(64, 0, 33, 128, 0), k_blocks=(0, 17, 128, 0, 64, 0)),
     "tiny blocks": dict(batch=1, heads=2, q_blocks=(16,) * 7 + (5,), k_blocks=(16,) * 9 + (3,)),
     "cross": dict(batch=2, heads=2, q_blocks=(100, 28), k_blocks=(128,) * 15 + (31,)),
@@ -50,7 +53,7 @@ def cases(types: list[torch.dtype]) -> list[Case]:
         # Compiling dominates on a GPU: the largest head and the shortest blocks stand for themselves once.
         if (head != 256 or shape in ("ragged", "tiles"))
         and (head == 64 or shape != "tiny blocks")
-        and (head in (64, 128) or shape != "many tiles")
+        and (head in (64, 128) or shape not in ("many tiles", "many 64 x 64"))
     ]
 
 

@@ -12,12 +12,17 @@ keep the tensor cores busy while exponentials are taken, both from FlashAttentio
 Tiles follow one another without a gap: the block after a tile's last one is the next tile's first, so its product and
 its softmax run beneath the last `p v`, and what a short list would lose at its ends is not lost.
 
+Key blocks of at most 64 rows are copied and multiplied as such, with the queries in registers: from shared memory they
+would be read anew for each, as many bytes as the keys. Where query blocks too have at most 64 rows, the two groups go
+their own ways: each has a loading warp, a ring and tiles of 64 rows, and lists of different length keep nobody waiting.
+
 The arithmetic is that of `triton.py`. Rows behind a block's end are read with it, as part of a copy of fixed size, and
 weighted with zero; only the end of the sequence is filled with zeros by the copy. So a NaN anywhere in the keys or
 values of a head may reach any of its rows, as it does in dense attention. Heads and batch rows never mix.
 
-The device's code is in `hopper_kernel.py` (the roles), `hopper_softmax.py` and `hopper_tiles.py`; docs/kernels.md says
-how fast it is and what limits it. Quantised operands (`kernels/quantize`) take the same way:
+The device's code: `hopper_kernel.py` (shared memory, and the roles are given out), `hopper_load.py` and
+`hopper_attend.py` (the roles), `hopper_softmax.py`, `hopper_tiles.py` and `hopper_barriers.py`. docs/kernels.md says how
+fast it is and what limits it. Quantised operands (`kernels/quantize`) take the same way:
 
 - Scores of 8-bit integers are moved to 1.5 * 2^23 and up, where an integer's bits, read as a float, are its value: one
   addition, where a conversion would cost as much as the exponentials.
@@ -49,6 +54,7 @@ from dit_accel.kernels.quantize import Quantised
 from dit_accel.plan import BlockPlan, lead_strides
 
 from .feedback import Feedback
+from .hopper_barriers import LONE_STAGES
 from .hopper_kernel import block_sparse_kernel
 from .hopper_tiles import ROWS, bulk_strides, why_no_bulk_copy
 
@@ -71,20 +77,39 @@ SHARED = 227 * 1024  # bytes of a multiprocessor that one program may have
 class Config:
     """A compiled shape of the kernel."""
 
-    stages: int  # key and value blocks in the ring: as many as shared memory holds, at most four
+    block_n: int  # key rows of one copy and one product; no key block is longer
+    alone: (
+        bool  # each computing group has tiles of 64 rows and a ring of its own, else both share tiles of 128
+    )
+    stages: int  # key and value blocks in a ring: as many as shared memory holds, at most as many as it has barriers
     consumer_registers: int
     producer_registers: int
 
 
 def config_for(
-    head: int, scores: torch.dtype = torch.bfloat16, values: torch.dtype = torch.bfloat16
+    head: int,
+    scores: torch.dtype = torch.bfloat16,
+    values: torch.dtype = torch.bfloat16,
+    longest_q: int = 128,
+    longest_k: int = KEY_ROWS,
 ) -> Config:
-    """The one configuration for this head size and these formats."""
-    queries = 2 * 2 * ROWS.value * head * scores.itemsize  # this tile's and the next one's
-    rows = 2 * ROWS.value * head * 2  # of the output
-    block = KEY_ROWS * head * (scores.itemsize + values.itemsize)
-    stages = min(4, (SHARED - queries - rows - 2048) // block)
-    return Config(stages, *(FP8_REGISTERS if values == torch.float8_e4m3fn else REGISTERS))
+    """The one configuration for this head size, these formats and the longest blocks of a plan.
+
+    Quantised copies have 128 rows a block, whatever they hold.
+    """
+    full = scores.itemsize == 2
+    block_n = 64 if full and longest_k <= 64 else KEY_ROWS
+    alone = block_n == 64 and longest_q <= ROWS.value
+    tile = ROWS.value * head
+    queries = (
+        (2 if alone else 4) * tile * scores.itemsize
+    )  # for each group one copy, or this tile's and the next one's
+    rows = 0 if alone else 2 * tile * 2  # of the output
+    block = block_n * head * (scores.itemsize + values.itemsize)
+    room = (SHARED - queries - rows - 2048) // block
+    stages = min(LONE_STAGES.value, room // 2) if alone else min(4, room)
+    registers = FP8_REGISTERS if values == torch.float8_e4m3fn else REGISTERS
+    return Config(block_n, alone, stages, *registers)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> str | None:
@@ -132,21 +157,22 @@ def _launch(
     out = torch.empty_like(like)
     lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=q.device)
     counts, indices = plan.counts.contiguous(), plan.indices.contiguous()
-    rows, key_rows = ROWS.value, KEY_ROWS
+    config = config_for(head, q.dtype, v.dtype, plan.max_q_block, plan.max_k_block)
+    rows, key_rows, groups = ROWS.value, config.block_n, 1 if config.alone else 2
     fp8_values = v.dtype == torch.float8_e4m3fn
-    pieces = max(1, -(-plan.max_q_block // (2 * rows)))
+    pieces = max(1, -(-plan.max_q_block // (groups * rows)))
     scales = (parts.q_scale, parts.k_scale, parts.v_scale, parts.shift) if parts else (lse,) * 4  # not read
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     drawn = torch.zeros(1, dtype=torch.int32, device=q.device)  # how many tiles the programs have drawn
     places = plan.n_q * pieces
     tiles, ahead = batch * heads * places, min(AHEAD, places // 4)
-    config = config_for(head, q.dtype, v.dtype)
+    programs = min(tiles if groups == 2 else -(-tiles // 2), processors)
     needed, threshold = lse, 0.0  # not read
     if feedback is not None:
         # With fp8 values a row's maximum is rounded up to a whole power of two.
         needed, threshold = feedback.needed.view(torch.int8), feedback.threshold - fp8_values
     with torch.cuda.device(q.device):
-        block_sparse_kernel[(min(tiles, processors),)](
+        block_sparse_kernel[(programs,)](
             _describe(q, (rows, head)),
             _describe(k, (key_rows, head)),
             _describe(v, (head, key_rows) if fp8_values else (key_rows, head)),
@@ -166,6 +192,7 @@ def _launch(
             INTEGERS=q.dtype == torch.int8,
             FP8_VALUES=fp8_values,
             FEEDBACK=feedback is not None,
+            ALONE=config.alone,
             CONSUMER_REGISTERS=config.consumer_registers,
             PRODUCER_REGISTERS=config.producer_registers,
             num_warps=4,

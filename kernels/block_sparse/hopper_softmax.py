@@ -225,3 +225,16 @@ def unpack_weights(packed, dtype: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: g
                 "mov.b32 $0, $1;", "=r,r,r", [words], dtype=gl.float16, is_pure=True, pack=2
             )
     return weights
+
+
+@gluon.jit
+def hold_queries(queries, HEAD: gl.constexpr):
+    """Queries of 16 bits as `pack_weights` packs weights, to be held in registers: int32 `[ROWS, HEAD // 2]`.
+
+    Not pure: what comes after it in the source happens after the queries were read.
+    """
+    twice = gl.inline_asm_elementwise(
+        "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [queries], dtype=gl.int32, is_pure=False, pack=2
+    )
+    words, _same = gl.split(twice.reshape([ROWS, HEAD // 2, 2]))
+    return words

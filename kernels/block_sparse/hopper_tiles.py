@@ -135,22 +135,24 @@ def look_up(
 
 
 @gluon.jit
-def settle(place, low, high, count, PIECES: gl.constexpr):
+def settle(place, low, high, count, PIECES: gl.constexpr, TILE_ROWS: gl.constexpr):
     """First row and end of a tile, and how many key blocks it reads. A long query block is cut in `PIECES`."""
-    first = low + (place % PIECES) * (2 * ROWS)
+    first = low + (place % PIECES) * TILE_ROWS
     return first, high, gl.where(first < high, count, 0)
 
 
 @gluon.jit
 def empty_rows(
-    out, lse, i_b, i_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os, HEAD: gl.constexpr
-):
+    out, lse, i_b, i_h, first, end, heads, n_tokens, stride_ob, stride_oh, stride_os,
+    HEAD: gl.constexpr,
+    TILE_ROWS: gl.constexpr,
+):  # fmt: skip
     """The loading warp's business: rows that read nothing are 0, their lse is -inf."""
     LINE: gl.constexpr = gl.BlockedLayout([HEAD // 32], [32], [1], [0])
     lanes = gl.arange(0, HEAD, layout=LINE)
     p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
     p_lse = lse + (i_b.to(gl.int64) * heads + i_h) * n_tokens
-    for row in range(first, gl.minimum(end, first + 2 * ROWS)):
+    for row in range(first, gl.minimum(end, first + TILE_ROWS)):
         nothing = gl.zeros([HEAD], out.dtype.element_ty, LINE)
         gl.store(p_out + row.to(gl.int64) * stride_os + lanes, nothing)
         gl.store(p_lse + row, -float("inf"))
@@ -168,13 +170,15 @@ def values_from(block, HEAD: gl.constexpr, BLOCK_N: gl.constexpr, FP8_VALUES: gl
 
 @gluon.jit
 def finish(
-    acc, top, total, shift, first, end, i_b, i_h, o_smem, heads, result, v_scale,
+    acc, top, total, shift, low, end, i_b, i_h, o_smem, heads, result, v_scale,
     WHICH: gl.constexpr,
     HEAD: gl.constexpr,
     LAYOUT: gl.constexpr,
     SCALED: gl.constexpr,
+    BULK: gl.constexpr,
 ):  # fmt: skip
-    """Divide by the totals and write a tile's rows: in bulk, or if the block ends among them, one by one.
+    """Divide by the totals and write a tile's rows, from `low` on: in bulk, or if the block ends among them, or without
+    BULK, one by one.
 
     shift: what is added to the lse; with SCALED every channel is multiplied by its `v_scale`.
     """
@@ -183,12 +187,15 @@ def finish(
     share = 1.0 / gl.where(empty, 1.0, total)
     b_lse = gl.where(empty, -float("inf"), (top + gl.log2(total)) * LN_2 + shift)
     acc = acc * gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
-    low = first + WHICH * ROWS
     lanes = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
     if SCALED:
         acc = acc * gl.load(v_scale + (i_b * heads + i_h) * HEAD + lanes)[None, :]
     rounded = acc.to(out.dtype.element_ty)
-    if low + ROWS <= end:
+    if BULK:
+        whole = low + ROWS <= end
+    else:
+        whole = False
+    if whole:
         block = o_smem.index(WHICH)
         copy_out_wait(0)  # of the tile before
         block.reshape([ROWS, HEAD]).store(rounded)
@@ -202,19 +209,3 @@ def finish(
     rows = low + gl.arange(0, ROWS, layout=top.type.layout)
     p_lse = lse + (i_b.to(gl.int64) * heads + i_h) * n_tokens
     gl.store(p_lse + rows, b_lse, mask=rows < end)
-
-
-@gluon.jit
-def named_wait(which, threads):
-    """Wait until `threads` threads, these among them, have come to the processor's barrier of this number."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,r", [which, threads], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def named_arrive(which, threads):
-    """Come to the barrier of this number and go on."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [which, threads], dtype=gl.int32, is_pure=False, pack=1
-    )

@@ -130,25 +130,26 @@ def compile_hopper() -> Iterator[dict]:
     forms |= {m.name: (torch.bfloat16, m.scores, m.values or torch.bfloat16) for m in MODES.values()}
     names = {**TYPES, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
     rows = hopper.ROWS.value
-    grid = itertools.product((True, False), hopper.HEADS, forms.items(), (False, True))
-    for even, head, (form, (dtype, scores, values)), feedback in grid:
-        if feedback and (form == "fp16" or not even):
+    shapes = ((128, 128), (128, 64), (64, 64))  # query and key rows of a block
+    grid = itertools.product(shapes, (True, False), hopper.HEADS, forms.items(), (False, True))
+    for block, even, head, (form, (dtype, scores, values)), feedback in grid:
+        if (feedback and (form == "fp16" or not even)) or (block[1] == 64 and form != "bf16"):
             continue
         fp8_values = values == torch.float8_e4m3fn
-        config = hopper.config_for(head, scores, values)
+        config = hopper.config_for(head, scores, values, *block)
         constants = {
-            **{"HEAD": head, "BLOCK_N": hopper.KEY_ROWS},
+            **{"HEAD": head, "BLOCK_N": config.block_n},
             "STAGES": config.stages,
             **{"PIECES": 1, "EVEN": even},
             **{"SCALED": form in MODES, "INTEGERS": scores == torch.int8, "FP8_VALUES": fp8_values},
-            "FEEDBACK": feedback,
+            **{"FEEDBACK": feedback, "ALONE": config.alone},
             "CONSUMER_REGISTERS": config.consumer_registers,
             "PRODUCER_REGISTERS": config.producer_registers,
         }
         pointers = {"scale_log2": "fp32", "threshold": "fp32", "out": f"*{names[dtype]}", "needed": "*i8"}
         pointers |= dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale", "shift"), "*fp32")
         pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts", "drawn"), "*i32")
-        key_block = (hopper.KEY_ROWS, head)
+        key_block = (config.block_n, head)
         value_block = key_block[::-1] if fp8_values else key_block
         blocks = {
             "q": ((rows, head), scores),
@@ -156,15 +157,15 @@ def compile_hopper() -> Iterator[dict]:
             "v": (value_block, values),
             "o": ((rows, head), dtype),
         }
-        for x, (block, type_) in blocks.items():
-            layout = hopper.shared_layout(block, type_)
-            pointers[f"{x}_desc"] = f"tensordesc<{names[type_]}[1, 1, {block[0]}, {block[1]}],{layout!r}>"
+        for x, (copied, type_) in blocks.items():
+            layout = hopper.shared_layout(copied, type_)
+            pointers[f"{x}_desc"] = f"tensordesc<{names[type_]}[1, 1, {copied[0]}, {copied[1]}],{layout!r}>"
         free = (*UNSPECIALIZED, "scale_log2", *(f"{x}_desc" for x in blocks))
         signature, aligned = sign(block_sparse_kernel, pointers, constants, free)
         told = compile_source(
             block_sparse_kernel, signature, constants, aligned, 4, 3, 90, source=GluonASTSource
         )
-        yield {"even": even, "head": head, "dtype": form, "feedback": feedback, **told}
+        yield {"block": block, "even": even, "head": head, "dtype": form, "feedback": feedback, **told}
 
 
 def sign(function, pointers: dict[str, str], constants: dict, unspecialized: tuple[str, ...]):

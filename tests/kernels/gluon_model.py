@@ -25,6 +25,7 @@ import torch
 NAMED = 100  # what is added to the number of a named barrier to tell it from a ring
 PATIENCE = 20.0  # seconds until a wait counts as a deadlock
 POISON = {torch.int8: 113, torch.int32: -1}  # of types without NaN
+_drawing = threading.Lock()  # groups that work alone draw beside one another
 _failures: list[BaseException] = []  # of the roles that run
 _here = (
     threading.local()
@@ -84,7 +85,7 @@ class Memory:
     """Shared memory: a stack of blocks, or one block of it."""
 
     def __init__(self, data: torch.Tensor):
-        self.data = data
+        self.data, self.dtype = data, data.dtype
 
     def index(self, i: int) -> Memory:
         return Memory(self.data[i])
@@ -261,9 +262,10 @@ def _store(pointer: Pointer, value, mask=None):
 
 
 def _draw(pointer: Pointer):
-    before = _load(pointer)
-    pointer.flat[pointer.offset] += 1
-    return before
+    with _drawing:
+        before = _load(pointer)
+        pointer.flat[pointer.offset] += 1
+        return before
 
 
 def _sum(x, axis):
@@ -384,6 +386,7 @@ def _names(deaf: int | None) -> dict:
         "open_ticket": lambda ticket: ticket,
         "copy_out": _copy_out,
         "copy_out_wait": lambda pending: _wait_for_copies_out(pending),
+        "hold_queries": lambda queries, _head: queries,
         "unpack_weights": lambda packed, _dtype, _columns, _layout: packed,
     }
 
@@ -399,9 +402,17 @@ def modelled(kernel, programs: int, deaf: int | None = None):
     """
     from triton.experimental.gluon import language
 
-    from dit_accel.kernels.block_sparse import hopper_kernel, hopper_softmax, hopper_tiles
+    from dit_accel.kernels.block_sparse import (
+        hopper_attend,
+        hopper_barriers,
+        hopper_kernel,
+        hopper_load,
+        hopper_softmax,
+        hopper_tiles,
+    )
 
-    ours = {k: v for module in (hopper_tiles, hopper_softmax, hopper_kernel) for k, v in vars(module).items()}
+    modules = (hopper_barriers, hopper_tiles, hopper_softmax, hopper_load, hopper_attend, hopper_kernel)
+    ours = {k: v for module in modules for k, v in vars(module).items()}
     names = {}
     for name, value in ours.items():
         function = getattr(value, "fn", None)

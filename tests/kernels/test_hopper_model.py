@@ -18,13 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gluon_model import NAMED, modelled
 
 hopper = pytest.importorskip("dit_accel.kernels.block_sparse.hopper", exc_type=ImportError)
-hopper_kernel = pytest.importorskip("dit_accel.kernels.block_sparse.hopper_kernel", exc_type=ImportError)
+hopper_barriers = pytest.importorskip("dit_accel.kernels.block_sparse.hopper_barriers", exc_type=ImportError)
 
 CASES = {
     "even": ((128,) * 3, (128,) * 6),
     "ragged": ((128, 77, 128, 40), (128, 96, 128, 1)),
     "zero-length": ((64, 0, 33, 128, 0), (0, 17, 128, 0, 64, 0)),
     "long query blocks": ((300, 128), (128, 100)),
+    "keys of 64": ((128,) * 3, (64,) * 8),
+    "ragged keys of 64": ((300, 77, 128, 40), (64, 48, 0, 64, 1)),
+    "64 x 64": ((64,) * 5, (64,) * 8),
+    "ragged 64 x 64": ((64, 33, 0, 64, 5), (64, 48, 0, 64, 1)),
 }
 
 
@@ -134,15 +138,21 @@ def test_fp8_weights_reach_far_below_the_largest(mode, place):
     assert (out.double() - exact).norm() < 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("barrier", ["q_full", "k_full", "v_full", "Q_FREE", "FREE"])
-def test_a_broken_protocol_shows(barrier):
+@pytest.mark.parametrize(
+    ("size", "barrier"),
+    [
+        *((size, ring) for size in (128, 64) for ring in ("q_full", "k_full", "v_full")),
+        *((128, "Q_FREE"), (128, "FREE"), (64, "LONE_Q_FREE"), (64, "LONE_FREE")),
+    ],
+)
+def test_a_broken_protocol_shows(size, barrier):
     """The model can fail: where nobody waits for one kind of barrier, numbers are missing or wrong."""
     rings = ["q_full", "k_full", "v_full"]  # as the kernel allocates them
-    deaf = rings.index(barrier) if barrier in rings else NAMED + getattr(hopper_kernel, barrier).value
-    starts = [*range(0, 1281, 128)]
-    q, k, v = (torch.randn(1, 1, 1280, 64).bfloat16() for _ in range(3))
-    # Queries are copied two tiles ahead: too early only where tiles are short.
-    mask = torch.eye(10) if barrier == "Q_FREE" else torch.ones(10, 10)
+    deaf = rings.index(barrier) if barrier in rings else NAMED + getattr(hopper_barriers, barrier).value
+    starts = [*range(0, 10 * size + 1, size)]
+    q, k, v = (torch.randn(1, 1, 10 * size, 64).bfloat16() for _ in range(3))
+    # Queries are copied a tile or two ahead: too early only where tiles are short.
+    mask = torch.eye(10) if barrier.endswith("Q_FREE") else torch.ones(10, 10)
     plan = BlockPlan.from_mask(mask.bool()[None, None], starts, starts)
     exact, _ = block_sparse(q, k, v, plan, layout="bhsd", impl="reference")
     try:
