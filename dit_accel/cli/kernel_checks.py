@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """Every implementation of every kernel, on the GPU where there is one."""
-    from dit_accel.kernels import counting, pooling, selection
+    from dit_accel.kernels import compaction, counting, pooling, quantize, selection
     from dit_accel.options import IMPLS
 
     checks: list[tuple[str, Callable[[str], Check]]] = [
@@ -27,6 +28,8 @@ def check_kernels() -> Iterator[Check]:
     checks += [(f"pooling/{impl}", _check_pooling) for impl in pooling.IMPLEMENTATIONS]
     checks += [(f"selection/{impl}", _check_selection) for impl in selection.IMPLEMENTATIONS]
     checks += [(f"counting/{impl}", _check_counting) for impl in counting.IMPLEMENTATIONS]
+    checks += [(f"compaction/{impl}", _check_compaction) for impl in compaction.IMPLEMENTATIONS]
+    checks += [(f"quantize/{impl}", _check_quantize) for impl in quantize.IMPLEMENTATIONS]
     for name, check in checks:
         try:
             yield check(name)
@@ -144,6 +147,56 @@ def _check_counting(name: str) -> Check:
     began = time.perf_counter()
     wrong = abs(int(count_pairs(plan, impl=impl)) - right)
     return _judge(name, torch.float32, device, float(wrong), f"off by {wrong} of {right}", began)
+
+
+def _check_compaction(name: str) -> Check:
+    """Entries that are needed or forced, against the mask."""
+    import torch
+
+    from dit_accel.kernels.compaction import compact_lists, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    generator = torch.Generator("cpu").manual_seed(4)
+    starts = [*range(0, 301, 10)]
+    mask, needed, forced = (torch.rand(1, 2, 30, 30, generator=generator) < p for p in (0.7, 0.4, 0.1))
+    listed = BlockPlan.from_mask(mask, starts, starts)
+    needed = needed.gather(3, listed.indices.long())  # beside the lists instead of beside the blocks
+    plan = BlockPlan.from_mask(mask.to(device), starts, starts)
+    reason = why_not(impl, plan.counts)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    short = compact_lists(plan, needed.to(device), forced[0, 0].to(device), impl=impl)
+    wanted = torch.zeros_like(mask).scatter_(3, listed.indices.long(), needed) | forced[:, :1]
+    wrong = int((short.to_mask().cpu() != (wanted & mask)).sum())
+    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
+
+
+def _check_quantize(name: str) -> Check:
+    """8-bit integers of queries, put together again."""
+    import torch
+
+    from dit_accel.kernels.quantize import ROWS, quantize_blocks, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    q = torch.randn(1, 2, 301, 64, generator=torch.Generator("cpu").manual_seed(5)).to(device)
+    starts = [0, 128, 200, 301]
+    plan = BlockPlan.from_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device), starts, starts)
+    reason = why_not(impl, q)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    copies = quantize_blocks(q, q, q, plan, "int8", impl=impl)
+    rows = torch.cat([torch.arange(b - a) + ROWS * i for i, (a, b) in enumerate(pairwise(starts))]).to(device)
+    again = (copies.q8.float() * copies.q_scale[..., None])[:, :, rows]
+    steps = float(
+        ((again - q).abs() / copies.q_scale[:, :, rows, None]).max()
+    )  # half a step is the best possible
+    return _judge(name, torch.float32, device, max(0.0, steps - 0.5), f"{steps:.3f} steps off", began)
 
 
 def _judge(name: str, dtype, device, error: float, told: str, began: float) -> Check:

@@ -45,7 +45,8 @@ def block_sparse(
         layout: the order of the dimensions of q, k, v and out.
         impl: one of `IMPLEMENTATIONS`, or "auto" (`choose`). A named one runs or raises.
         precision: "full", or a mode of `kernels.quantize`: q, k and v are quantised first. "int8_fp8" costs a relative
-            error of about 0.04, "fp8" 0.06, "int8" 0.01 on normal inputs. Runs on "hopper" and, slowly, "reference".
+            error of about 0.04, "fp8" 0.06, "int8" 0.01 on normal inputs. They run on "hopper" and, slowly,
+            "reference"; "int8" on "triton" too.
 
     Returns:
         `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
@@ -181,6 +182,8 @@ def _run_quantised(
             from .reference import block_sparse_quantised as attend
         case "hopper":
             from .hopper import block_sparse_quantised as attend
+        case "triton":
+            from .triton import block_sparse_quantised as attend
     if scale <= 0:  # the kernels scale by powers of two of a positive number
         q, scale = -q, max(-scale, 1e-30)
     return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q, *asked)
@@ -205,7 +208,7 @@ def choose(
         q, k, v: `[B, H, S, D]`.
         plan: the call's plan.
         impl: "auto" or a name.
-        precision: "full" or a quantised mode; for a mode "auto" is "hopper" on CUDA and "reference" on the CPU.
+        precision: "full" or a quantised mode; for a mode "auto" is "reference" on the CPU.
         feedback: whether the call asks which entries mattered.
 
     Raises:
@@ -213,8 +216,8 @@ def choose(
         KernelUnavailable: it cannot run this call; the message says why.
     """
     if impl == "auto" and q.device.type == "cuda":
-        special = precision != "full" or why_not("hopper", q, k, v, plan) is None
-        impl = "hopper" if special else "triton"
+        hopper = precision in ("int8_fp8", "fp8") or why_not("hopper", q, k, v, plan, precision) is None
+        impl = "hopper" if hopper else "triton"
     elif impl == "auto":
         impl = "cpu" if precision == "full" else "reference"
     reason = why_not(impl, q, k, v, plan, precision, feedback)
@@ -240,8 +243,9 @@ def why_not(
     if impl not in IMPLEMENTATIONS:
         raise unknown_name("block_sparse implementation", impl, (*IMPLEMENTATIONS, "auto"))
     if precision != "full":
-        if impl not in ("reference", "hopper"):
-            return f"precision {precision!r} runs on 'hopper' and 'reference' only."
+        where = ("reference", "hopper", "triton") if precision == "int8" else ("reference", "hopper")
+        if impl not in where:
+            return f"precision {precision!r} runs on {', '.join(where)} only."
         if q.dtype == torch.float64 or max(plan.max_q_block, plan.max_k_block) > ROWS:
             return f"quantised attention takes no float64 and no block above {ROWS} tokens."
     if feedback and (impl in ("flash4", "flex") or (impl == "reference" and precision != "full")):

@@ -21,8 +21,8 @@ weighted with zero; only the end of the sequence is filled with zeros by the cop
 values of a head may reach any of its rows, as it does in dense attention. Heads and batch rows never mix.
 
 The device's code: `hopper_kernel.py` (shared memory, and the roles are given out), `hopper_load.py` and
-`hopper_attend.py` (the roles), `hopper_softmax.py`, `hopper_tiles.py` and `hopper_barriers.py`. docs/kernels.md says how
-fast it is and what limits it. Quantised operands (`kernels/quantize`) take the same way:
+`hopper_attend.py` (the roles), `hopper_softmax.py`, `hopper_tiles.py` and `hopper_barriers.py`. docs/kernels.md says
+how fast it is and what limits it. Quantised operands (`kernels/quantize`) take the same way:
 
 - Scores of 8-bit integers are moved to 1.5 * 2^23 and up, where an integer's bits, read as a float, are its value: one
   addition, where a conversion would cost as much as the exponentials.

@@ -9,6 +9,11 @@ One program takes `BLOCK_M` rows of one query block and walks its list from last
 steps of `BLOCK_N` rows; rows past its end belong to the next block and are masked. One fixed configuration per head
 size and type: none is used that was not compiled and checked. Source of the online form: FlashAttention-2,
 arXiv:2307.08691, algorithm 1.
+
+With 8-bit integer copies of q and k (`kernels/quantize`, mode "int8") the first product is one of integers, which every
+chip since sm_80 multiplies twice as fast; the second stays as it is:
+
+    s = (q8 k8^T) * q_scale[row] * k_scale[block] * scale * log2(e);  lse += shift[row] * scale
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.quantize import ROWS, Quantised
 from dit_accel.plan import BlockPlan, lead_strides
 
 from .feedback import Feedback
@@ -78,31 +84,53 @@ def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
-    batch, heads, n_q, head = q.shape
-    config = config_for(head, q.dtype)
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=q.device)
+    return _launch(q, k, v, None, plan, scale, q, feedback)
+
+
+def block_sparse_quantised(
+    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor, feedback: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `block_sparse`, from quantised copies in mode "int8"; `out` is shaped and typed as `like`."""
+    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Quantised | None,
+    plan: BlockPlan,
+    scale: float,
+    like: Tensor,
+    feedback: Feedback | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, n_q, head = like.shape
+    config = config_for(head, like.dtype)
+    out = torch.empty_like(like)
+    lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=like.device)
+    scales = (lse, lse, lse) if parts is None else (parts.q_scale, parts.k_scale, parts.shift)
     # A program covers block_m rows of a query block; longer blocks take several.
-    parts = max(1, triton.cdiv(plan.max_q_block, config.block_m))
-    grid = (plan.n_q * parts, heads, batch)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    pieces = max(1, triton.cdiv(plan.max_q_block, config.block_m))
+    grid = (plan.n_q * pieces, heads, batch)
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         block_sparse_kernel[grid](
-            *(q, k, v, out, lse),
+            *(q, k, v, out, lse, *scales),
             *(plan.counts, plan.indices, plan.q_starts, plan.k_starts),
             *(*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2]),
             *(*lead_strides(plan.counts), *lead_strides(plan.indices), plan.indices.stride(2)),
             *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
             *(lse if feedback is None else feedback.needed, feedback.threshold if feedback else 0.0),
             scale * math.log2(math.e),
-            *(parts, plan.n_q, plan.indices.shape[3], heads),
+            *(pieces, plan.n_q, plan.n_k, plan.indices.shape[3], heads),
             HEAD=head,
             BLOCK_D=padded_head(head),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             STEPS=max(1, triton.cdiv(plan.max_k_block, config.block_n)),
             # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
-            UPCAST=interpreting() and q.dtype == torch.bfloat16,
+            UPCAST=interpreting() and like.dtype == torch.bfloat16,
             FEEDBACK=feedback is not None,
+            RESERVED=0 if parts is None else ROWS,
             num_warps=config.warps,
             enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
             num_stages=config.stages,
@@ -113,13 +141,24 @@ def block_sparse(
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
 UNSPECIALIZED = (
     *("stride_lb", "stride_lh", "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_iq"),
-    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "parts", "n_q", "width", "heads", "threshold"),
+    *(
+        "stride_qsb",
+        "stride_qsh",
+        "stride_ksb",
+        "stride_ksh",
+        "pieces",
+        "n_q",
+        "n_k",
+        "width",
+        "heads",
+        "threshold",
+    ),
 )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def block_sparse_kernel(
-    q, k, v, out, lse,
+    q, k, v, out, lse, q_scale, k_scale, shift,
     counts, indices, q_starts, k_starts,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -132,7 +171,7 @@ def block_sparse_kernel(
     stride_ksb, stride_ksh,
     needed, threshold,
     scale_log2,
-    parts, n_q, width, heads,
+    pieces, n_q, n_k, width, heads,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -140,10 +179,14 @@ def block_sparse_kernel(
     STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    RESERVED: tl.constexpr,
 ):  # fmt: skip
-    """One program: `BLOCK_M` rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements."""
-    i_block = tl.program_id(0) // parts
-    i_part = tl.program_id(0) % parts
+    """One program: `BLOCK_M` rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements.
+
+    RESERVED: rows that quantised copies have for each block; 0 for q, k and v themselves.
+    """
+    i_block = tl.program_id(0) // pieces
+    i_part = tl.program_id(0) % pieces
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
 
@@ -159,9 +202,14 @@ def block_sparse_kernel(
     row_ok = rows < end
     q_ok = row_ok[:, None] if HEAD == BLOCK_D else row_ok[:, None] & (lanes < HEAD)[None, :]
 
-    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + lanes[None, :] * stride_qd
-    b_q = tl.load(p_q, mask=q_ok, other=0.0)
-    if UPCAST:
+    q_rows = rows
+    if RESERVED:
+        q_rows = (i_block * RESERVED + i_part * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        q_place = (i_b * heads + i_h) * n_q * RESERVED + q_rows
+        factor = tl.load(q_scale + q_place, mask=row_ok, other=0.0) * scale_log2
+    p_q = q + i_b * stride_qb + i_h * stride_qh + q_rows[:, None] * stride_qs + lanes[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=q_ok, other=0)
+    if UPCAST and not RESERVED:
         b_q = b_q.to(tl.float32)
 
     k_head = k + i_b * stride_kb + i_h * stride_kh
@@ -182,15 +230,21 @@ def block_sparse_kernel(
         entry = tl.load(p_list + (count - 1 - i // STEPS))
         low = tl.load(starts_head + entry) + (i % STEPS) * BLOCK_N
         high = tl.load(starts_head + entry + 1)
-        keys = (low + columns).to(tl.int64)
         key_ok = low + columns < high
+        keys = (low + columns).to(tl.int64)
+        if RESERVED:
+            keys = (entry * RESERVED + (i % STEPS) * BLOCK_N + columns).to(tl.int64)
         kt_ok = key_ok[None, :] if HEAD == BLOCK_D else key_ok[None, :] & (lanes < HEAD)[:, None]
         v_ok = key_ok[:, None] if HEAD == BLOCK_D else key_ok[:, None] & (lanes < HEAD)[None, :]
 
-        b_kt = tl.load(k_head + keys[None, :] * stride_ks + lanes[:, None] * stride_kd, mask=kt_ok, other=0.0)
-        if UPCAST:
+        b_kt = tl.load(k_head + keys[None, :] * stride_ks + lanes[:, None] * stride_kd, mask=kt_ok, other=0)
+        if UPCAST and not RESERVED:
             b_kt = b_kt.to(tl.float32)
-        scores = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
+        if RESERVED:
+            step = tl.load(k_scale + (i_b * heads + i_h) * n_k + entry)
+            scores = tl.dot(b_q, b_kt).to(tl.float32) * (factor * step)[:, None]
+        else:
+            scores = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
         scores = tl.where(key_ok[None, :], scores, -float("inf"))
 
         peak = tl.max(scores, 1)
@@ -217,6 +271,8 @@ def block_sparse_kernel(
     empty = total == 0.0
     b_out = acc / tl.where(empty, 1.0, total)[:, None]
     b_lse = tl.where(empty, -float("inf"), (top + tl.math.log2(total)) * 0.6931471805599453)
+    if RESERVED:  # what the mean key would have added
+        b_lse += tl.load(shift + q_place, mask=row_ok, other=0.0) * (scale_log2 * 0.6931471805599453)
     p_out = out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=q_ok)
     tl.store(lse + i_b * stride_lb + i_h * stride_lh + rows, b_lse, mask=row_ok)

@@ -29,23 +29,17 @@ from dit_accel.kernels.selection import triton as selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOATS = ("scale_log2", "threshold")
-POINTERS = {
-    "lse": "*fp32",
-    "needed": "*u8",
-    "counts": "*i32",
-    "indices": "*i32",
-    "q_starts": "*i32",
-    "k_starts": "*i32",
-}
+POINTERS = dict.fromkeys(("lse", "q_scale", "k_scale", "shift"), "*fp32") | {"needed": "*u8"}
+POINTERS |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
 
 
-def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool) -> dict:
+def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool, int8: bool = False) -> dict:
     """Registers, stack bytes, shared bytes and matrix instructions of one configuration."""
     config = kernel.config_for(head, dtype)
     constants = {
         **{"HEAD": head, "BLOCK_D": kernel.padded_head(head), "BLOCK_M": config.block_m},
         **{"BLOCK_N": config.block_n, "STEPS": -(-128 // config.block_n), "UPCAST": False},
-        "FEEDBACK": feedback,
+        **{"FEEDBACK": feedback, "RESERVED": 128 if int8 else 0},
         # A launch specialises on these: the head dimension is contiguous in every layout.
         **{f"stride_{x}d": 1 for x in "qkvo"},
     }
@@ -55,7 +49,7 @@ def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool) 
             signature[name] = "constexpr"
             continue
         if name in ("q", "k", "v", "out"):
-            signature[name] = "*" + TYPES[dtype]
+            signature[name] = "*i8" if int8 and name in "qk" else "*" + TYPES[dtype]
         else:
             signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
         if name not in FLOATS and name not in kernel.UNSPECIALIZED:
@@ -63,7 +57,7 @@ def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool) 
     told = compile_source(
         kernel.block_sparse_kernel, signature, constants, aligned, config.warps, config.stages, capability
     )
-    return {"head": head, "dtype": TYPES[dtype], "feedback": feedback, **told}
+    return {"head": head, "dtype": TYPES[dtype], "feedback": feedback, "int8": int8, **told}
 
 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
@@ -269,3 +263,5 @@ if __name__ == "__main__":
             for head in map(int, sys.argv[2].split(",")):
                 for feedback in (False, True) if head == 128 else (False,):
                     print(json.dumps(compile_for(capability, head, dtype, feedback)), flush=True)
+                if head in (64, 128) and dtype != torch.float32:
+                    print(json.dumps(compile_for(capability, head, dtype, False, int8=True)), flush=True)

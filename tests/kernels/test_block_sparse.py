@@ -15,6 +15,8 @@ import torch
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
 from dit_accel.kernels.block_sparse import block_sparse, choose, why_not
 from dit_accel.kernels.block_sparse.even_blocks import why_uneven
+from dit_accel.kernels.block_sparse.reference import block_sparse_quantised
+from dit_accel.kernels.quantize import quantize_blocks
 from dit_accel.plan import BlockPlan, uniform_starts
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -283,10 +285,28 @@ def test_quantised_precision(precision):
             lse.isneginf(), exact_lse.isneginf()
         )
         assert (lse - exact_lse).nan_to_num(0.0).abs().max() < 0.1
-    with pytest.raises(KernelUnavailable, match="'hopper' and 'reference' only"):
+    with pytest.raises(KernelUnavailable, match="runs on reference, hopper"):
         block_sparse(q, k, v, plan, precision=precision, impl="cpu")
     with pytest.raises(UnknownNameError, match="int8_fp8"):
         block_sparse(q, k, v, plan, precision="int4")
+
+
+@pytest.mark.parametrize("impl", ["reference", TRITON])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int8_scores(dtype, shape, impl):
+    """Against the formula's emulation from the same copies, and float64; keys share a direction, as real ones do."""
+    q, k, v, plan = make(shape, dtype, 64, plan="empty", layout="bhsd")
+    k = k + 2 * torch.randn(1, k.shape[1], 1, 64, generator=torch.Generator().manual_seed(0)).to(k)
+    known = dict(layout="bhsd", precision="int8")
+    out, lse = block_sparse(q, k, v, plan, impl=impl, **known)
+    copies = quantize_blocks(q, k, v, plan, "int8", impl="reference")
+    emulated, emulated_lse = block_sparse_quantised(copies, plan, 64**-0.5, q)
+    exact, exact_lse = block_sparse(*(x.double() for x in (q, k, v)), plan, layout="bhsd", impl="reference")
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf()) and out.isfinite().all()
+    assert (out.double() - exact).norm() <= 1.1 * (emulated.double() - exact).norm()
+    assert (lse - emulated_lse).nan_to_num(0.0).abs().max() < 1e-3
+    assert (out.double() - exact).norm() <= 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("impl", ["flash4", "flex"])

@@ -73,10 +73,10 @@ def test_compiles_without_spills(capability: int):
     """On the tensor cores, within the smallest chip's shared memory, asynchronous copies for 16-bit types."""
     told = run(str(HERE / "_compile_probe.py"), str(capability), "64,96,128,256")
     kernels = [json.loads(line) for line in told.splitlines()]
-    assert len(kernels) == 15
+    assert len(kernels) == 19
     for kernel in kernels:
-        # Without tensor cores (fp32), and with the rarer head sizes, some compilers put a few bytes on the stack.
-        rare = kernel["dtype"] == "fp32" or kernel["head"] not in (64, 128)
+        # Without tensor cores (fp32), and in the rarer forms, some compilers put a few bytes on the stack.
+        rare = kernel["dtype"] == "fp32" or kernel["head"] not in (64, 128) or kernel["int8"]
         assert kernel["stack"] <= (128 if rare else 0) and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
         if kernel["dtype"] != "fp32":
