@@ -246,7 +246,7 @@ class Engine:
         if reason is not None:
             if reason[0] != _GRADIENTS:
                 self._count_dense(*reason, 1)
-            return seat.dense(query, key, value, **call)
+            return self._attend_densely(seat, query, key, value, reason[1], call)
         from dit_accel.kernels.block_sparse import block_sparse, choose
         from dit_accel.kernels.counting import count_pairs
 
@@ -266,6 +266,23 @@ class Engine:
         )
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
+
+    def _attend_densely(
+        self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, planned: bool, call: dict[str, Any]
+    ) -> Tensor:
+        """As diffusers would; or, where that was asked for and the call is a plain one, by the fastest kernel."""
+        special = call["is_causal"] or call["dropout_p"] or call["enable_gqa"]
+        alone = getattr(seat.stock, "_parallel_config", None) is None
+        plain = call["attn_mask"] is None and not special and alone and query.shape == key.shape
+        if self.options.dense == "fastest" and planned and plain:
+            from dit_accel.kernels import dense
+
+            name = dense.choose(query, key, value)
+            self._say_once(f"dense attention runs on the {name} kernel")
+            self.tally.dense_kernels[name] += 1
+            return dense.attend(query, key, value, scale=call["scale"], impl=name)
+        self.tally.dense_kernels[f"diffusers ({seat.backend})"] += 1
+        return seat.dense(query, key, value, **call)
 
     def _why_dense(
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]

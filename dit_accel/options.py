@@ -12,6 +12,7 @@ from typing import Any
 from dit_accel.errors import UsageError, unknown_name
 
 ORDERS = ("raster", "tiles", "packed")
+DENSE = ("host", "fastest")
 IMPLS = ("auto", "cpu", "flash4", "flex", "hopper", "reference", "triton")
 PRECISIONS = ("full", "int8_fp8", "fp8", "int8")
 
@@ -41,6 +42,7 @@ class SparseOptions:
     precision: str = (
         "full"  # "full" or a quantised mode: "int8_fp8" (q k^T in int8, p v in fp8), "fp8", "int8"
     )
+    dense: str = "host"  # planned dense calls: "host", what diffusers runs, or the "fastest" kernel present
     min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
     strict: bool = False  # raise where a call would fall back to dense unplanned
     method_options: Mapping[str, Any] = field(default_factory=dict)  # what the method itself takes
@@ -57,6 +59,8 @@ class SparseOptions:
             raise unknown_name("executor", self.impl, IMPLS)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.dense not in DENSE:
+            raise unknown_name("dense attention", self.dense, DENSE)
         fits = _is_int(self.block) and 8 <= self.block <= 128
         _need(fits, "block", self.block, "a whole number from 8 to 128")
         for name in ("dense_above", "dense_below"):

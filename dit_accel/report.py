@@ -26,6 +26,7 @@ class Report:
     keep_per_layer: dict[int, float]
     keep_per_step: dict[int, float]
     executors: dict[str, int]
+    dense_kernels: dict[str, int]  # dense self-attention calls that came to us, by what ran them
     token_orders: dict[str, int]  # forwards with sparse calls, by the order their tokens had
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     runs: int
@@ -44,6 +45,7 @@ class Report:
                 "per_step": {str(step): keep for step, keep in self.keep_per_step.items()},
             },
             "executor": dict(self.executors),
+            "dense_kernel": dict(self.dense_kernels),
             "token_order": dict(self.token_orders),
             "stateless": dict(self.stateless),
             "fallbacks": dict(self.fallbacks),
@@ -74,6 +76,7 @@ class Report:
         lines = [self.closing_line]
         for title, table in (
             ("executor", self.executors),
+            ("dense kernel", self.dense_kernels),
             ("token order", self.token_orders),
             ("without memory because", self.stateless),
             ("dense because", self.dense_reasons),
@@ -96,6 +99,7 @@ class Tally:
     dense_reasons: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
+    dense_kernels: Counter[str] = field(default_factory=Counter)
     token_orders: Counter[str] = field(default_factory=Counter)
     stateless: Counter[str] = field(default_factory=Counter)
     # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
@@ -140,6 +144,7 @@ class Tally:
             keep_per_layer=_grouped(kept, 0),
             keep_per_step=_grouped(kept, 1),
             executors=dict(self.executors),
+            dense_kernels=dict(self.dense_kernels),
             token_orders=dict(self.token_orders),
             stateless=dict(self.stateless),
             runs=self.runs,

@@ -71,6 +71,38 @@ def test_planned_dense_is_no_fallback(transformer, options, reason, dense):
     assert processor.report.sparse_calls == 2 - dense
 
 
+def test_planned_dense_calls_may_take_the_fastest_kernel(transformer):
+    true = run(transformer)
+    host = install(transformer, dense_layers=(0, 1), order="raster")
+    assert torch.equal(run(transformer), true)
+    assert host.report.dense_kernels == {"diffusers (native)": 2} and "diffusers (native) (2)" in str(
+        host.report
+    )
+    fastest = install(transformer, dense_layers=(0, 1), dense="fastest")
+    torch.testing.assert_close(run(transformer), true)
+    assert fastest.report.dense_kernels == {"sdpa": 2}
+
+
+@pytest.mark.parametrize("what", ["a mask", "parallel"])
+def test_what_the_fastest_kernel_does_not_take_stays_with_diffusers(transformer, what):
+    processor = install(transformer, dense_layers=(0, 1), dense="fastest")
+    if what == "a mask":
+        transformer.blocks[0].attn1.register_forward_pre_hook(
+            lambda module, args: (*args[:2], torch.ones(1, 1, 1, 105, dtype=torch.bool), *args[3:])
+        )
+        run(transformer)
+        assert processor.report.dense_kernels == {"diffusers (native)": 1, "sdpa": 1}
+    else:
+        seat = processor.engine.seats[0]
+        seat.stock._parallel_config = object()
+        seen = []
+        seat.dense = lambda *args, **call: seen.append(args)
+        call = {"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "enable_gqa": False, "scale": None}
+        q = torch.randn(1, 8, 2, 12)
+        processor.engine._attend_densely(seat, q, q, q, True, call)
+        assert len(seen) == 1
+
+
 def test_gradients_run_dense_and_are_counted(transformer):
     true = run(transformer)
     processor = install(transformer)

@@ -67,6 +67,12 @@ class Seat:
             **call,
         )
 
+    @property
+    def backend(self) -> str:
+        """The name of the backend by which `dense` runs."""
+        chosen = _host_backend(getattr(self.stock, "_attention_backend", None))
+        return str(getattr(chosen, "value", chosen))
+
     def __deepcopy__(self, memo: dict) -> Seat:
         new = memo[id(self)] = object.__new__(type(self))
         new.__init__(copy.deepcopy(self.owner, memo), copy.deepcopy(self.stock, memo), self.layer)
@@ -111,11 +117,14 @@ def dense(
         backend: a member of diffusers' enum; None for the process's choice.
         call: the dispatcher's other arguments by name.
     """
-    chosen = backend if backend is not None else host._AttentionBackendRegistry.get_active_backend()[0]
-    if chosen == NAME:
-        chosen = host.AttentionBackendName.NATIVE  # ours would come straight back here
-    call |= {"backend": chosen, "parallel_config": parallel_config}
+    call |= {"backend": _host_backend(backend), "parallel_config": parallel_config}
     return host.dispatch_attention_fn(query, key, value, **call)
+
+
+def _host_backend(backend: Any) -> Any:
+    chosen = backend if backend is not None else host._AttentionBackendRegistry.get_active_backend()[0]
+    # Ours would come straight back here.
+    return host.AttentionBackendName.NATIVE if chosen == NAME else chosen
 
 
 def _function_for(entry: _Entry) -> Callable[..., Tensor]:

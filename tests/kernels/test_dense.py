@@ -1,0 +1,51 @@
+"""Dense attention: every kernel that runs here against float64, and how one is chosen."""
+
+import pytest
+import torch
+
+from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
+from dit_accel.kernels.dense import IMPLEMENTATIONS, attend, choose, why_not
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(dtype=torch.float32, tokens=(70, 131), head=64):
+    return (torch.randn(2, n, 3, head, device=DEVICE).to(dtype) for n in (tokens[0], tokens[1], tokens[1]))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(impl, dtype):
+    q, k, v = make(dtype)
+    if why_not(impl, q, k, v):
+        pytest.skip(why_not(impl, q, k, v))
+    exact = attend(q.double(), k.double(), v.double(), scale=0.2, impl="sdpa")
+    plain = attend(q, k, v, scale=0.2, impl="sdpa")
+    out = attend(q, k, v, scale=0.2, impl=impl)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert (out - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_formula():
+    q, k, v = make(torch.float64)
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 64**-0.5).softmax(-1)
+    torch.testing.assert_close(attend(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU tensors")
+def test_choice_on_a_cpu():
+    q, k, v = make()
+    assert choose(q, k, v) == "sdpa"
+    for impl in IMPLEMENTATIONS[:-1]:
+        with pytest.raises(KernelUnavailable, match=f"impl='{impl}' cannot run this call: .*CUDA"):
+            attend(q, k, v, impl=impl)
+
+
+def test_bad_input_gets_one_clear_error():
+    q, k, v = make()
+    with pytest.raises(UnknownNameError, match="flash"):
+        attend(q, k, v, impl="flsh")
+    with pytest.raises(UsageError, match="must agree"):
+        attend(q, k, v[:, 1:])
+    with pytest.raises(UsageError, match="gradient"):
+        attend(q.requires_grad_(), k, v)
