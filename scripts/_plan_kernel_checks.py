@@ -42,8 +42,9 @@ def _check_selection(n_keys: int, forcing: bool, top_p: float | None, device: st
     forced = (torch.rand(40, n_keys, generator=generator) < 0.05).to(device) if forcing else None
     scores, shares = scores.to(device), None if top_p is None else shares.to(device)
     arguments = (scores, forced, max(1, n_keys // 4), top_p, shares)
-    counts, indices = selection.select_blocks(*arguments)
-    right_counts, right_indices = selection.select_blocks(*arguments, impl="reference")
+    above = 1.5 if forcing else None
+    counts, indices = selection.select_blocks(*arguments, above=above)
+    right_counts, right_indices = selection.select_blocks(*arguments, above=above, impl="reference")
     if not torch.equal(counts, right_counts):
         return f"{int((counts != right_counts).sum())} of {counts.numel()} counts are wrong"
     wrong = int((indices != right_indices).sum())

@@ -17,9 +17,10 @@ def select_blocks(
     top_p: float | Tensor | None = None,
     shares: Tensor | None = None,
     *,
+    above: float | Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Choose key blocks by score: the forced ones, then the best until both budgets are met.
+    """Choose key blocks by score: the forced ones, then the best until every budget is met.
 
     A block of higher score comes first, of equal score the lower index. The same scores always give the same
     choice.
@@ -32,6 +33,7 @@ def select_blocks(
             brought into 1 to Nk.
         top_p: read the first blocks that together reach this much of `shares`; a number or such a tensor, fp32.
         shares: fp32 like scores, the attention each key block is expected to take; `top_p` needs it.
+        above: read every block of at least this score; a number or such a tensor, fp32.
         impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
 
     Returns:
@@ -46,7 +48,11 @@ def select_blocks(
     """
     if scores.dim() != 4 or scores.dtype != torch.float32:
         raise UsageError(f"scores must be float32 [B, H, Nq, Nk], got {scores.dtype} {tuple(scores.shape)}.")
-    for name, budget, dtype in (("least", least, torch.int32), ("top_p", top_p, torch.float32)):
+    for name, budget, dtype in (
+        ("least", least, torch.int32),
+        ("top_p", top_p, torch.float32),
+        ("above", above, torch.float32),
+    ):
         if isinstance(budget, Tensor) and (
             budget.numel() != 1 or budget.dtype != dtype or budget.device != scores.device
         ):
@@ -64,7 +70,7 @@ def select_blocks(
         from .op import select_blocks as select
     else:
         select = run
-    return select(scores, forced, least, top_p, shares, impl)
+    return select(scores, forced, least, top_p, shares, above, impl)
 
 
 def run(
@@ -73,6 +79,7 @@ def run(
     least: int | Tensor,
     top_p: float | Tensor | None,
     shares: Tensor | None,
+    above: float | Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`select_blocks` on validated arguments."""
@@ -82,7 +89,7 @@ def run(
         case "triton":
             from .triton import select_blocks as select
     with torch.no_grad():
-        return select(scores, forced, least, top_p, shares)
+        return select(scores, forced, least, top_p, shares, above)
 
 
 def choose(scores: Tensor, impl: str = "auto") -> str:

@@ -17,16 +17,20 @@ def select_blocks_op(
     shares: Tensor | None,
     least_there: Tensor | None,
     top_p_there: Tensor | None,
+    above: float | None,
+    above_there: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`api.run`, with budgets that are tensors as arguments of their own."""
     least = least_there if least is None else least
-    return run(scores, forced, least, top_p if top_p_there is None else top_p_there, shares, impl)
+    top_p = top_p if top_p_there is None else top_p_there
+    return run(scores, forced, least, top_p, shares, above if above_there is None else above_there, impl)
 
 
 @select_blocks_op.register_fake
-def _shapes(scores, forced, least, top_p, shares, least_there, top_p_there, impl):
-    same = top_p is None and top_p_there is None and forced is None and least is not None
+def _shapes(scores, forced, least, top_p, shares, least_there, top_p_there, above, above_there, impl):
+    budgets = (forced, top_p, top_p_there, above, above_there)
+    same = least is not None and all(x is None for x in budgets)
     counts = scores.new_empty(scores.shape[:3], dtype=torch.int32)
     return counts, scores.new_empty(*scores.shape[:3], least if same else scores.shape[3], dtype=torch.int32)
 
@@ -37,9 +41,10 @@ def select_blocks(
     least: int | Tensor,
     top_p: float | Tensor | None,
     shares: Tensor | None,
+    above: float | Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
-    there = [x if isinstance(x, Tensor) else None for x in (least, top_p)]
-    numbers = [None if isinstance(x, Tensor) else x for x in (least, top_p)]
-    return select_blocks_op(scores, forced, *numbers, shares, *there, impl)
+    there = [x if isinstance(x, Tensor) else None for x in (least, top_p, above)]
+    numbers = [None if isinstance(x, Tensor) else x for x in (least, top_p, above)]
+    return select_blocks_op(scores, forced, *numbers[:2], shares, *there[:2], numbers[2], there[2], impl)

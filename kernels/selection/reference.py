@@ -12,6 +12,7 @@ def select_blocks(
     least: int | Tensor,
     top_p: float | Tensor | None,
     shares: Tensor | None,
+    above: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in `api.select_blocks`."""
     n_keys = scores.shape[-1]
@@ -25,7 +26,11 @@ def select_blocks(
         mass = shares.gather(-1, order).cumsum(-1)
         reached = (mass < top_p).sum(-1, dtype=torch.int32) + 1
         counts = counts.maximum(reached.clamp_max(n_keys))
-    if top_p is None and forced is None and not isinstance(least, Tensor):
+    if above is not None:
+        wanted = scores >= above
+        wanted = wanted if forced is None else wanted | forced
+        counts = counts.maximum(wanted.sum(-1, dtype=torch.int32))
+    if top_p is None and forced is None and above is None and not isinstance(least, Tensor):
         return counts, order[..., :least].sort(dim=-1).values.to(torch.int32)
     # Rows differ in length: what a row does not read sorts behind what it reads.
     behind = torch.arange(n_keys, device=scores.device) >= counts[..., None]

@@ -33,24 +33,28 @@ def select_blocks(
     least: int | Tensor,
     top_p: float | Tensor | None,
     shares: Tensor | None,
+    above: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `api.select_blocks`."""
     batch, heads, n_q, n_k = scores.shape
     scores = scores.contiguous()
     shares = scores if shares is None else shares.contiguous()
-    there = isinstance(least, Tensor), isinstance(top_p, Tensor)
-    width = least if top_p is None and forced is None and not there[0] else n_k
+    there = [isinstance(x, Tensor) for x in (least, top_p, above)]
+    width = least if top_p is None and forced is None and above is None and not there[0] else n_k
     counts = torch.empty(batch, heads, n_q, dtype=torch.int32, device=scores.device)
     indices = torch.empty(batch, heads, n_q, width, dtype=torch.int32, device=scores.device)
     padded = max(16, triton.next_power_of_2(n_k))
     with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
         select_blocks_kernel[(n_q, batch * heads)](
             *(scores, scores if forced is None else forced.contiguous(), shares, counts, indices),
-            *(n_q, n_k, width, least, top_p if there[1] else 0.0 if top_p is None else float(top_p)),
+            *(n_q, n_k, width, least),
+            *(x if isinstance(x, Tensor) else 0.0 if x is None else float(x) for x in (top_p, above)),
             LEAST_THERE=there[0],
             TOP_P_THERE=there[1],
+            ABOVE_THERE=there[2],
             FORCED=forced is not None,
             TOP_P=top_p is not None,
+            ABOVE=above is not None,
             PADDED=padded,
             num_warps=warps_for(padded),
             enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
@@ -63,17 +67,19 @@ def warps_for(padded: int) -> int:
     return 1 if padded <= 512 else 4
 
 
-UNSPECIALIZED = ("n_q", "n_k", "width", "least", "top_p")
+UNSPECIALIZED = ("n_q", "n_k", "width", "least", "top_p", "above")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_blocks_kernel(
     scores, forced, shares, counts, indices,
-    n_q, n_k, width, least, top_p,
+    n_q, n_k, width, least, top_p, above,
     LEAST_THERE: tl.constexpr,
     TOP_P_THERE: tl.constexpr,
+    ABOVE_THERE: tl.constexpr,
     FORCED: tl.constexpr,
     TOP_P: tl.constexpr,
+    ABOVE: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """One program: the list of one query block of one head. Budgets that are `THERE` are pointers."""
@@ -95,6 +101,13 @@ def select_blocks_kernel(
         must = tl.load(forced + i_q.to(tl.int64) * n_k + columns, mask=present, other=0) != 0
         key = tl.where(must, 0x1FFFFFFFF, key)
         count = tl.maximum(count, tl.sum(must.to(tl.int32), 0))
+    if ABOVE:
+        if ABOVE_THERE:
+            above = tl.load(above)
+        wanted = value >= above
+        if FORCED:
+            wanted = wanted | must
+        count = tl.maximum(count, tl.sum((wanted & present).to(tl.int32), 0))
     key = tl.where(present, key, 0)
 
     if TOP_P:

@@ -99,9 +99,9 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         yield {"kernel": f"quantising, {mode.name}", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}
-        constants |= {"LEAST_THERE": False, "TOP_P_THERE": False}
+        constants |= {"LEAST_THERE": False, "TOP_P_THERE": False, "ABOVE_THERE": False, "ABOVE": top_p}
         pointers = {"scores": "*fp32", "forced": "*i1" if forced else "*fp32", "shares": "*fp32"}
-        pointers |= {"counts": "*i32", "indices": "*i32", "top_p": "fp32"}
+        pointers |= {"counts": "*i32", "indices": "*i32", "top_p": "fp32", "above": "fp32"}
         signature, aligned = sign(
             selection.select_blocks_kernel, pointers, constants, selection.UNSPECIALIZED
         )

@@ -83,14 +83,16 @@ def test_operators_are_sound(dtype):
     )
     torch.library.opcheck(OPS.block_means, (q, starts, 16, "reference"), test_utils=checks)
     torch.library.opcheck(
-        OPS.select_blocks, (scores, None, 3, None, None, None, None, "auto"), test_utils=checks
+        OPS.select_blocks, (scores, None, 3, None, None, None, None, None, None, "auto"), test_utils=checks
     )
     forced, shares = torch.eye(7, dtype=torch.bool), scores.softmax(-1)
     torch.library.opcheck(
-        OPS.select_blocks, (scores, forced, 3, 0.7, shares, None, None, "auto"), test_utils=checks
+        OPS.select_blocks, (scores, forced, 3, 0.7, shares, None, None, 0.5, None, "auto"), test_utils=checks
     )
     budgets = torch.tensor(3, dtype=torch.int32), torch.tensor(0.7)
     torch.library.opcheck(
-        OPS.select_blocks, (scores, None, None, None, shares, *budgets, "auto"), test_utils=checks
+        OPS.select_blocks,
+        (scores, None, None, None, shares, *budgets, None, torch.tensor(0.5), "auto"),
+        test_utils=checks,
     )
     torch.library.opcheck(OPS.count_pairs, (*fields, [100, 100, 16, 16], "auto"), test_utils=checks)

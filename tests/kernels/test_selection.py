@@ -99,6 +99,31 @@ def test_the_mass_is_reached(impl: str, device: str, top_p: float, forcing: bool
     assert chosen(counts, indices) == by_hand(scores, forced, 2, top_p, shares)
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("forcing", [False, True], ids=["free", "forced"])
+@pytest.mark.parametrize("above", [-9.0, 0.5, 9.0])
+def test_all_blocks_above_a_score_are_chosen(
+    impl: str, device: str, above: float, forcing: bool, there: bool
+):
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(1, 3, 4, 17, generator=generator)
+    forced = torch.rand(4, 17, generator=generator) < 0.2 if forcing else None
+    wanted = scores >= above
+    wanted |= forced if forcing else False
+    rows = by_hand(scores, forced, 2, None, None)
+    for row, more in zip(rows, wanted.flatten(0, 2), strict=True):
+        if more.sum() > len(row):
+            row[:] = more.nonzero().flatten().tolist()
+    counts, indices = select_blocks(
+        scores.to(device),
+        None if forced is None else forced.to(device),
+        2,
+        above=torch.tensor(above, device=device) if there else above,
+        impl=impl,
+    )
+    assert chosen(counts, indices) == rows and indices.shape[3] == 17
+
+
 def test_mass_that_is_never_reached_takes_everything(impl: str, device: str):
     scores = torch.randn(1, 1, 2, 9, generator=torch.Generator().manual_seed(0)).to(device)
     counts, indices = select_blocks(scores, None, 1, 1.0, torch.full_like(scores, 0.01), impl=impl)
