@@ -19,6 +19,7 @@ from dit_accel.hooks import Enter, Leave, Listener, Reorder
 from dit_accel.layout import TokenLayout, build_layout
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
+from dit_accel.plan import BlockPlan
 from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Call, StateTable, Trajectory
 
@@ -73,6 +74,7 @@ class Engine:
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._layouts: dict[tuple, TokenLayout] = {}
+        self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
         self._set_once = False
         unwrapped = inspect.unwrap(type(transformer).forward)
@@ -261,11 +263,28 @@ class Engine:
         executor = choose(*by_head, plan, self.options.impl, precision)
         title = executor if precision == "full" else f"{executor} ({precision})"
         self._say_once(f"sparse attention runs on the {title} executor")
-        out, _ = block_sparse(
-            *by_head, plan, scale=call["scale"], layout="bhsd", impl=executor, precision=precision
-        )
+        known = dict(scale=call["scale"], layout="bhsd", impl=executor, precision=precision)
+        out, _ = block_sparse(*by_head, plan, **known, config=self._config_for(executor, by_head, plan, call))
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
+
+    def _config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
+        """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""
+        query = qkv[0]
+        if not self.options.tune or executor != "triton" or self.options.precision != "full":
+            return None
+        kind = (query.shape[3], query.dtype, query.device, plan.max_q_block, plan.max_k_block)
+        if kind not in self._configs:
+            if query.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            from dit_accel.kernels.block_sparse.tuning import tune
+
+            found = tune(*qkv, plan, scale=call["scale"], layout="bhsd")
+            self._say_once(
+                f"of {len(found.trials)} configurations of the Triton kernel {found.config} is fastest"
+            )
+            self._configs[kind] = found.config
+        return self._configs[kind]
 
     def _attend_densely(
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, planned: bool, call: dict[str, Any]
@@ -340,6 +359,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
+        new._configs = dict(self._configs)
         new.tally = copy.deepcopy(self.tally, memo)
         new.state = copy.deepcopy(self.state, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)

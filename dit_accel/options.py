@@ -42,6 +42,7 @@ class SparseOptions:
     precision: str = (
         "full"  # "full" or a quantised mode: "int8_fp8" (q k^T in int8, p v in fp8), "fp8", "int8"
     )
+    tune: bool = False  # try configurations of the Triton kernel at the first call of each kind
     dense: str = "host"  # planned dense calls: "host", what diffusers runs, or the "fastest" kernel present
     min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
     strict: bool = False  # raise where a call would fall back to dense unplanned
@@ -73,7 +74,8 @@ class SparseOptions:
         _need(
             fits, "min_tokens", self.min_tokens, "a whole number from 0, or nothing for the measured default"
         )
-        _need(isinstance(self.strict, bool), "strict", self.strict, "true or false")
+        for name in ("strict", "tune"):
+            _need(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SparseOptions:

@@ -12,6 +12,7 @@ import torch
 from _kernel_cases import Case, judge, make
 from torch import Tensor
 
+from dit_accel.errors import UsageError
 from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, why_not
 from dit_accel.kernels.block_sparse.reference import margins
 from dit_accel.kernels.compaction import compact_lists
@@ -40,6 +41,8 @@ def check_calls(impl: str, device: str) -> Iterator[tuple[str, str | None]]:
         for head, lengths in itertools.product((64, 128), VERDICT_BLOCKS):
             title = f"{impl}, verdicts, {precision}, D={head}, blocks of {lengths}"
             yield title, _check_verdicts(impl, precision, head, lengths, device)
+    if impl == "triton":
+        yield f"{impl}, tuning", _check_tuning(device)
     yield f"{impl}, predicting and attending in one CUDA graph", _check_graph(impl)
     yield f"{impl}, other lengths compile nothing", _check_compilations(impl)
     for precision in SHARE_BEYOND if impl == "hopper" else ("full",):
@@ -156,6 +159,29 @@ def _check_verdicts(
         return f"{share:.0%} of the entries mattered: nothing is tested"
     short, right = (compact_lists(plan, needed, impl=name) for name in ("triton", "reference"))
     return None if torch.equal(short.to_mask(), right.to_mask()) else "the next plan is wrong"
+
+
+def _check_tuning(device: str) -> str | None:
+    """A few configurations, one of which cannot be compiled; and none while a graph is captured."""
+    from dit_accel.kernels.block_sparse.triton import Config
+    from dit_accel.kernels.block_sparse.tuning import tune
+
+    q, k, v = (torch.randn(1, 2000, 2, 64, device=device).bfloat16() for _ in range(3))
+    starts = uniform_starts(2000, 128)
+    plan = BlockPlan.from_mask(torch.rand(1, 2, 16, 16, device=device) < 0.5, starts, starts)
+    bad = Config(48, 64, 4, 2)
+    found = tune(q, k, v, plan, configs=[bad, Config(128, 64, 4, 3), Config(64, 64, 4, 2)])
+    if found.config == bad or found.trials[-1].config != bad or found.trials[1].milliseconds is None:
+        return f"tried {found.trials}"
+    graph = torch.cuda.CUDAGraph()
+    x = torch.zeros(1, device=device)
+    try:
+        with torch.cuda.graph(graph):
+            x += 1
+            tune(q, k, v, plan, configs=[bad])
+    except UsageError:
+        return None
+    return "it tunes while a graph is captured"
 
 
 def _check_graph(impl: str) -> str | None:

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 import dit_accel
 from dit_accel import SparseOptions, SparseProcessor
 from dit_accel.errors import FallbackError, KernelUnavailable, UnknownModelError, UnknownNameError, UsageError
+from dit_accel.plan import BlockPlan
 from dit_accel.testing import tiny_wan_inputs, tiny_wan_pipeline, tiny_wan_transformer
 
 GRID = (3, 5, 7)
@@ -101,6 +102,23 @@ def test_what_the_fastest_kernel_does_not_take_stays_with_diffusers(transformer,
         q = torch.randn(1, 8, 2, 12)
         processor.engine._attend_densely(seat, q, q, q, True, call)
         assert len(seen) == 1
+
+
+def test_tuning_asks_once_for_each_kind_of_call(transformer, monkeypatch):
+    """What is found is passed on; other executors have nothing to tune."""
+    from dit_accel.kernels.block_sparse import tuning
+
+    asked, found = [], tuning.Config(64, 32, 4, 1)
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: asked.append(k) or tuning.Tuning(found, ()))
+    engine = install(transformer, tune=True).engine
+    run(transformer)
+    assert not asked
+    qkv = [torch.randn(1, 2, 32, 12) for _ in range(3)]
+    plan = BlockPlan.full([0, 16, 32], [0, 16, 32])
+    for _ in range(2):
+        assert engine._config_for("triton", qkv, plan, {"scale": 0.5}) is found
+    assert asked == [{"scale": 0.5, "layout": "bhsd"}]
+    assert engine._config_for("hopper", qkv, plan, {"scale": 0.5}) is None
 
 
 def test_gradients_run_dense_and_are_counted(transformer):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from dit_accel.kernels.quantize import MODES, ROWS, quantize_blocks
 from dit_accel.plan import BlockPlan
 
 from .feedback import Feedback
+
+if TYPE_CHECKING:  # it needs Triton
+    from .triton import Config
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper", "flash4", "flex")
 PRECISIONS = ("full", *MODES)
@@ -30,6 +34,7 @@ def block_sparse(
     layout: Layout = "bshd",
     impl: str = "auto",
     precision: str = "full",
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which each query block reads only the key blocks its plan lists.
 
@@ -47,6 +52,7 @@ def block_sparse(
         precision: "full", or a mode of `kernels.quantize`: q, k and v are quantised first. "int8_fp8" costs a relative
             error of about 0.04, "fp8" 0.06, "int8" 0.01 on normal inputs. They run on "hopper" and, slowly,
             "reference"; "int8" on "triton" too.
+        config: of the Triton kernel, as `tuning.tune` finds it; for impl "triton", not under torch.compile.
 
     Returns:
         `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
@@ -58,10 +64,12 @@ def block_sparse(
         KernelUnavailable: the named implementation cannot run this call.
     """
     q, k, v, scale = _prepare(q, k, v, plan, scale, layout, precision)
+    if config is not None and (impl != "triton" or torch.compiler.is_compiling()):
+        raise UsageError(f"config= is for impl='triton' outside of torch.compile, not for impl={impl!r}.")
     if torch.compiler.is_compiling():
         from .op import block_sparse as attend
     else:
-        attend = run
+        attend = partial(run, config=config)
     out, lse = attend(q, k, v, plan, scale, impl, precision)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
@@ -151,13 +159,15 @@ def run(
     impl: str,
     precision: str = "full",
     feedback: Feedback | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse` on validated `[B, H, S, D]`; what `feedback` asks for is written into it."""
     name = choose(q, k, v, plan, impl, precision, feedback is not None)
-    asked = () if feedback is None else (feedback,)
+    asked = {} if feedback is None else {"feedback": feedback}
+    asked |= {} if config is None else {"config": config}
     with torch.no_grad():
         if precision != "full":
-            return _run_quantised(name, q, k, v, plan, scale, precision, *asked)
+            return _run_quantised(name, q, k, v, plan, scale, precision, asked)
         match name:
             case "reference":
                 from .reference import block_sparse as attend
@@ -171,11 +181,11 @@ def run(
                 from .flash4 import block_sparse as attend
             case "flex":
                 from .flex import block_sparse as attend
-        return attend(q, k, v, plan, scale, *asked)
+        return attend(q, k, v, plan, scale, **asked)
 
 
 def _run_quantised(
-    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, mode: str, *asked: Feedback
+    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, mode: str, asked: dict
 ) -> tuple[Tensor, Tensor]:
     match name:
         case "reference":
@@ -186,7 +196,7 @@ def _run_quantised(
             from .triton import block_sparse_quantised as attend
     if scale <= 0:  # the kernels scale by powers of two of a positive number
         q, scale = -q, max(-scale, 1e-30)
-    return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q, *asked)
+    return attend(quantize_blocks(q, k, v, plan, mode), plan, scale, q, **asked)
 
 
 def choose(

@@ -7,8 +7,8 @@ The online softmax runs in base 2 with the scale folded into the scores:
 
 One program takes `BLOCK_M` rows of one query block and walks its list from last to first. A key block is read in
 steps of `BLOCK_N` rows; rows past its end belong to the next block and are masked. One fixed configuration per head
-size and type: none is used that was not compiled and checked. Source of the online form: FlashAttention-2,
-arXiv:2307.08691, algorithm 1.
+size and type, unless `tuning.tune` found another: none is used that was not compiled and checked. Source of the online
+form: FlashAttention-2, arXiv:2307.08691, algorithm 1.
 
 With 8-bit integer copies of q and k (`kernels/quantize`, mode "int8") the first product is one of integers, which every
 chip since sm_80 multiplies twice as fast; the second stays as it is:
@@ -81,17 +81,28 @@ def interpreting() -> bool:
 
 
 def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    feedback: Feedback | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
-    return _launch(q, k, v, None, plan, scale, q, feedback)
+    return _launch(q, k, v, None, plan, scale, q, feedback, config)
 
 
 def block_sparse_quantised(
-    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor, feedback: Feedback | None = None
+    parts: Quantised,
+    plan: BlockPlan,
+    scale: float,
+    like: Tensor,
+    feedback: Feedback | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse`, from quantised copies in mode "int8"; `out` is shaped and typed as `like`."""
-    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback)
+    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback, config)
 
 
 def _launch(
@@ -103,9 +114,10 @@ def _launch(
     scale: float,
     like: Tensor,
     feedback: Feedback | None,
+    config: Config | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, head = like.shape
-    config = config_for(head, like.dtype)
+    config = config or config_for(head, like.dtype)
     out = torch.empty_like(like)
     lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=like.device)
     scales = (lse, lse, lse) if parts is None else (parts.q_scale, parts.k_scale, parts.shift)

@@ -57,7 +57,15 @@ def test_interpreted_kernel_passes_the_oracle_tests():
             "no:cacheprovider",
             *(
                 str(HERE / f"test_{kernel}.py")
-                for kernel in ("block_sparse", "feedback", "pooling", "selection", "counting", "quantize")
+                for kernel in (
+                    "block_sparse",
+                    "feedback",
+                    "tuning",
+                    "pooling",
+                    "selection",
+                    "counting",
+                    "quantize",
+                )
             ),
         ),
         TRITON_INTERPRET="1",
