@@ -74,6 +74,7 @@ class Engine:
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._layouts: dict[tuple, TokenLayout] = {}
+        self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
         self._set_once = False
@@ -120,6 +121,7 @@ class Engine:
             self._listener.part(module)
         self.state.clear()
         self._layouts.clear()
+        self._full = None
         self.call = self.layout = self.order = None
 
     def remove(self) -> None:
@@ -296,10 +298,14 @@ class Engine:
         if self.options.dense == "fastest" and planned and plain:
             from dit_accel.kernels import dense
 
-            name = dense.choose(query, key, value)
+            tokens = query.shape[1], query.device
+            if self._full is None or self._full[0] != tokens:
+                self._full = tokens, dense.full_plan(query.shape[1], *tokens)
+            plan = self._full[1]
+            name = dense.choose(query, key, value, plan=plan)
             self._say_once(f"dense attention runs on the {name} kernel")
             self.tally.dense_kernels[name] += 1
-            return dense.attend(query, key, value, scale=call["scale"], impl=name)
+            return dense.attend(query, key, value, scale=call["scale"], impl=name, plan=plan)
         self.tally.dense_kernels[f"diffusers ({seat.backend})"] += 1
         return seat.dense(query, key, value, **call)
 
@@ -359,7 +365,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
-        new._configs = dict(self._configs)
+        new._configs, new._full = dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.state = copy.deepcopy(self.state, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)

@@ -16,7 +16,7 @@ from dit_accel.errors import KernelUnavailable, UsageError
 from dit_accel.plan import BlockPlan
 
 from .api import Layout, block_sparse
-from .triton import Config, config_for, padded_head
+from .triton import Config, capability_of, config_for, padded_head
 
 SAMPLE = 4  # query blocks at either end of a head that are compared with the reference
 
@@ -38,14 +38,15 @@ class Tuning:
     trials: tuple[Trial, ...]
 
 
-def candidates(head: int, dtype: torch.dtype, shared: int) -> list[Config]:
+def candidates(head: int, dtype: torch.dtype, shared: int, capability: int | None = None) -> list[Config]:
     """Configurations worth trying, the standing one first.
 
     Args:
         head: head size.
         shared: bytes of shared memory that a program may have.
+        capability: of the chip, such as 90.
     """
-    standing = config_for(head, dtype)
+    standing = config_for(head, dtype, capability)
     if dtype == torch.float32:
         others = [Config(m, n, w, 1) for m in (16, 32, 64) for n in (32, 64) for w in (4, 8)]
     else:
@@ -89,7 +90,7 @@ def tune(
         shared = 99 * 1024
         if q.is_cuda:
             shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-        configs = candidates(q.shape[3], q.dtype, shared)
+        configs = candidates(q.shape[3], q.dtype, shared, capability_of(q.device))
     by_head = [x.transpose(1, 2) if layout == "bshd" else x for x in (q, k, v)]
     judge = _Judge(*by_head, plan, scale)
     trials = [_try(config, by_head, plan, scale, judge, timer or _median) for config in configs]

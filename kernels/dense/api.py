@@ -1,6 +1,7 @@
 """The front door of dense attention: choose a kernel, run it. No masks, no causality, no gradients.
 
-Ours first: reading every block, the Hopper kernel takes 0.93 of cuDNN's time on an H200 (docs/kernels.md).
+Ours first: reading every block of a long sequence with heads of 128, the Hopper kernel takes 0.93 of cuDNN's time on an
+H200 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -16,15 +17,25 @@ from dit_accel.plan import BlockPlan, uniform_starts
 IMPLEMENTATIONS = ("hopper", "flash4", "cudnn", "flash", "sdpa")  # the fastest first, where it can run
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BLOCK = 128
+HOPPER_FROM = {128: 16384}  # tokens from which the Hopper kernel is faster than cuDNN, by head size
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto") -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    plan: BlockPlan | None = None,
+) -> Tensor:
     """Softmax attention of every query to every key.
 
     Args:
         q: `[B, S, H, D]`; k, v: the same with their own S.
         scale: factor of the scores; None is `D ** -0.5`.
-        impl: one of `IMPLEMENTATIONS`, or "auto": the first of them that can run. A named one runs or raises.
+        impl: one of `IMPLEMENTATIONS`, or "auto" (`choose`). A named one runs or raises.
+        plan: `full_plan` of these lengths; making it takes six launches, so who calls often makes it once.
 
     Returns:
         `[B, S, H, D]` in q's dtype.
@@ -42,11 +53,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl:
         raise UsageError(
             "An input requires a gradient; not every kernel has one: call it under torch.no_grad()."
         )
-    name = choose(q, k, v, impl)
+    plan = plan or full_plan(q.shape[1], k.shape[1], q.device)
+    name = choose(q, k, v, impl, plan)
     if name in ("hopper", "flash4"):
         from dit_accel.kernels.block_sparse import block_sparse
 
-        return block_sparse(q, k, v, _full_plan(q, k), scale=scale, impl=name)[0]
+        return block_sparse(q, k, v, plan, scale=scale, impl=name)[0]
     by_head = (x.transpose(1, 2) for x in (q, k, v))
     if name == "sdpa":
         return scaled_dot_product_attention(*by_head, scale=scale).transpose(1, 2)
@@ -54,17 +66,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl:
         return scaled_dot_product_attention(*by_head, scale=scale).transpose(1, 2)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto") -> str:
-    """The implementation that will run. Arguments and errors as in `attend`."""
+def choose(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto", plan: BlockPlan | None = None) -> str:
+    """The implementation that will run. Arguments and errors as in `attend`.
+
+    "auto" is the first of `IMPLEMENTATIONS` that can run, but for ours, where cuDNN is faster (`HOPPER_FROM`).
+    """
     if impl == "auto":
-        return next(name for name in IMPLEMENTATIONS if why_not(name, q, k, v) is None)
-    reason = why_not(impl, q, k, v)
+        plan = plan or full_plan(q.shape[1], k.shape[1], q.device)
+        short = k.shape[1] < HOPPER_FROM.get(q.shape[3], k.shape[1] + 1)
+        names = [name for name in IMPLEMENTATIONS if not (short and name == "hopper")]
+        return next(name for name in names if why_not(name, q, k, v, plan) is None)
+    reason = why_not(impl, q, k, v, plan)
     if reason is not None:
         raise KernelUnavailable(f"dense attention impl={impl!r} cannot run this call: {reason}")
     return impl
 
 
-def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None = None) -> str | None:
     """Why `impl` cannot run this call, or None if it can. Arguments as in `attend`."""
     if impl not in IMPLEMENTATIONS:
         raise unknown_name("dense implementation", impl, (*IMPLEMENTATIONS, "auto"))
@@ -75,7 +93,8 @@ def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if impl in ("hopper", "flash4"):
         from dit_accel.kernels import block_sparse
 
-        return block_sparse.why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), _full_plan(q, k))
+        plan = plan or full_plan(q.shape[1], k.shape[1], q.device)
+        return block_sparse.why_not(impl, *(x.transpose(1, 2) for x in (q, k, v)), plan)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {q.dtype}."
     # What torch itself would say of the call.
@@ -87,12 +106,13 @@ def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None if can[impl](asked) else "this torch cannot run it on these tensors."
 
 
-def _full_plan(q: Tensor, k: Tensor) -> BlockPlan:
-    """Every block is read. Made on the device: nothing waits."""
-    q_starts, k_starts = (uniform_starts(x.shape[1], BLOCK, x.device) for x in (q, k))
+def full_plan(n_q_tokens: int, n_k_tokens: int, device: torch.device) -> BlockPlan:
+    """The plan that reads every block. Made on the device: nothing waits."""
+    q_starts, k_starts = (uniform_starts(n, BLOCK, device) for n in (n_q_tokens, n_k_tokens))
     n_q, n_k = q_starts.shape[2] - 1, k_starts.shape[2] - 1
-    counts = torch.full((1, 1, n_q), n_k, dtype=torch.int32, device=q.device)
-    indices = torch.arange(n_k, dtype=torch.int32, device=q.device).repeat(1, 1, n_q, 1)
+    counts = torch.full((1, 1, n_q), n_k, dtype=torch.int32, device=device)
+    indices = torch.arange(n_k, dtype=torch.int32, device=device).repeat(1, 1, n_q, 1)
+    lengths = min(BLOCK, n_q_tokens), min(BLOCK, n_k_tokens)
     return BlockPlan(
-        counts, indices, q_starts, k_starts, q.shape[1], k.shape[1], BLOCK, BLOCK, even_k=True, even_q=True
+        counts, indices, q_starts, k_starts, n_q_tokens, n_k_tokens, *lengths, even_k=True, even_q=True
     )

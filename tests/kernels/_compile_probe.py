@@ -35,7 +35,7 @@ POINTERS |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
 
 def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool, int8: bool = False) -> dict:
     """Registers, stack bytes, shared bytes and matrix instructions of one configuration."""
-    config = kernel.config_for(head, dtype)
+    config = kernel.config_for(head, dtype, capability)
     constants = {
         **{"HEAD": head, "BLOCK_D": kernel.padded_head(head), "BLOCK_M": config.block_m},
         **{"BLOCK_N": config.block_n, "STEPS": -(-128 // config.block_n), "UPCAST": False},
@@ -82,7 +82,9 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     pointers = {"x": "*bf16", "out": "*fp32", "starts": "*i32"}
     constants = {"ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
     signature, aligned = sign(quantize.channel_peaks_kernel, pointers, constants, quantize.UNSPECIALIZED)
-    told = compile_source(quantize.channel_peaks_kernel, signature, constants, aligned, 8, 3, capability)
+    told = compile_source(
+        quantize.channel_peaks_kernel, signature, constants, aligned, quantize.WARPS, 3, capability
+    )
     yield {"kernel": "quantising, peaks", **told}
     for mode in MODES.values():
         if capability < 89 and torch.float8_e4m3fn in (mode.scores, mode.values):
@@ -95,7 +97,9 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         constants |= {"SMALLEST": quantize.SMALLEST_SCALE, "ROWS": quantize.ROWS, "HEAD": 128}
         constants |= {f"stride_{x}d": 1 for x in "qkv"}
         signature, aligned = sign(quantize.quantize_kernel, pointers, constants, quantize.UNSPECIALIZED)
-        told = compile_source(quantize.quantize_kernel, signature, constants, aligned, 8, 3, capability)
+        told = compile_source(
+            quantize.quantize_kernel, signature, constants, aligned, quantize.WARPS, 3, capability
+        )
         yield {"kernel": f"quantising, {mode.name}", **told}
     for padded, forced, top_p in ((64, True, False), (1024, True, True), (4096, False, True)):
         constants = {"FORCED": forced, "TOP_P": top_p, "PADDED": padded}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
-from dit_accel.kernels.dense import IMPLEMENTATIONS, attend, choose, why_not
+from dit_accel.kernels.dense import IMPLEMENTATIONS, attend, choose, full_plan, why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,6 +39,13 @@ def test_choice_on_a_cpu():
     for impl in IMPLEMENTATIONS[:-1]:
         with pytest.raises(KernelUnavailable, match=f"impl='{impl}' cannot run this call: .*CUDA"):
             attend(q, k, v, impl=impl)
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 5), (128, 129), (300, 512)])
+def test_the_full_plan_reads_everything(n_q, n_k):
+    plan = full_plan(n_q, n_k, torch.device("cpu"))
+    plan.check_values()
+    assert plan.to_token_mask().all() and plan.to_token_mask().shape == (1, 1, n_q, n_k)
 
 
 def test_bad_input_gets_one_clear_error():

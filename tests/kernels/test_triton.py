@@ -83,10 +83,12 @@ def test_compiles_without_spills(capability: int):
     kernels = [json.loads(line) for line in told.splitlines()]
     assert len(kernels) == 19
     for kernel in kernels:
-        # Without tensor cores (fp32), and in the rarer forms, some compilers put a few bytes on the stack.
+        # Without tensor cores (fp32), in the rarer forms and in one that was chosen by time, some compilers put a few
+        # bytes on the stack.
         rare = kernel["dtype"] == "fp32" or kernel["head"] not in (64, 128) or kernel["int8"]
+        rare |= (capability, kernel["head"]) == (90, 128)
         assert kernel["stack"] <= (128 if rare else 0) and kernel["local"] == 0, kernel
-        assert kernel["shared"] <= SMALLEST_SHARED, kernel
+        assert kernel["shared"] <= (LARGEST_SHARED if capability == 90 else SMALLEST_SHARED), kernel
         if kernel["dtype"] != "fp32":
             products = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma")
             assert kernel[products] and kernel["async"], kernel
