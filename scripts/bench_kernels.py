@@ -44,6 +44,7 @@ GPU_SHAPES = (
     dict(name="wan 480p", heads=12, tokens=32760, head=128, keeps=(0.25, 0.1)),
     dict(name="skewed", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="skewed"),
     dict(name="local", heads=12, tokens=32768, head=128, keeps=(0.25, 0.1), family="local"),
+    dict(name="tiny-wan", heads=24, tokens=33792, head=64, keeps=(None,), family="recorded"),
     dict(
         name="128 x 64",
         heads=12,

@@ -21,6 +21,7 @@ import json
 import os
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -207,6 +208,7 @@ def evaluate(
             batch = prompts[start : start + options.batch]
             dense = None
             for variant in variants:
+                wait_for([row for _, row in waiting])  # judges would share the cores with what is timed next
                 clips, seconds, denoise, calls = run_batch(pipe, variant, batch, call)
                 if variant.name == "dense":
                     dense = clips

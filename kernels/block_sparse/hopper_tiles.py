@@ -169,6 +169,16 @@ def values_from(block, HEAD: gl.constexpr, BLOCK_N: gl.constexpr, FP8_VALUES: gl
 
 
 @gluon.jit
+def _store_rows(rounded, p_out, low, end, stride_os, HEAD: gl.constexpr):
+    """Write a tile's rows up to `end` from registers."""
+    LAYOUT: gl.constexpr = rounded.type.layout
+    rows = low + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    lanes = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
+    p_rows = p_out + rows.to(gl.int64)[:, None] * stride_os + lanes[None, :]
+    gl.store(p_rows, rounded, mask=(rows < end)[:, None])
+
+
+@gluon.jit
 def finish(
     acc, top, total, shift, low, end, i_b, i_h, o_smem, heads, result, v_scale,
     WHICH: gl.constexpr,
@@ -191,21 +201,18 @@ def finish(
     if SCALED:
         acc = acc * gl.load(v_scale + (i_b * heads + i_h) * HEAD + lanes)[None, :]
     rounded = acc.to(out.dtype.element_ty)
+    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
     if BULK:
-        whole = low + ROWS <= end
+        if low + ROWS <= end:
+            block = o_smem.index(WHICH)
+            copy_out_wait(0)  # of the tile before
+            block.reshape([ROWS, HEAD]).store(rounded)
+            fence_async_shared()
+            copy_out(o_desc, [i_b, i_h, low, 0], block)
+        else:
+            _store_rows(rounded, p_out, low, end, stride_os, HEAD)
     else:
-        whole = False
-    if whole:
-        block = o_smem.index(WHICH)
-        copy_out_wait(0)  # of the tile before
-        block.reshape([ROWS, HEAD]).store(rounded)
-        fence_async_shared()
-        copy_out(o_desc, [i_b, i_h, low, 0], block)
-    else:
-        rows = low + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-        p_out = p_out + rows.to(gl.int64)[:, None] * stride_os + lanes[None, :]
-        gl.store(p_out, rounded, mask=(rows < end)[:, None])
+        _store_rows(rounded, p_out, low, end, stride_os, HEAD)
     rows = low + gl.arange(0, ROWS, layout=top.type.layout)
     p_lse = lse + (i_b.to(gl.int64) * heads + i_h) * n_tokens
     gl.store(p_lse + rows, b_lse, mask=rows < end)
