@@ -313,6 +313,8 @@ def measure_clip(prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cos
 
 
 def open_judges(count: int) -> Executor:
+    # A thread each: as many as there are cores, in every process, would keep all of them waiting. Read at their start.
+    os.environ["OMP_NUM_THREADS"] = "1"
     # Spawned, not forked: a forked child of a process with a GPU context would hang.
     return ProcessPoolExecutor(max_workers=max(count, 1), mp_context=get_context("spawn"))
 
