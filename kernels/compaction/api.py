@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.errors import UsageError
+from dit_accel.kernels.choice import Choice
 from dit_accel.plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "triton")
+_CHOICE = Choice("compact_lists", __package__)
 
 
 def compact_lists(
@@ -71,22 +72,9 @@ def run(
 
 def choose(counts: Tensor, impl: str = "auto") -> str:
     """The implementation that will run; raises as `compact_lists` does."""
-    if impl == "auto":
-        impl = "triton" if counts.device.type == "cuda" else "reference"
-    reason = why_not(impl, counts)
-    if reason is not None:
-        raise KernelUnavailable(f"compact_lists impl={impl!r} cannot run this call: {reason}")
-    return impl
+    return _CHOICE.choose(impl, counts.device.type == "cuda", counts)
 
 
 def why_not(impl: str, counts: Tensor) -> str | None:
     """Why `impl` cannot run this call, or None if it can."""
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("compact_lists implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "reference":
-        return None
-    try:
-        from . import triton as implementation
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(counts)
+    return _CHOICE.why_not(impl, counts)

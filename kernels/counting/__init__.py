@@ -1,5 +1,7 @@
 """How much of all attention a plan reads: `count_pairs`."""
 
-from .api import IMPLEMENTATIONS, choose, count_pairs, why_not
+from dit_accel.kernels.choice import IMPLEMENTATIONS
+
+from .api import choose, count_pairs, why_not
 
 __all__ = ["IMPLEMENTATIONS", "choose", "count_pairs", "why_not"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.errors import KernelUnavailable, unknown_name
+from dit_accel.kernels.choice import Choice
 from dit_accel.plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "triton")
+_CHOICE = Choice("count_pairs", __package__)
 
 
 def count_pairs(plan: BlockPlan, *, impl: str = "auto") -> Tensor:
@@ -46,22 +46,9 @@ def run(plan: BlockPlan, impl: str) -> Tensor:
 
 def choose(plan: BlockPlan, impl: str = "auto") -> str:
     """The implementation that will run; raises as `count_pairs` does."""
-    if impl == "auto":
-        impl = "triton" if plan.device.type == "cuda" else "reference"
-    reason = why_not(impl, plan)
-    if reason is not None:
-        raise KernelUnavailable(f"count_pairs impl={impl!r} cannot run this call: {reason}")
-    return impl
+    return _CHOICE.choose(impl, plan.device.type == "cuda", plan)
 
 
 def why_not(impl: str, plan: BlockPlan) -> str | None:
     """Why `impl` cannot run this call, or None if it can."""
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("count_pairs implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "reference":
-        return None
-    try:
-        from . import triton as implementation
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(plan)
+    return _CHOICE.why_not(impl, plan)

@@ -17,7 +17,9 @@ from dit_accel.plan import BlockPlan, uniform_starts
 IMPLEMENTATIONS = ("hopper", "flash4", "cudnn", "flash", "sdpa")  # the fastest first, where it can run
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BLOCK = 128
-HOPPER_FROM = {128: 32768}  # tokens from which the Hopper kernel was measured to be faster than cuDNN, by head size
+HOPPER_FROM = {
+    128: 32768
+}  # tokens from which the Hopper kernel was measured to be faster than cuDNN, by head size
 
 
 def attend(

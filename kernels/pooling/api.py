@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.errors import UsageError
+from dit_accel.kernels.choice import Choice
 
-IMPLEMENTATIONS = ("reference", "triton")
+_CHOICE = Choice("block_means", __package__)
 
 
 def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto") -> Tensor:
@@ -60,22 +61,9 @@ def run(x: Tensor, starts: Tensor, max_block: int, impl: str) -> Tensor:
 
 def choose(x: Tensor, impl: str = "auto") -> str:
     """The implementation that will run; raises as `block_means` does."""
-    if impl == "auto":
-        impl = "triton" if x.device.type == "cuda" and x.dtype != torch.float64 else "reference"
-    reason = why_not(impl, x)
-    if reason is not None:
-        raise KernelUnavailable(f"block_means impl={impl!r} cannot run this call: {reason}")
-    return impl
+    return _CHOICE.choose(impl, x.device.type == "cuda" and x.dtype != torch.float64, x)
 
 
 def why_not(impl: str, x: Tensor) -> str | None:
     """Why `impl` cannot run this call, or None if it can."""
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("block_means implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "reference":
-        return None
-    try:
-        from . import triton as implementation
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(x)
+    return _CHOICE.why_not(impl, x)

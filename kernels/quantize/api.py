@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.errors import UsageError, unknown_name
+from dit_accel.kernels.choice import Choice
 from dit_accel.kernels.pooling import block_means
 from dit_accel.plan import BlockPlan
 
-IMPLEMENTATIONS = ("reference", "triton")
+_CHOICE = Choice("quantize_blocks", __package__)
 ROWS = 128  # rows that a copy reserves for each block
 # Where values are fp8, row j of each sixteen in k8 holds the token of this number; block_sparse/hopper.py says why.
 KEY_ORDER = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
@@ -107,22 +108,9 @@ def mean_key(k: Tensor, plan: BlockPlan) -> Tensor:
 
 def choose(q: Tensor, impl: str = "auto") -> str:
     """The implementation that will run; raises as `quantize_blocks` does."""
-    if impl == "auto":
-        impl = "triton" if q.device.type == "cuda" else "reference"
-    reason = why_not(impl, q)
-    if reason is not None:
-        raise KernelUnavailable(f"quantize_blocks impl={impl!r} cannot run this call: {reason}")
-    return impl
+    return _CHOICE.choose(impl, q.device.type == "cuda", q)
 
 
 def why_not(impl: str, q: Tensor) -> str | None:
     """Why `impl` cannot run this call, or None if it can."""
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("quantize_blocks implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "reference":
-        return None
-    try:
-        from . import triton as implementation
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(q)
+    return _CHOICE.why_not(impl, q)

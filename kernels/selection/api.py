@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.errors import KernelUnavailable, UsageError, unknown_name
+from dit_accel.errors import UsageError
+from dit_accel.kernels.choice import Choice
 
-IMPLEMENTATIONS = ("reference", "triton")
+_CHOICE = Choice("select_blocks", __package__)
 
 
 def select_blocks(
@@ -97,23 +98,9 @@ def choose(scores: Tensor, impl: str = "auto") -> str:
 
     On CUDA, lists longer than the kernel takes go to the reference, which is as exact and runs there too.
     """
-    if impl == "auto":
-        cuda = scores.device.type == "cuda"
-        impl = "triton" if cuda and why_not("triton", scores) is None else "reference"
-    reason = why_not(impl, scores)
-    if reason is not None:
-        raise KernelUnavailable(f"select_blocks impl={impl!r} cannot run this call: {reason}")
-    return impl
+    return _CHOICE.choose(impl, scores.device.type == "cuda" and why_not("triton", scores) is None, scores)
 
 
 def why_not(impl: str, scores: Tensor) -> str | None:
     """Why `impl` cannot run this call, or None if it can."""
-    if impl not in IMPLEMENTATIONS:
-        raise unknown_name("select_blocks implementation", impl, (*IMPLEMENTATIONS, "auto"))
-    if impl == "reference":
-        return None
-    try:
-        from . import triton as implementation
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with `pip install triton`."
-    return implementation.why_not(scores)
+    return _CHOICE.why_not(impl, scores)
