@@ -57,7 +57,7 @@ def _check_block_sparse(name: str) -> Check:
         torch.bfloat16 if device.type == "cuda" and impl in ("triton", "hopper", "flash4") else torch.float32
     )
     generator = torch.Generator("cpu").manual_seed(0)
-    tokens, block, heads, width = 301, 64, 2, 64
+    tokens, block, heads, width = 301, 128, 2, 64  # of the size that every executor takes
     q, k, v = (torch.randn(1, tokens, heads, width, generator=generator) for _ in range(3))
     starts = [*range(0, tokens, block), tokens]
     n = len(starts) - 1
