@@ -313,10 +313,12 @@ def measure_clip(prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cos
 
 
 def open_judges(count: int) -> Executor:
-    # A thread each: as many as there are cores, in every process, would keep all of them waiting. Read at their start.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    # A thread each: as many as there are cores, in every process, would keep all of them waiting.
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     # Spawned, not forked: a forked child of a process with a GPU context would hang.
-    return ProcessPoolExecutor(max_workers=max(count, 1), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(max_workers=max(count, 1), mp_context=get_context("spawn"), **one_thread)
 
 
 def write_pictures(
