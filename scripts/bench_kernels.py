@@ -60,6 +60,11 @@ GPU_SHAPES = (
     dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.25, 0.11)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=333, keeps=(0.25,)),
     dict(name="flux", heads=24, tokens=4096, head=128, text=512, keeps=(0.35,), family="dense text"),
+    *(
+        dict(name="dense", heads=24, tokens=n, head=head, keeps=(1.0,))
+        for head in (128, 64)
+        for n in (4096, 8192, 16384, 32768)
+    ),
     dict(name="wan 720p", heads=40, tokens=75648, head=128, keeps=(0.5, 0.25, 0.1, 0.05)),
     dict(name="wan 720p", heads=40, tokens=75600, head=128, keeps=(0.1,)),
     dict(name="hunyuan", heads=24, tokens=118800, head=128, text=256, keeps=(0.25, 0.1)),
@@ -211,9 +216,8 @@ def time_in_turns(runs: dict[str, Callable], device: str, rounds: int) -> dict[s
         calls[name] = min(MOST_CALLS, max(1, round(SAMPLE_SECONDS * 1e3 / _sample(run, 3, device))))
     times = {name: [] for name in runs}
     lot = random.Random(0)
-    for _ in range(
-        rounds
-    ):  # in an order drawn by lot: on a chip at its power limit it matters who went before
+    for _ in range(rounds):
+        # In an order drawn by lot: on a chip at its power limit it matters who went before.
         for name in lot.sample(list(runs), len(runs)):
             times[name].append(_sample(runs[name], calls[name], device))
     return times
@@ -351,12 +355,20 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
             row = dict(shape=title, keep=keep, achieved_keep=achieved, impl=impl, dense=dense)
             row |= dict(dense_milliseconds=quartiles[dense], milliseconds=quartiles[impl])
             row |= dict(ratio=ratio, ratio_quartiles=(worst, best), of_ideal=ratio * achieved)
+            row["against"] = {  # how many times as fast as a peer, round by round
+                peer: statistics.quantiles(
+                    [b / a for a, b in zip(times[impl], times[peer], strict=True)], n=4
+                )
+                for peer in PEERS
+                if peer in times and impl not in (peer, "plan")
+            }
             if device == "cuda":
                 row["host_microseconds"] = host_microseconds(runs[impl])
             table.append(row | gauge.read())
             measured = f"{impl} {middle:.3f} ({low:.3f}-{high:.3f})"
             share = f"{1 / ratio:9.2%}*" if impl == "plan" else f"{ratio * achieved:10.0%}"
-            print(f"{title:48}{keep:6}{baseline:>14}{measured:>38}{ratio:8.2f}x{share}", flush=True)
+            beside = "".join(f", {r[1]:.3f}x {peer}" for peer, r in row["against"].items())
+            print(f"{title:48}{keep:6}{baseline:>14}{measured:>38}{ratio:8.2f}x{share}{beside}", flush=True)
             spent.setdefault(impl, []).append((achieved, middle))
         print(f"{'':54}{gauge}", flush=True)
     for impl, points in spent.items():
