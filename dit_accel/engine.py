@@ -273,7 +273,12 @@ class Engine:
     def _config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
         """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""
         query = qkv[0]
-        if not self.options.tune or executor != "triton" or self.options.precision != "full":
+        if not self.options.tune:
+            return None
+        if executor != "triton":
+            self._say_once(
+                f"tune=True has nothing to choose from: the {executor} executor has one configuration"
+            )
             return None
         kind = (query.shape[3], query.dtype, query.device, plan.max_q_block, plan.max_k_block)
         if kind not in self._configs:

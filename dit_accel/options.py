@@ -76,6 +76,11 @@ class SparseOptions:
         )
         for name in ("strict", "tune"):
             _need(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        if self.tune and (self.impl not in ("auto", "triton") or self.precision != "full"):
+            raise UsageError(
+                f"tune=True with impl={self.impl!r} and precision={self.precision!r} has nothing to choose from: it "
+                "is for impl 'triton' (or 'auto', where that runs) and precision 'full'."
+            )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SparseOptions:

@@ -104,15 +104,16 @@ def test_what_the_fastest_kernel_does_not_take_stays_with_diffusers(transformer,
         assert len(seen) == 1
 
 
-def test_tuning_asks_once_for_each_kind_of_call(transformer, monkeypatch):
+def test_tuning_asks_once_for_each_kind_of_call(transformer, monkeypatch, caplog):
     """What is found is passed on; other executors have nothing to tune."""
     from dit_accel.kernels.block_sparse import tuning
 
     asked, found = [], tuning.Config(64, 32, 4, 1)
     monkeypatch.setattr(tuning, "tune", lambda *a, **k: asked.append(k) or tuning.Tuning(found, ()))
     engine = install(transformer, tune=True).engine
-    run(transformer)
-    assert not asked
+    with caplog.at_level("INFO", "dit_accel"):
+        run(transformer)
+    assert not asked and caplog.text.count("tune=True has nothing to choose from: the cpu executor") == 1
     qkv = [torch.randn(1, 2, 32, 12) for _ in range(3)]
     plan = BlockPlan.full([0, 16, 32], [0, 16, 32])
     for _ in range(2):
@@ -316,6 +317,8 @@ def test_bad_options_change_nothing(transformer):
         (UnknownNameError, "Did you mean 'int8_fp8'", {"precision": "int8_fp"}),
         (UsageError, r"keep=1.5 is not possible: .*up to 1", {"keep": 1.5}),
         (UsageError, r"block=4096 is not possible", {"block": 4096}),
+        (UsageError, r"nothing to choose from: it is for impl .triton.", {"tune": True, "impl": "hopper"}),
+        (UsageError, r"nothing to choose from", {"tune": True, "precision": "int8"}),
         (UsageError, r"layer 7, but this transformer has 2", {"dense_layers": (7,)}),
         (UsageError, "needs a budget", {"keep": None}),
     ):

@@ -1,7 +1,7 @@
 """The front door of dense attention: choose a kernel, run it. No masks, no causality, no gradients.
 
-Ours first: reading every block of a long sequence with heads of 128, the Hopper kernel takes 0.93 of cuDNN's time on an
-H200 (docs/kernels.md).
+Ours first where it was measured to be the fastest: with heads of 128 the Hopper kernel, reading every block, takes 0.93
+to 0.95 of cuDNN's time on an H200; with heads of 64 it takes 1.02 and flash-attn-4 1.00 to 1.04 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from dit_accel.plan import BlockPlan, uniform_starts
 IMPLEMENTATIONS = ("hopper", "flash4", "cudnn", "flash", "sdpa")  # the fastest first, where it can run
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BLOCK = 128
-HOPPER_FROM = {
-    128: 32768
-}  # tokens from which the Hopper kernel was measured to be faster than cuDNN, by head size
+HOPPER_FROM = {128: 4096}  # keys from which the Hopper kernel was measured to be the fastest, by head size
 
 
 def attend(
@@ -71,17 +69,24 @@ def attend(
 def choose(q: Tensor, k: Tensor, v: Tensor, impl: str = "auto", plan: BlockPlan | None = None) -> str:
     """The implementation that will run. Arguments and errors as in `attend`.
 
-    "auto" is the first of `IMPLEMENTATIONS` that can run, but for ours, where cuDNN is faster (`HOPPER_FROM`).
+    "auto" is the first of `by_speed` that can run.
     """
     if impl == "auto":
         plan = plan or full_plan(q.shape[1], k.shape[1], q.device)
-        short = k.shape[1] < HOPPER_FROM.get(q.shape[3], k.shape[1] + 1)
-        names = [name for name in IMPLEMENTATIONS if not (short and name == "hopper")]
+        on_hopper = why_not("hopper", q, k, v, plan) is None
+        names = by_speed(q.shape[3], k.shape[1], on_hopper)
         return next(name for name in names if why_not(name, q, k, v, plan) is None)
     reason = why_not(impl, q, k, v, plan)
     if reason is not None:
         raise KernelUnavailable(f"dense attention impl={impl!r} cannot run this call: {reason}")
     return impl
+
+
+def by_speed(head: int, keys: int, on_hopper: bool) -> tuple[str, ...]:
+    """The implementations, the fastest first, for heads of so many numbers and so many keys."""
+    if on_hopper and keys < HOPPER_FROM.get(head, keys + 1):
+        return ("cudnn", "flash", "hopper", "flash4", "sdpa")
+    return IMPLEMENTATIONS
 
 
 def why_not(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None = None) -> str | None:

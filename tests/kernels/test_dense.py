@@ -5,6 +5,7 @@ import torch
 
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
 from dit_accel.kernels.dense import IMPLEMENTATIONS, attend, choose, full_plan, why_not
+from dit_accel.kernels.dense.api import by_speed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,6 +40,16 @@ def test_choice_on_a_cpu():
     for impl in IMPLEMENTATIONS[:-1]:
         with pytest.raises(KernelUnavailable, match=f"impl='{impl}' cannot run this call: .*CUDA"):
             attend(q, k, v, impl=impl)
+
+
+def test_the_order_follows_what_was_measured():
+    assert by_speed(128, 4096, on_hopper=True)[0] == "hopper"
+    assert by_speed(128, 4095, on_hopper=True)[0] == by_speed(64, 32768, on_hopper=True)[0] == "cudnn"
+    assert by_speed(64, 512, on_hopper=False)[:2] == (
+        "hopper",
+        "flash4",
+    )  # which say themselves where they run
+    assert all(sorted(by_speed(64, 9, hopper)) == sorted(IMPLEMENTATIONS) for hopper in (True, False))
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(1, 5), (128, 129), (300, 512)])
