@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,16 +16,20 @@ from torch import Tensor, nn
 
 from dit_accel.adapters import find_adapter
 from dit_accel.adapters.dispatch import Seat
+from dit_accel.arrangement import Arrangement
 from dit_accel.errors import FallbackError, UsageError
 from dit_accel.hooks import Enter, Leave, Listener, Reorder
 from dit_accel.layout import TokenLayout, build_layout
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.plan import BlockPlan
+from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
-from dit_accel.trajectory import Call, StateTable, Trajectory
+from dit_accel.trajectory import Call, Trajectory
 
 logger = logging.getLogger("dit_accel")
+# Told of each sparse call before it runs: where it is, its layout, query, key and value [B, S, H, D], and its plan.
+Observer = Callable[[Call, TokenLayout, Tensor, Tensor, Tensor, BlockPlan], None]
 
 # Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
 # 64, prediction included), dense over sparse time at keep 0.5 was 0.87 at 1296 tokens, 1.15 at 2448 and 1.73 at
@@ -67,7 +73,9 @@ class Engine:
         layers = dict(self.adapter.self_attentions(transformer))
         self.n_layers = len(layers)
         self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
-        self.state = StateTable(trajectory)
+        self.planner = Planner(options, method, trajectory, tally, self.n_layers)
+        self.arrangement = _arrange(method, options)
+        self.observer: Observer | None = None
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
@@ -119,7 +127,7 @@ class Engine:
         module = self._module()
         if module is not None:
             self._listener.part(module)
-        self.state.clear()
+        self.planner.clear()
         self._layouts.clear()
         self._full = None
         self.call = self.layout = self.order = None
@@ -148,7 +156,7 @@ class Engine:
 
     def bytes_held(self) -> int:
         """Memory this engine keeps between forwards."""
-        return self.state.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
+        return self.planner.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
 
     def _modules(self) -> list[nn.Module]:
         if self._attentions is None:
@@ -172,7 +180,7 @@ class Engine:
         hidden = given["hidden_states"]
         self._dense_reason = self._why_all_dense(hidden)
         if self._dense_reason is None:
-            order, why_raster = self.options.order, None
+            order, why_raster = self.arrangement.order, None
             if order != "raster":
                 why_raster = self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
@@ -230,7 +238,8 @@ class Engine:
         if key not in self._layouts:
             if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
                 self._layouts.clear()
-            self._layouts[key] = build_layout(grid, order, self.options.block, device)
+            tile = self.arrangement.tile if order == "tiles" else None
+            self._layouts[key] = build_layout(grid, order, self.arrangement.block, device, tile=tile)
         return self._layouts[key]
 
     # -- one attention
@@ -251,24 +260,43 @@ class Engine:
             if reason[0] != _GRADIENTS:
                 self._count_dense(*reason, 1)
             return self._attend_densely(seat, query, key, value, reason[1], call)
-        from dit_accel.kernels.block_sparse import block_sparse, choose
+        from dit_accel.kernels.coarse import add_block_means
         from dit_accel.kernels.counting import count_pairs
 
         now = self.call.at(seat.layer)
-        state = self._state_for(now, query)
         layout = self.layout
         if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
             layout = self._layout_for(layout.grid, layout.order, query.device)
-        plan = self.method.predict(query, key, layout, now, state)
+        plan = self.planner.plan(query, key, layout, now)
+        if self.observer is not None:
+            self.observer(now, layout, query, key, value, plan)
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
+        out, title = self._attend_sparsely(by_head, plan, layout, now, call)
+        if plan.coarse is not None:
+            add_block_means(out, by_head[2], plan)
+        self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
+        return out.transpose(1, 2)
+
+    def _attend_sparsely(
+        self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
+    ) -> tuple[Tensor, str]:
+        """What the plan reads, `[B, H, S, D]`, and the executor's name. A method that learns is told what mattered."""
+        from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, choose
+
+        state = self.planner.state_for(qkv[0].transpose(1, 2), layout, now) if self.planner.learns else None
         precision = self.options.precision
-        executor = choose(*by_head, plan, self.options.impl, precision)
+        executor = choose(*qkv, plan, self.options.impl, precision, state is not None)
         title = executor if precision == "full" else f"{executor} ({precision})"
         self._say_once(f"sparse attention runs on the {title} executor")
         known = dict(scale=call["scale"], layout="bhsd", impl=executor, precision=precision)
-        out, _ = block_sparse(*by_head, plan, **known, config=self._config_for(executor, by_head, plan, call))
-        self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
-        return out.transpose(1, 2)
+        if state is None:
+            return block_sparse(*qkv, plan, **known, config=self._config_for(executor, qkv, plan, call))[
+                0
+            ], title
+        method = self.planner.method_at(now)
+        out, _, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
+        method.learn(needed, plan, layout, now, state)
+        return out, title
 
     def _config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
         """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""
@@ -323,6 +351,8 @@ class Engine:
             return self._dense_reason
         if seat.layer in self.dense_layers:
             return "dense layer", True
+        if self.planner.is_dense(self.call.at(seat.layer)):
+            return "a rule", True
         if call["attn_mask"] is not None:
             return "an attention mask", False
         if call["is_causal"] or call["dropout_p"]:
@@ -332,15 +362,6 @@ class Engine:
         if query.shape[1] != self.layout.n_tokens:
             return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
         return None
-
-    def _state_for(self, call: Call, query: Tensor) -> Any:
-        init = getattr(self.method, "init_state", None)
-        if init is None:
-            return None
-        if call.branch is None:
-            self.tally.stateless["branch unknown"] += 1
-            return None
-        return self.state.get(call, tuple(query.shape), lambda: init(query, self.layout))
 
     def _count_dense(self, reason: str, planned: bool, calls: int) -> None:
         if not planned and self.options.strict:
@@ -366,21 +387,37 @@ class Engine:
         new = memo[id(self)] = object.__new__(type(self))
         for name in ("adapter", "options", "method", "role", "n_layers", "dense_layers", "_names", "_paths"):
             setattr(new, name, getattr(self, name))
+        new.arrangement, new.observer = self.arrangement, None
         target = memo.get(id(self._module()))
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
         new._configs, new._full = dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
-        new.state = copy.deepcopy(self.state, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)
+        new.planner = copy.deepcopy(self.planner, memo)
         new._listener = copy.deepcopy(self._listener, memo)
         new.seats = [copy.deepcopy(seat, memo) for seat in self.seats]
         new._handles = copy.deepcopy(self._handles, memo)
         return new
 
     def __repr__(self) -> str:
-        return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.state!r})"
+        return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.planner!r})"
+
+
+def _arrange(method: Method, options: SparseOptions) -> Arrangement:
+    """What the method was made for, as far as nothing else was asked for."""
+    made_for = getattr(method, "arrangement", Arrangement())
+    order, block = options.order or made_for.order, options.block or made_for.block
+    tile = options.tile
+    if tile is None and order == made_for.order and block == made_for.block:
+        tile = made_for.tile
+    if tile is not None and (order != "tiles" or math.prod(tile) > block):
+        raise UsageError(
+            f"tile={tile} with order {order!r} and block={block} is not possible: a tile is for order 'tiles', and its "
+            "edges multiply to at most the block."
+        )
+    return Arrangement(order, block, tile)
 
 
 def _is_ours(processor: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dit_accel.engine import Engine
+from dit_accel.engine import Engine, Observer
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions
 from dit_accel.processor import SparseProcessor, method_of
@@ -46,6 +46,16 @@ class Handle:
     def begin(self) -> None:
         """Declare that the next forward starts a new run. Pipelines are understood without this."""
         self._trajectory.begin()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have a function told of every sparse call before it runs; None ends that.
+
+        Args:
+            observer: takes the call, its layout, query, key and value `[B, S, H, D]` and the plan. It must not change
+            them, and what it raises ends the run.
+        """
+        for engine in self._engines:
+            engine.observer = observer
 
     def remove(self) -> None:
         """Undo exactly what was installed. Does nothing the second time, or once another handle took over."""

@@ -5,7 +5,10 @@ it matters which tokens share a block. `raster` leaves the model's order (frame,
 every `block` tokens. `tiles` cuts the grid into space-time boxes and makes each box one block; boxes that fit
 the grid hold fewer tokens than a block may. `packed` gives every block but the last exactly `block` tokens, at the
 price of borders with a step in them: GPU kernels compute whole blocks, so what tiles leave empty costs them up to
-1.7 times the work (33x32x32 tokens: 343 tiles, or 264 packed blocks).
+1.7 times the work (33x32x32 tokens: 343 tiles, or 264 packed blocks). `gilbert` walks the grid along a generalised
+Hilbert curve and cuts the walk every `block` tokens.
+
+Text tokens of joint attention stand behind the video's, in blocks of their own, in the order they came in.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dit_accel.arrangement import ORDERS
 from dit_accel.errors import LayoutError, unknown_name
 
 Grid = tuple[int, int, int]
@@ -37,11 +41,20 @@ class TokenLayout:
     backward: Tensor | None  # int64 [S], position of each raster token
     max_block: int  # tokens of the largest block
     even: bool  # every block but the last holds that many
+    text: int = 0  # text tokens behind the video's, in blocks of their own
     memo: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what methods derive from it alone
 
     @property
-    def n_tokens(self) -> int:
+    def n_video_tokens(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_video_tokens + self.text
+
+    @property
+    def n_video_blocks(self) -> int:
+        return self.n_blocks - math.ceil(self.text / self.block)
 
     @property
     def n_blocks(self) -> int:
@@ -50,7 +63,14 @@ class TokenLayout:
     @property
     def segments(self) -> tuple[tuple[str, int, int], ...]:
         """Kinds of tokens as (name, first, after the last)."""
-        return (("video", 0, self.n_tokens),)
+        video = ("video", 0, self.n_video_tokens)
+        return (video, ("text", self.n_video_tokens, self.n_tokens)) if self.text else (video,)
+
+    def coordinates(self) -> Tensor:
+        """Frame, row and column of the video token at each position, int64 `[n_video_tokens, 3]`."""
+        raster = torch.arange(self.n_video_tokens, device=self.starts.device)
+        order = raster if self.forward is None else self.forward
+        return torch.stack(torch.unravel_index(order, self.grid), dim=-1)
 
     def bytes_held(self) -> int:
         held = (self.starts, self.sizes, self.near, self.first_frame, self.forward, self.backward)
@@ -58,7 +78,7 @@ class TokenLayout:
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     def apply(self, x: Tensor, dim: int) -> Tensor:
-        """Bring raster tokens along `dim` into this order."""
+        """Bring the video's raster tokens along `dim` into this order."""
         return x if self.forward is None else x.index_select(dim, self.forward.to(x.device))
 
     def undo(self, x: Tensor, dim: int) -> Tensor:
@@ -66,30 +86,63 @@ class TokenLayout:
         return x if self.backward is None else x.index_select(dim, self.backward.to(x.device))
 
 
-def build_layout(grid: Grid, order: str, block: int, device: torch.device | str = "cpu") -> TokenLayout:
+def build_layout(
+    grid: Grid,
+    order: str,
+    block: int,
+    device: torch.device | str = "cpu",
+    *,
+    tile: Grid | None = None,
+    text: int = 0,
+) -> TokenLayout:
     """Lay out `grid` in the given order.
 
     Args:
         grid: frames, rows, columns, in tokens; any positive sizes, odd ones included.
-        order: "raster", "tiles" or "packed".
+        order: one of `ORDERS`.
         block: most tokens in one block.
         device: where the index tensors live.
+        tile: with order "tiles", exact edges of a tile; None chooses edges that waste little.
+        text: text tokens behind the video's.
 
     Raises:
-        LayoutError: an empty grid or block.
+        LayoutError: an empty grid or block, or a tile that is larger than a block or not for this order.
         UnknownNameError: an order that is not one of these.
     """
-    if min(grid) < 1 or block < 1:
+    if min(grid) < 1 or block < 1 or text < 0:
         raise LayoutError(
-            f"A grid of {grid} tokens cannot be cut into blocks of {block}: all must be at least 1."
+            f"A grid of {grid} tokens and {text} of text cannot be cut into blocks of {block}: all but the text "
+            "must be at least 1."
         )
-    if order == "raster":
-        return _raster(grid, block, torch.device(device))
-    if order == "tiles":
-        return _tiles(grid, block, torch.device(device))
-    if order == "packed":
-        return _packed(grid, block, torch.device(device))
-    raise unknown_name("token order", order, ("raster", "tiles", "packed"))
+    if order not in ORDERS:
+        raise unknown_name("token order", order, ORDERS)
+    if tile is not None and (order != "tiles" or min(tile) < 1 or math.prod(tile) > block):
+        raise LayoutError(
+            f"tile={tuple(tile)} with order {order!r} and blocks of {block} tokens is not possible: a tile is for "
+            "order 'tiles', and its three edges multiply to at most the block."
+        )
+    match order:
+        case "raster":
+            parts = _raster(grid, block)
+        case "tiles":
+            parts = _tiles(grid, block, tile)
+        case "packed":
+            where = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
+            forward = torch.cat(_halve(torch.arange(len(where)), where, block))
+            parts = _runs(grid, block, forward)
+        case "gilbert":
+            parts = _runs(grid, block, _gilbert(grid))
+    return _layout(grid, order, block, parts, text, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Blocks of the video's tokens, on the CPU. Fields as in `TokenLayout`."""
+
+    starts: Tensor
+    near: Tensor
+    first_frame: Tensor
+    forward: Tensor | None
 
 
 def balanced_parts(length: int, parts: int) -> list[int]:
@@ -130,30 +183,38 @@ def tile_parts(grid: Grid, block: int) -> Grid:
     return best[1]
 
 
-def _raster(grid: Grid, block: int, device: torch.device) -> TokenLayout:
-    starts = _even_starts(grid, block)
+def _raster(grid: Grid, block: int) -> _Parts:
+    starts = _even_starts(math.prod(grid), block)
     index = torch.arange(len(starts) - 1)
     near = (index[:, None] - index).abs() == 1
-    return _layout(grid, "raster", block, starts, near, starts[:-1] < grid[1] * grid[2], None, device)
+    return _Parts(starts, near, starts[:-1] < grid[1] * grid[2], None)
 
 
-def _tiles(grid: Grid, block: int, device: torch.device) -> TokenLayout:
-    parts = tile_parts(grid, block)
-    runs = [balanced_parts(length, count) for length, count in zip(grid, parts, strict=True)]
+def _tiles(grid: Grid, block: int, tile: Grid | None) -> _Parts:
+    if tile is None:
+        parts = tile_parts(grid, block)
+        runs = [balanced_parts(length, count) for length, count in zip(grid, parts, strict=True)]
+    else:
+        runs = [
+            [edge] * (length // edge) + [length % edge] * (length % edge > 0)
+            for length, edge in zip(grid, tile, strict=True)
+        ]
+        parts = tuple(map(len, runs))
     # the part that each coordinate falls into, per axis
     part_of = [torch.repeat_interleave(torch.arange(len(run)), torch.tensor(run)) for run in runs]
-    tile = (part_of[0][:, None, None] * parts[1] + part_of[1][:, None]) * parts[2] + part_of[2]  # [F, H, W]
-    forward = torch.argsort(tile.flatten(), stable=True)  # stable: raster order inside each tile
-    sizes = torch.bincount(tile.flatten(), minlength=math.prod(parts))
+    tile_of = (part_of[0][:, None, None] * parts[1] + part_of[1][:, None]) * parts[2] + part_of[
+        2
+    ]  # [F, H, W]
+    forward = torch.argsort(tile_of.flatten(), stable=True)  # stable: raster order inside each tile
+    sizes = torch.bincount(tile_of.flatten(), minlength=math.prod(parts))
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     first_frame = torch.arange(math.prod(parts)) < parts[1] * parts[2]
-    return _layout(grid, "tiles", block, starts, _touching(tile, 1), first_frame, forward, device)
+    return _Parts(starts, _touching(tile_of, 1), first_frame, forward)
 
 
-def _packed(grid: Grid, block: int, device: torch.device) -> TokenLayout:
-    starts = _even_starts(grid, block)
-    where = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
-    forward = torch.cat(_halve(torch.arange(len(where)), where, block))
+def _runs(grid: Grid, block: int, forward: Tensor) -> _Parts:
+    """Cut an order of the tokens every `block` of them."""
+    starts = _even_starts(math.prod(grid), block)
     owner = torch.empty_like(forward)
     owner[forward] = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
     owner = owner.view(grid)
@@ -161,7 +222,7 @@ def _packed(grid: Grid, block: int, device: torch.device) -> TokenLayout:
     near = _touching(owner, max(1, round(block ** (2 / 3) / 8)))
     first_frame = torch.zeros(len(starts) - 1, dtype=torch.bool)
     first_frame[owner[0].flatten()] = True
-    return _layout(grid, "packed", block, starts, near, first_frame, forward, device)
+    return _Parts(starts, near, first_frame, forward)
 
 
 def _halve(tokens: Tensor, where: Tensor, block: int) -> list[Tensor]:
@@ -202,21 +263,78 @@ def _touching(owner: Tensor, least: int) -> Tensor:
     return near.fill_diagonal_(False)
 
 
-def _even_starts(grid: Grid, block: int) -> Tensor:
-    tokens = math.prod(grid)
+def _gilbert(grid: Grid) -> Tensor:
+    """Raster indices along a generalised Hilbert curve, for any edges; int64 `[S]`.
+
+    The walk begins at the grid's first corner and travels along its longest axis. Neighbours on it are neighbours in
+    the grid, but for a diagonal step where edges are odd. Source: J. Cerveny's generalisation of the curve to boxes, as
+    Rectified SpaAttn (arXiv:2511.19835) uses it.
+    """
+    strides = (grid[1] * grid[2], grid[2], 1)
+    walk: list[int] = []
+    longest, middle, shortest = sorted(range(3), key=lambda axis: -grid[axis])
+    edges = [(grid[axis], strides[axis]) for axis in (longest, middle, shortest)]
+    _walk_box(0, *edges, walk)
+    return torch.tensor(walk)
+
+
+Edge = tuple[int, int]  # tokens along an edge, and the step in raster order from one to the next
+
+
+def _walk_box(at: int, along: Edge, up: Edge, deep: Edge, walk: list[int]) -> None:
+    """Append the tokens of a box, beginning at the corner `at` and ending at the other end of the edge `along`."""
+    (length, step), (height, rise), (depth, sink) = along, up, deep
+    edges = [edge for edge in (along, up, deep) if edge[0] > 1]
+    if len(edges) < 2:
+        count, stride = edges[0] if edges else (1, 0)
+        walk.extend(range(at, at + count * stride, stride) if stride else [at])
+        return
+    half = _half(length)
+    if 2 * length > 3 * height and 2 * length > 3 * depth:  # long: one half behind the other
+        _walk_box(at, (half, step), up, deep, walk)
+        _walk_box(at + half * step, (length - half, step), up, deep, walk)
+        return
+    end = at + (length - 1) * step
+    half_up, half_deep = _half(height), _half(depth)
+    back = (length - half, -step)
+    if 3 * height > 4 * depth:  # flat: up, over, and down again
+        _walk_box(at, (half_up, rise), deep, (half, step), walk)
+        _walk_box(at + half_up * rise, along, (height - half_up, rise), deep, walk)
+        _walk_box(end + (half_up - 1) * rise, (half_up, -rise), deep, back, walk)
+    elif 3 * depth > 4 * height:  # narrow: in, over, and out again
+        _walk_box(at, (half_deep, sink), (half, step), up, walk)
+        _walk_box(at + half_deep * sink, along, up, (depth - half_deep, sink), walk)
+        _walk_box(end + (half_deep - 1) * sink, (half_deep, -sink), back, up, walk)
+    else:  # near a cube: eight octants, two of them and two pairs joined
+        far = at + (half_up - 1) * rise + (depth - 1) * sink
+        _walk_box(at, (half_up, rise), (half_deep, sink), (half, step), walk)
+        _walk_box(at + half_up * rise, deep, (half, step), (height - half_up, rise), walk)
+        _walk_box(far, along, (half_up, -rise), (depth - half_deep, -sink), walk)
+        _walk_box(
+            end + half_up * rise + (depth - 1) * sink, (depth, -sink), back, (height - half_up, rise), walk
+        )
+        _walk_box(end + (half_up - 1) * rise, (half_up, -rise), (half_deep, sink), back, walk)
+
+
+def _half(length: int) -> int:
+    """About half of an edge, even where it can be: an odd one would end the walk at the wrong corner."""
+    half = length // 2
+    return half + (half % 2 and length > 2)
+
+
+def _even_starts(tokens: int, block: int) -> Tensor:
     return torch.cat([torch.arange(0, tokens, block), torch.tensor([tokens])])
 
 
 def _layout(
-    grid: Grid,
-    order: str,
-    block: int,
-    starts: Tensor,
-    near: Tensor,
-    first_frame: Tensor,
-    forward: Tensor | None,
-    device: torch.device,
+    grid: Grid, order: str, block: int, parts: _Parts, text: int, device: torch.device
 ) -> TokenLayout:
+    starts, near, first_frame, forward = parts.starts, parts.near, parts.first_frame, parts.forward
+    if text:
+        starts = torch.cat([starts[:-1], starts[-1] + _even_starts(text, block)])
+        more = len(starts) - 1 - len(near)
+        near = torch.nn.functional.pad(near, (0, more, 0, more))
+        first_frame = torch.nn.functional.pad(first_frame, (0, more))
     sizes = starts.diff()
     backward = None
     if forward is not None:
@@ -234,4 +352,5 @@ def _layout(
         backward=None if backward is None else backward.to(device),
         max_block=int(sizes.max()),
         even=bool((sizes[:-1] == sizes.max()).all()),
+        text=text,
     )

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dit_accel.arrangement import ORDERS
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.rules import Rule, check_share
 
-ORDERS = ("raster", "tiles", "packed")
 DENSE = ("host", "fastest")
 IMPLS = ("auto", "cpu", "flash4", "flex", "hopper", "reference", "triton")
 PRECISIONS = ("full", "int8_fp8", "fp8", "int8")
@@ -31,13 +32,18 @@ class SparseOptions:
     method: str = "pooled"  # file name in dit_accel/methods
     keep: float | None = None  # requested share of visual key blocks, forced ones included; (0, 1]
     top_p: float | None = None  # keep the fewest blocks that hold this much predicted attention; (0, 1]
-    order: str = (
-        "tiles"  # token order: "tiles" (space-time boxes), "packed" (near-boxes, all full) or "raster"
-    )
-    block: int = 128  # most tokens in one block; 8 to 128
+    # token order: "tiles" (space-time boxes), "packed" (near-boxes, all full), "gilbert" (runs of a Hilbert curve) or
+    # "raster"; none: what the method was made for
+    order: str | None = None
+    block: int | None = None  # most tokens in one block; 8 to 128; none: what the method was made for
+    tile: tuple[int, int, int] | None = None  # with order "tiles": frames, rows, columns of a tile, in tokens
     dense_above: float = 1.0  # dense while the noise level (timestep / training timesteps) is above this
     dense_below: float = 0.0  # dense while the noise level is below this
     dense_layers: tuple[int, ...] = ()  # layers that stay dense; negative ones count from the last
+    rules: tuple[Rule, ...] = ()  # other values at some noise levels or in some layers; later ones win
+    predict_every: int = 1  # predict in one step of so many, carry the plan over in between
+    predict_drift: float = 1.0  # predict again once the noise level has fallen by more than this
+    share_plans: bool = False  # a plan serves every branch of a step (cond and uncond)
     impl: str = "auto"  # executor; "auto" chooses and says so, a name runs or raises
     precision: str = (
         "full"  # "full" or a quantised mode: "int8_fp8" (q k^T in int8, p v in fp8), "fp8", "int8"
@@ -52,9 +58,11 @@ class SparseOptions:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "method_options", dict(self.method_options))
         _need(isinstance(self.method, str), "method", self.method, "a method's name")
-        _need_share("keep", self.keep)
-        _need_share("top_p", self.top_p)
-        if self.order not in ORDERS:
+        check_share("keep", self.keep)
+        check_share("top_p", self.top_p)
+        self._check_arrangement()
+        self._check_rules()
+        if self.order is not None and self.order not in ORDERS:
             raise unknown_name("token order", self.order, ORDERS)
         if self.impl not in IMPLS:
             raise unknown_name("executor", self.impl, IMPLS)
@@ -62,9 +70,7 @@ class SparseOptions:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.dense not in DENSE:
             raise unknown_name("dense attention", self.dense, DENSE)
-        fits = _is_int(self.block) and 8 <= self.block <= 128
-        _need(fits, "block", self.block, "a whole number from 8 to 128")
-        for name in ("dense_above", "dense_below"):
+        for name in ("dense_above", "dense_below", "predict_drift"):
             value = getattr(self, name)
             _need(_is_number(value) and 0 <= value <= 1, name, value, "a noise level from 0 to 1")
         _need(
@@ -74,13 +80,37 @@ class SparseOptions:
         _need(
             fits, "min_tokens", self.min_tokens, "a whole number from 0, or nothing for the measured default"
         )
-        for name in ("strict", "tune"):
+        fits = _is_int(self.predict_every) and self.predict_every >= 1
+        _need(fits, "predict_every", self.predict_every, "a whole number from 1")
+        for name in ("strict", "tune", "share_plans"):
             _need(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.tune and (self.impl not in ("auto", "triton") or self.precision != "full"):
             raise UsageError(
                 f"tune=True with impl={self.impl!r} and precision={self.precision!r} has nothing to choose from: it "
                 "is for impl 'triton' (or 'auto', where that runs) and precision 'full'."
             )
+
+    def _check_arrangement(self) -> None:
+        fits = self.block is None or (_is_int(self.block) and 8 <= self.block <= 128)
+        _need(
+            fits,
+            "block",
+            self.block,
+            "a whole number from 8 to 128, or nothing for what the method was made for",
+        )
+        if self.tile is not None:
+            object.__setattr__(self, "tile", tuple(self.tile))
+            fits = len(self.tile) == 3 and all(_is_int(edge) and edge >= 1 for edge in self.tile)
+            _need(fits, "tile", self.tile, "three whole numbers from 1: frames, rows and columns")
+
+    def _check_rules(self) -> None:
+        from dit_accel.methods import method_options  # it imports no torch
+
+        rules = self.rules if isinstance(self.rules, list | tuple) else [self.rules]
+        if any(not isinstance(rule, Rule) for rule in rules):
+            allowed = method_options(self.method) | {"keep", "top_p"}
+            rules = [r if isinstance(r, Rule) else Rule.from_mapping(r, allowed, self.method) for r in rules]
+        object.__setattr__(self, "rules", tuple(rules))
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SparseOptions:
@@ -106,7 +136,9 @@ class SparseOptions:
     def to_mapping(self) -> dict[str, Any]:
         """The flat mapping that `from_mapping` turns into an equal object; JSON-able."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method_options"}
-        return {**own, "dense_layers": list(self.dense_layers), **self.method_options}
+        own |= {"dense_layers": list(self.dense_layers), "rules": [rule.to_mapping() for rule in self.rules]}
+        own["tile"] = None if self.tile is None else list(self.tile)
+        return {**own, **self.method_options}
 
     def merged(self, overrides: Mapping[str, Any]) -> SparseOptions:
         """These options with some replaced. A change of method drops the former method's own options."""
@@ -122,10 +154,6 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _need_share(name: str, value: object) -> None:
-    _need(value is None or (_is_number(value) and 0 < value <= 1), name, value, "a share above 0 and up to 1")
 
 
 def _need(holds: bool, name: str, value: object, rule: str) -> None:

@@ -70,6 +70,11 @@ class BlockPlan:
     key_means: Tensor | None = (
         None  # fp32 [B, H, Nk, D], mean key of each block, if the plan was made from them
     )
+    # fp32 [B, H, Nq, Nk], weight of each key block's mean value in the output; what was read has the rest, 1 - sum
+    coarse: Tensor | None = None
+    # int32 [B|1, H|1, S], which token stands at each position that the offsets count; None: as they come
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         fields = {name: getattr(self, name) for name in ("counts", "indices", "q_starts", "k_starts")}
@@ -97,8 +102,24 @@ class BlockPlan:
             )
         if self.k_starts.shape[2] < 2:
             raise UsageError(f"k_starts must hold at least 2 offsets, got {self.k_starts.shape[2]}.")
+        self._check_extras()
         if self.counts.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_values()
+
+    def _check_extras(self) -> None:
+        blocks = (self.n_q, self.n_k)
+        if self.coarse is not None and (self.coarse.dim() != 4 or self.coarse.shape[2:] != blocks):
+            raise UsageError(
+                f"coarse must be [B, H, {blocks[0]}, {blocks[1]}], got {tuple(self.coarse.shape)}."
+            )
+        for name, tokens in (("q_order", self.n_q_tokens), ("k_order", self.n_k_tokens)):
+            order = getattr(self, name)
+            if order is not None and (
+                order.dim() != 3 or order.shape[2] != tokens or order.dtype != torch.int32
+            ):
+                raise UsageError(
+                    f"{name} must be int32 [B|1, H|1, {tokens}], got {order.dtype} {tuple(order.shape)}."
+                )
 
     @property
     def n_q(self) -> int:
@@ -117,7 +138,8 @@ class BlockPlan:
     @property
     def lead(self) -> tuple[int, int]:
         """Batch rows and heads the plan tells apart, `(B | 1, H | 1)`."""
-        tensors = (self.counts, self.q_starts, self.k_starts)
+        tensors = [self.counts, self.q_starts, self.k_starts]
+        tensors += [x for x in (self.coarse, self.q_order, self.k_order) if x is not None]
         return max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)
 
     @property
@@ -253,7 +275,7 @@ class BlockPlan:
         return mask.scatter_(-1, column, True)[..., : self.n_k]
 
     def to_token_mask(self) -> Tensor:
-        """Which key token each query token reads, bool `[B|1, H|1, n_q_tokens, n_k_tokens]`.
+        """Which key token each query token reads, bool `[B|1, H|1, n_q_tokens, n_k_tokens]`; orders are undone.
 
         N x N: for oracles and pictures, never for a product path.
         """
@@ -263,7 +285,13 @@ class BlockPlan:
         rows = _owner(self.q_starts, self.n_q_tokens).expand(*lead, -1)
         columns = _owner(self.k_starts, self.n_k_tokens).expand(*lead, -1)
         mask = mask.gather(2, rows[..., None].expand(-1, -1, -1, mask.shape[3]))
-        return mask.gather(3, columns[..., None, :].expand(-1, -1, mask.shape[2], -1))
+        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, mask.shape[2], -1))
+        for axis, order in ((2, self.q_order), (3, self.k_order)):
+            if order is not None:  # from positions to tokens
+                lead = torch.broadcast_shapes(order.shape[:2], mask.shape[:2])
+                place = order.long().argsort(-1).unsqueeze(5 - axis).expand(*lead, *mask.shape[2:])
+                mask = mask.expand(*lead, -1, -1).gather(axis, place)
+        return mask
 
     def coarsen(self, q_factor: int = 1, k_factor: int = 1) -> BlockPlan:
         """Merge runs of neighbouring blocks; a merged pair is kept if any of its parts was (OR, never AND).

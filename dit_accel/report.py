@@ -28,6 +28,9 @@ class Report:
     executors: dict[str, int]
     dense_kernels: dict[str, int]  # dense self-attention calls that came to us, by what ran them
     token_orders: dict[str, int]  # forwards with sparse calls, by the order their tokens had
+    plans: dict[
+        str, int
+    ]  # of sparse calls: how many were predicted, how many carried over from an earlier one
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     runs: int
     bytes_held: int
@@ -47,6 +50,7 @@ class Report:
             "executor": dict(self.executors),
             "dense_kernel": dict(self.dense_kernels),
             "token_order": dict(self.token_orders),
+            "plans": dict(self.plans),
             "stateless": dict(self.stateless),
             "fallbacks": dict(self.fallbacks),
             "runs": self.runs,
@@ -78,6 +82,7 @@ class Report:
             ("executor", self.executors),
             ("dense kernel", self.dense_kernels),
             ("token order", self.token_orders),
+            ("plan", self.plans),
             ("without memory because", self.stateless),
             ("dense because", self.dense_reasons),
             ("of these unplanned", self.fallbacks),
@@ -101,6 +106,7 @@ class Tally:
     executors: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
     token_orders: Counter[str] = field(default_factory=Counter)
+    plans: Counter[str] = field(default_factory=Counter)
     stateless: Counter[str] = field(default_factory=Counter)
     # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
     kept: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
@@ -146,6 +152,7 @@ class Tally:
             executors=dict(self.executors),
             dense_kernels=dict(self.dense_kernels),
             token_orders=dict(self.token_orders),
+            plans=dict(self.plans),
             stateless=dict(self.stateless),
             runs=self.runs,
             bytes_held=bytes_held,

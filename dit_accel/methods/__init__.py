@@ -4,9 +4,17 @@ A method is a frozen dataclass `Method` with
 
     predict(query, key, layout, call, state) -> BlockPlan
 
-for post-RoPE query and key `[B, S, H, D]` in the layout's order. A method that remembers something between
-steps also has `init_state(query, layout) -> state`; it is given that state back for the same transformer,
-branch and layer until the run ends, and None where the branch is not known. Shared steps live in `parts`.
+for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may also have:
+
+- `arrangement`, a class attribute: the token order and block size it was made for, unless others are asked for.
+- `init_state(query, layout) -> state`, if it remembers something between steps: it is given that state back for the
+  same transformer, branch and layer until the run ends, and None where the branch is not known.
+- `threshold_at(call)` and `learn(needed, plan, layout, call, state)`, if the kernel shall tell which entries of the
+  plan mattered (`kernels.block_sparse.block_sparse_feedback`).
+
+A plan with `coarse` weights gives back what is not read as mean values of blocks, one with orders of its own brings
+each head's tokens into another order for the call. Options that vary with noise level or layer, and plans that serve
+several steps, are the planner's business, not a method's. Shared steps live in `parts`.
 
 Method files import torch only inside their functions, so that options can be checked without it.
 """
@@ -52,14 +60,16 @@ def method_options(name: str) -> set[str]:
 
 
 def load_method(name: str, **options: Any) -> Method:
-    """Build a method by name; an option given as None counts as not given.
+    """Build a method by name; a budget (keep, top_p) given as None counts as not given.
 
     Raises:
         UnknownNameError: no such method, or an option it does not have.
         UsageError: a value it refuses, or an option missing.
     """
     cls = _method_class(name)
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {
+        key: value for key, value in options.items() if value is not None or key not in ("keep", "top_p")
+    }
     known = {f.name for f in dataclasses.fields(cls)}
     for key in given:
         if key not in known:

@@ -52,10 +52,19 @@ class Method:
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.force import forced_blocks
         from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import block_means, expected_attention, mean_scores
+        from dit_accel.methods.parts.score import (
+            block_means,
+            expected_attention,
+            scores_of_means,
+            text_scores,
+        )
 
-        key_means = block_means(key, layout)
-        scores = mean_scores(query, key_means, layout)
-        shares = None if self.top_p is None else expected_attention(scores, layout)
+        query_means, key_means = block_means(query, layout), block_means(key, layout)
+        scores = scores_of_means(query_means, key_means)
+        shares = None
+        if self.top_p is not None:
+            shares = expected_attention(scores, layout, text_scores(query_means, key, layout))
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
-        return plan_of(*choose_blocks(scores, forced, self.keep, self.top_p, shares), layout, key_means)
+        text = layout.n_blocks - layout.n_video_blocks
+        chosen = choose_blocks(scores, forced, self.keep, self.top_p, shares, text_blocks=text)
+        return plan_of(*chosen, layout, key_means)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -45,7 +46,8 @@ def block_sparse(
         q: `[B, S, H, D]` (layout "bshd") or `[B, H, S, D]` ("bhsd"); float32, float16 or bfloat16, and float64
             for "reference" and "cpu"; any strides, no copy is made on a GPU.
         k, v: the same with their own S.
-        plan: covers exactly the tokens of q and of k; its batch and head sizes are those of q or 1.
+        plan: covers exactly the tokens of q and of k; its batch and head sizes are those of q or 1. Orders of its own
+            are applied here and undone; its `coarse` weights are for `kernels.coarse`, not read here.
         scale: factor of the scores; None is `D ** -0.5`.
         layout: the order of the dimensions of q, k, v and out.
         impl: one of `IMPLEMENTATIONS`, or "auto" (`choose`). A named one runs or raises.
@@ -70,7 +72,8 @@ def block_sparse(
         from .op import block_sparse as attend
     else:
         attend = partial(run, config=config)
-    out, lse = attend(q, k, v, plan, scale, impl, precision)
+    out, lse = attend(*_in_order(q, k, v, plan), scale, impl, precision)
+    out, lse = _as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
@@ -114,7 +117,8 @@ def block_sparse_feedback(
         from .op import block_sparse_feedback as attend
     else:
         attend = run_feedback
-    out, lse, needed = attend(q, k, v, plan, scale, impl, precision, float(threshold))
+    out, lse, needed = attend(*_in_order(q, k, v, plan), scale, impl, precision, float(threshold))
+    out, lse = _as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse, needed
 
 
@@ -130,6 +134,28 @@ def _prepare(
         q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
     _validate(q, k, v, plan)
     return q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _in_order(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, BlockPlan]:
+    """Bring tokens into the orders that the plan's blocks count, and say so in the plan."""
+    if plan.q_order is None and plan.k_order is None:
+        return q, k, v, plan
+    from dit_accel.kernels.reorder import take_rows
+
+    if plan.q_order is not None:
+        q = take_rows(q, plan.q_order)
+    if plan.k_order is not None:
+        k, v = take_rows(k, plan.k_order), take_rows(v, plan.k_order)
+    return q, k, v, replace(plan, q_order=None, k_order=None)
+
+
+def _as_they_came(out: Tensor, lse: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """Put rows back where the queries came from."""
+    if plan.q_order is None:
+        return out, lse
+    from dit_accel.kernels.reorder import put_rows
+
+    return put_rows(out, plan.q_order), put_rows(lse[..., None], plan.q_order)[..., 0]
 
 
 def run_feedback(
@@ -313,6 +339,13 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         if plan.lead[axis] not in (1, q.shape[axis]):
             raise UsageError(
                 f"The plan's {what} size is {plan.lead[axis]}; q's is {q.shape[axis]}. Use that or 1."
+            )
+    for name, order in (("q_order", plan.q_order), ("k_order", plan.k_order)):
+        if order is not None and any(
+            n not in (1, m) for n, m in zip(order.shape[:2], q.shape[:2], strict=True)
+        ):
+            raise UsageError(
+                f"{name} {tuple(order.shape)} must have q's batch and heads {tuple(q.shape[:2])}, or 1."
             )
     for side, tokens, x in (("query", plan.n_q_tokens, q), ("key", plan.n_k_tokens, k)):
         if tokens != x.shape[2]:

@@ -30,6 +30,40 @@ def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto"
         UnknownNameError: no such implementation.
         KernelUnavailable: the named implementation cannot run this call.
     """
+    return _pool(x, starts, max_block, impl, "values", None)
+
+
+def block_deviations(
+    x: Tensor, starts: Tensor, max_block: int, means: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """Average how far the tokens of each block are from its mean, number by number: mean of `|x - mean|`.
+
+    Args:
+        means: `[B, H, N, D]`, of `block_means`. The other arguments, the result's shape and the errors as there.
+    """
+    wanted = (x.shape[0], x.shape[2], starts.shape[2] - 1, x.shape[3])
+    if means.shape != wanted:
+        raise UsageError(f"means must be {wanted} for x {tuple(x.shape)}, got {tuple(means.shape)}.")
+    return _pool(x, starts, max_block, impl, "deviations", means)
+
+
+def block_directions(
+    x: Tensor, starts: Tensor, max_block: int, center: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """Average the tokens of each block, each at length 1. A token of length 0 counts as 0.
+
+    The squared length of the result is the mean cosine of all pairs of the block's tokens, each with itself included.
+
+    Args:
+        center: `[B, H, 1, D]`, taken from every token first; or None. The other arguments, the result's shape and the
+            errors as in `block_means`.
+    """
+    if center is not None and center.shape != (x.shape[0], x.shape[2], 1, x.shape[3]):
+        raise UsageError(f"center must be [B, H, 1, D] for x {tuple(x.shape)}, got {tuple(center.shape)}.")
+    return _pool(x, starts, max_block, impl, "directions", center)
+
+
+def _pool(x: Tensor, starts: Tensor, max_block: int, impl: str, of: str, center: Tensor | None) -> Tensor:
     if x.dim() != 4 or not x.is_floating_point():
         raise UsageError(f"x must be floating [B, S, H, D], got {x.dtype} {tuple(x.shape)}.")
     if starts.dim() != 3 or starts.dtype != torch.int32 or starts.device != x.device:
@@ -45,18 +79,20 @@ def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto"
         from .op import block_means as pool
     else:
         pool = run
-    return pool(x, starts, max_block, impl)
+    return pool(x, starts, max_block, impl, of, center)
 
 
-def run(x: Tensor, starts: Tensor, max_block: int, impl: str) -> Tensor:
-    """`block_means` on validated arguments."""
+def run(
+    x: Tensor, starts: Tensor, max_block: int, impl: str, of: str = "values", center: Tensor | None = None
+) -> Tensor:
+    """Means `of` "values", "deviations" from or "directions" around `center`, on validated arguments."""
     match choose(x, impl):
         case "reference":
             from .reference import block_means as pool
         case "triton":
             from .triton import block_means as pool
     with torch.no_grad():
-        return pool(x, starts, max_block)
+        return pool(x, starts, max_block, of, center)
 
 
 def choose(x: Tensor, impl: str = "auto") -> str:

@@ -26,17 +26,21 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
-def block_means(x: Tensor, starts: Tensor, max_block: int) -> Tensor:
-    """Launch the kernel on the current stream. Arguments and result as in `api.block_means`."""
+def block_means(
+    x: Tensor, starts: Tensor, max_block: int, of: str = "values", center: Tensor | None = None
+) -> Tensor:
+    """Launch the kernel on the current stream. Arguments and result as in `api.run`."""
     batch, _, heads, dim = x.shape
     blocks = starts.shape[2] - 1
     out = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         block_means_kernel[(blocks, heads, batch)](
-            *(x, starts, out),
+            *(x, starts, out, out if center is None else center.float().contiguous()),
             *x.stride(),
             *lead_strides(starts),
-            *(heads, blocks),
+            *(heads, blocks, 1 if center is None else center.shape[2]),
+            OF=of,
+            CENTERED=center is not None,
             STEPS=max(1, triton.cdiv(max_block, ROWS)),
             DIM=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)),
@@ -48,15 +52,17 @@ def block_means(x: Tensor, starts: Tensor, max_block: int) -> Tensor:
 
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
-UNSPECIALIZED = ("stride_xb", "stride_sb", "stride_sh", "heads", "blocks")
+UNSPECIALIZED = ("stride_xb", "stride_sb", "stride_sh", "heads", "blocks", "centers")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def block_means_kernel(
-    x, starts, out,
+    x, starts, out, center,
     stride_xb, stride_xs, stride_xh, stride_xd,
     stride_sb, stride_sh,
-    heads, blocks,
+    heads, blocks, centers,
+    OF: tl.constexpr,
+    CENTERED: tl.constexpr,
     STEPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -72,11 +78,22 @@ def block_means_kernel(
     lanes = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     head = x + i_b * stride_xb + i_h * stride_xh
+    if CENTERED:
+        p_center = center + ((i_b * heads + i_h) * centers + tl.minimum(i_block, centers - 1)) * DIM
+        middle = tl.load(p_center + lanes, mask=lanes < DIM, other=0.0)
     for step in range(STEPS):
         rows = low + step * ROWS + tl.arange(0, ROWS)
         inside = (rows < high)[:, None] & (lanes < DIM)[None, :]
         place = rows.to(tl.int64)[:, None] * stride_xs + lanes[None, :] * stride_xd
-        total += tl.sum(tl.load(head + place, mask=inside, other=0.0).to(tl.float32), 0)
+        values = tl.load(head + place, mask=inside, other=0.0).to(tl.float32)
+        if CENTERED:
+            values = tl.where(inside, values - middle[None, :], 0.0)
+        if OF == "deviations":
+            values = tl.abs(values)
+        if OF == "directions":
+            length = tl.sqrt(tl.sum(values * values, 1))
+            values = values / tl.maximum(length, 1e-30)[:, None]
+        total += tl.sum(values, 0)
     mean = total / tl.maximum(high - low, 1).to(tl.float32)
     p_out = out + ((i_b * heads + i_h) * blocks + i_block) * DIM + lanes
     tl.store(p_out, mean, mask=lanes < DIM)

@@ -19,7 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dit_accel.kernels.bitmaps import triton as bitmaps
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.coarse import triton as coarse
 from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
@@ -63,8 +65,10 @@ def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool, 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
     """The kernels that build plans, in the forms in which the methods launch them."""
     for dim, dtype in ((64, "bf16"), (128, "bf16"), (128, "fp32")):
+        of = "values" if dtype == "fp32" else "deviations" if dim == 64 else "directions"
         constants = {"STEPS": 2, "DIM": dim, "BLOCK_D": dim, "ROWS": pooling.ROWS, "stride_xd": 1}
-        pointers = {"x": f"*{dtype}", "starts": "*i32", "out": "*fp32"}
+        constants |= {"OF": of, "CENTERED": of != "values"}
+        pointers = {"x": f"*{dtype}", "starts": "*i32", "out": "*fp32", "center": "*fp32"}
         signature, aligned = sign(pooling.block_means_kernel, pointers, constants, pooling.UNSPECIALIZED)
         told = compile_source(pooling.block_means_kernel, signature, constants, aligned, 4, 3, capability)
         yield {"kernel": f"pooling D={dim} {dtype}", **told}
@@ -79,6 +83,20 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(compaction.compact_lists_kernel, pointers, constants, compaction.UNSPECIALIZED)
     told = compile_source(compaction.compact_lists_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "compaction", **told}
+    pointers = dict.fromkeys(("counts", "indices", "bits"), "*i32")
+    constants = {"BLOCK_W": 32, "ENTRIES": bitmaps.ENTRIES}
+    signature, aligned = sign(bitmaps.pack_kernel, pointers, constants, bitmaps.PACK_UNSPECIALIZED)
+    told = compile_source(bitmaps.pack_kernel, signature, constants, aligned, 1, 3, capability)
+    yield {"kernel": "bitmaps, packing", **told}
+    constants = {"WORDS": bitmaps.WORDS}
+    signature, aligned = sign(bitmaps.unpack_kernel, pointers, constants, ("n_k", "words"))
+    told = compile_source(bitmaps.unpack_kernel, signature, constants, aligned, 1, 3, capability)
+    yield {"kernel": "bitmaps, unpacking", **told}
+    pointers = {"out": "*bf16", "rest": "*fp32", "added": "*fp32", "starts": "*i32"}
+    constants = {"STEPS": 4, "DIM": 128, "BLOCK_D": 128, "ROWS": coarse.ROWS, "stride_od": 1}
+    signature, aligned = sign(coarse.mix_kernel, pointers, constants, coarse.UNSPECIALIZED)
+    told = compile_source(coarse.mix_kernel, signature, constants, aligned, 4, 3, capability)
+    yield {"kernel": "coarse", **told}
     pointers = {"x": "*bf16", "out": "*fp32", "starts": "*i32"}
     constants = {"ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
     signature, aligned = sign(quantize.channel_peaks_kernel, pointers, constants, quantize.UNSPECIALIZED)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_accel.errors import UsageError
+from dit_accel.kernels.block_sparse import block_sparse
 from dit_accel.plan import BlockPlan, uniform_starts
 
 Q, K = [0, 3, 3, 7, 20], [0, 1, 5, 5, 9, 30]
@@ -141,3 +142,39 @@ def test_bad_masks_are_refused():
         BlockPlan.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), [0, 1, 2], [0, 1])
     with pytest.raises(UsageError, match="n_tokens >= 1"):
         uniform_starts(0, 4)
+
+
+def test_orders_are_undone():
+    """What a plan with orders of its own reads, and what block_sparse gives for it, is told of tokens as they came."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (20, 30, 30))
+    orders = [
+        torch.stack([torch.randperm(n, generator=generator) for _ in range(6)]).view(2, 3, n).int()
+        for n in (20, 30)
+    ]
+    mask = torch.rand(2, 3, 3, 4, generator=generator) < 0.6
+    mask[..., 0] = True
+    plan = BlockPlan.from_mask(mask, [0, 8, 15, 20], [0, 8, 16, 24, 30])
+    for some in (
+        {"q_order": orders[0]},
+        {"k_order": orders[1]},
+        {"q_order": orders[0], "k_order": orders[1][:1, :1]},
+    ):
+        ordered = dataclasses.replace(plan, **some)
+        read = ordered.to_token_mask()
+        for b, h, i, j in ((0, 0, 3, 5), (1, 2, 19, 29), (1, 0, 9, 17)):
+            own = [
+                x.expand(2, 3, -1)[b, h].long() if x is not None else None
+                for x in (ordered.q_order, ordered.k_order)
+            ]
+            token = i if own[0] is None else own[0][i], j if own[1] is None else own[1][j]
+            assert read[b, h, token[0], token[1]] == plan.to_token_mask()[b, h, i, j]
+        logits = (q @ k.transpose(2, 3) * 8**-0.5).masked_fill(~read, -torch.inf)
+        for impl in ("reference", "cpu"):
+            out, lse = block_sparse(q, k, v, ordered, layout="bhsd", impl=impl)
+            torch.testing.assert_close(out, logits.softmax(-1) @ v, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="q_order must be int32"):
+        dataclasses.replace(plan, q_order=orders[0].long())
+    with pytest.raises(UsageError, match=r"must have q's batch and heads \(2, 3\), or 1"):
+        block_sparse(q, k, v, dataclasses.replace(plan, q_order=orders[0][:, :2]), layout="bhsd")

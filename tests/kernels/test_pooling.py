@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
-from dit_accel.kernels.pooling import block_means
+from dit_accel.kernels.pooling import block_deviations, block_directions, block_means
 
 BLOCKS = {
     "one": (5,),
@@ -91,3 +91,34 @@ def test_what_does_not_fit_is_refused():
         block_means(x, starts, 5, impl="tritn")
     with pytest.raises(KernelUnavailable, match="float64|CUDA|triton"):
         block_means(x.double(), starts, 5, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [BLOCKS["ragged"], BLOCKS["unequal"]], ids=["ragged", "unequal"])
+def test_deviations_and_directions_by_their_formulas(impl: str, device: str, blocks, dtype: torch.dtype):
+    """Block by block in float64; the squared mean direction is the mean of the block's cosine matrix."""
+    x = torch.randn(2, sum(blocks), 3, 24, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x[:, 2] = 0  # a token without a direction
+    starts = starts_of(blocks, device)
+    means = block_means(x, starts, max(blocks), impl=impl)
+    spread = block_deviations(x, starts, max(blocks), means, impl=impl)
+    center = x.double().mean(1).float()[:, :, None]
+    plain = block_directions(x, starts, max(blocks), impl=impl)
+    around = block_directions(x, starts, max(blocks), center, impl=impl)
+    for i, (low, high) in enumerate(pairwise([0, *accumulate(blocks)])):
+        part = x[:, low:high].double().cpu()
+        if high == low:
+            assert not spread[:, :, i].any() and not around[:, :, i].any()
+            continue
+        true = (part - part.mean(1, keepdim=True)).abs().mean(1)
+        torch.testing.assert_close(spread[:, :, i].cpu().double(), true, rtol=1e-5, atol=1e-5)
+        for found, shift in ((plain, 0.0), (around, center[:, None, :, 0].double().cpu())):
+            unit = torch.nn.functional.normalize(part - shift, dim=-1)
+            cosines = torch.einsum("bihd,bjhd->bhij", unit, unit).mean((-1, -2))
+            torch.testing.assert_close(
+                found[:, :, i].square().sum(-1).cpu().double(), cosines, rtol=1e-4, atol=1e-5
+            )
+    with pytest.raises(UsageError, match=r"means must be \(2, 3,"):
+        block_deviations(x, starts, max(blocks), means[:1])
+    with pytest.raises(UsageError, match=r"center must be \[B, H, 1, D\]"):
+        block_directions(x, starts, max(blocks), center[:, :, 0])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import dit_accel
-from dit_accel.methods.pooled import Method as Pooled
+from dit_accel.methods import load_method
 from dit_accel.testing import tiny_wan_pipeline
 
 FRAMES, HEIGHT, WIDTH = (
@@ -51,10 +51,16 @@ class Remember:
         return plan_of(*choose_blocks(scores, None, self.keep), layout)
 
 
-METHODS: dict[str, Callable[[float], Any]] = {
-    "pooled": lambda keep: Pooled(keep=keep),
+# `random` is a control: it draws anew for each branch name. At 1.0 each reads everything; below, about as much as the
+number says. METHODS: dict[str, Callable[[float], Any]] = {
+    "pooled": lambda keep: load_method("pooled", keep=keep),
     "remember": Remember,
+    "lite": lambda keep: load_method("lite", threshold=-1e4 if keep == 1 else -0.5),
+    "rectified": lambda keep: load_method("rectified", keep=keep, top_p=0.1, neighbours=None, anchor=False),
+    "sparge": lambda keep: load_method("sparge", keep=keep),
 }
+# On every family; the others on the first. What differs between families is the host, not the method.
+EVERYWHERE = ("pooled", "remember", "lite")
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,25 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=FAMILIES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Rows of the table for a law: pairs of a family and a method, or either alone."""
+    families, methods = list(FAMILIES), list(METHODS)
+    if {"bench", "method"} <= set(metafunc.fixturenames):
+        pairs = [(f, m) for f in families for m in methods if f == families[0] or m in EVERYWHERE]
+        metafunc.parametrize(("bench", "method"), pairs, indirect=True)
+    elif "bench" in metafunc.fixturenames:
+        metafunc.parametrize("bench", families, indirect=True)
+    elif "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", methods, indirect=True)
+
+
+@pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Bench:
     family = FAMILIES[request.param]
     return Bench(family.make(), family.inputs())
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture
 def method(request: pytest.FixtureRequest) -> Callable[[float], Any]:
     return METHODS[request.param]
 

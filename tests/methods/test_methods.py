@@ -1,10 +1,12 @@
 """Methods and their parts: what is kept, and why that."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from dit_accel import methods
 from dit_accel.errors import UnknownNameError, UsageError
 from dit_accel.kernels.counting import count_pairs
 from dit_accel.layout import build_layout
@@ -138,7 +140,8 @@ def test_random_draws_again_for_each_place_and_the_same_in_each_run():
 
 
 def test_methods_are_found_by_file_name():
-    assert method_names() == ["pooled", "random"]
+    assert method_names() == sorted(path.stem for path in Path(methods.__file__).parent.glob("[a-z]*.py"))
+    assert {"lite", "pooled", "random", "rectified", "sparge"} <= set(method_names())
     assert method_options("pooled") == {"neighbours", "first_frame"}
     with pytest.raises(UnknownNameError, match=r"method 'poled'.*Did you mean 'pooled'"):
         load_method("poled")

@@ -8,7 +8,9 @@ from torch import Tensor
 from dit_accel.layout import TokenLayout
 
 
-def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Tensor | None:
+def forced_blocks(
+    layout: TokenLayout, neighbours: int | None, first_frame: bool, anchor: bool = False
+) -> Tensor | None:
     """Key blocks that every query block reads.
 
     Args:
@@ -16,20 +18,21 @@ def forced_blocks(layout: TokenLayout, neighbours: int | None, first_frame: bool
         neighbours: key blocks at most so many steps away, from block to block through the faces they share (in
             raster order along the sequence); 0 is the query's own block, None forces none.
         first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
+        anchor: also, for query blocks with tokens of the first frame, all such key blocks.
 
     Returns:
         bool `[N, N]`, query block by key block, or None if nothing is forced. The layout remembers it: do not write
-        into it.
+        into it. Text blocks are always read, and read everything: dropping text changes the prompt, not the speed.
     """
-    if neighbours is None and not first_frame:
+    if neighbours is None and not first_frame and not anchor and not layout.text:
         return None
-    key = ("forced", neighbours, first_frame)
+    key = ("forced", neighbours, first_frame, anchor)
     if key not in layout.memo:
-        layout.memo[key] = _build(layout, neighbours, first_frame)
+        layout.memo[key] = _build(layout, neighbours, first_frame, anchor)
     return layout.memo[key]
 
 
-def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Tensor:
+def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool, anchor: bool) -> Tensor:
     forced = torch.zeros_like(layout.near)
     if neighbours is not None:
         reached = torch.eye(layout.n_blocks, device=forced.device)
@@ -39,4 +42,9 @@ def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool) -> Te
         forced |= reached > 0
     if first_frame:
         forced |= layout.first_frame[None]
+    if anchor:
+        forced |= layout.first_frame[None] & layout.first_frame[:, None]
+    if layout.text:
+        forced[layout.n_video_blocks :] = True
+        forced[:, layout.n_video_blocks :] = True
     return forced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dit_accel.layout import TokenLayout
@@ -29,3 +30,11 @@ def plan_of(
         even_q=layout.even,
         key_means=key_means,
     )
+
+
+def full_plan(layout: TokenLayout, device: torch.device) -> BlockPlan:
+    """The plan that reads every block, for all batch rows and heads."""
+    n = layout.n_blocks
+    counts = torch.full((1, 1, n), n, dtype=torch.int32, device=device)
+    indices = torch.arange(n, dtype=torch.int32, device=device).repeat(1, 1, n, 1)
+    return plan_of(counts, indices, layout)

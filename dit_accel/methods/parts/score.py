@@ -31,18 +31,60 @@ def mean_scores(query: Tensor, key_means: Tensor, layout: TokenLayout) -> Tensor
     Returns:
         fp32 `[B, H, N, N]`.
     """
-    return block_means(query, layout) @ key_means.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores_of_means(block_means(query, layout), key_means)
 
 
-def expected_attention(scores: Tensor, layout: TokenLayout) -> Tensor:
-    """Share of attention each key block would take if every token were its block's mean.
+def scores_of_means(query_means: Tensor, key_means: Tensor) -> Tensor:
+    """`mean_scores` of queries that are pooled already; both fp32 `[B, H, N, D]`."""
+    return query_means @ key_means.transpose(-1, -2) * query_means.shape[-1] ** -0.5
 
-    A key block of b tokens appears b times in that softmax, hence the logarithm of its size.
+
+def expected_attention(scores: Tensor, layout: TokenLayout, text: Tensor | None = None) -> Tensor:
+    """Share of attention each key block would take if every video token were its block's mean.
+
+    A key block of b tokens appears b times in that softmax, hence the logarithm of its size. Text is few tokens that
+    differ much, so they are taken one by one: their mean would say little (isolated pooling and its reallocation,
+    Rectified SpaAttn, arXiv:2511.19835: a pooled column stands for b tokens, a text column for one).
 
     Args:
         scores: fp32 `[B, H, N, N]`, from `mean_scores`.
+        text: fp32 `[B, H, N, n]`, from `text_scores`; needed where the layout has text.
 
     Returns:
         fp32 `[B, H, N, N]`, rows summing to one.
     """
-    return torch.softmax(scores + layout.sizes.to(scores.device).log(), dim=-1)
+    logits = scores + layout.sizes.to(scores.device).log()
+    if text is not None:
+        logits = torch.cat([logits[..., : layout.n_video_blocks], text], dim=-1)
+    return torch.softmax(logits, dim=-1)
+
+
+def text_scores(query_means: Tensor, key: Tensor, layout: TokenLayout) -> Tensor | None:
+    """Logits of whole text blocks, every text key for itself: the logarithm of their summed exponentials.
+
+    Args:
+        query_means: fp32 `[B, H, N, D]`.
+        key: `[B, S, H, D]`.
+
+    Returns:
+        fp32 `[B, H, N, n]`, a column for each text block; None where the layout has no text.
+    """
+    if not layout.text:
+        return None
+    keys = key[:, layout.n_video_tokens :].transpose(1, 2).to(query_means.dtype)
+    logits = query_means @ keys.transpose(-1, -2) * query_means.shape[-1] ** -0.5
+    return torch.stack([part.logsumexp(-1) for part in logits.split(layout.block, dim=-1)], dim=-1)
+
+
+def self_similarity(x: Tensor, layout: TokenLayout, center: Tensor | None = None) -> Tensor:
+    """Mean cosine of all pairs of tokens of each block.
+
+    Args:
+        x: `[B, S, H, D]`, tokens in the layout's order.
+        center: fp32 `[B, H, 1, D]`, taken from every token first; or None.
+
+    Returns:
+        fp32 `[B, H, N]`; 1 where all tokens of a block point the same way.
+    """
+    directions = pooling.block_directions(x, layout.starts.to(x.device), layout.max_block, center)
+    return directions.square().sum(-1)

@@ -1,0 +1,94 @@
+"""sparge: read what block means say matters, and all of every block whose mean says too little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dit_accel.arrangement import Arrangement
+from dit_accel.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_accel.layout import TokenLayout
+    from dit_accel.plan import BlockPlan
+    from dit_accel.trajectory import Call
+
+_ALWAYS = 1e30  # a score above all others
+
+
+@dataclass(frozen=True)
+class Method:
+    """Shares of attention between block means, with a veto for blocks whose tokens point in different directions.
+
+    A block is self-similar if the mean cosine of its tokens is above `similarity`. Key blocks that are not are read by
+    all, query blocks that are not read everything, and shares are among self-similar key blocks alone. Cosines of keys
+    are taken around the mean key of the head: keys share a large part that softmax does not see.
+
+    Source: SpargeAttn, arXiv:2502.18137, algorithm 1 (Hilbert order, first stage). The published code's recommended
+    call sets the veto's threshold to -0.1, where it never speaks; the second stage (leaving out p v of a tile at run
+    time) and its tuning per head are not here.
+    """
+
+    arrangement: ClassVar[Arrangement] = Arrangement("gilbert", 128)
+
+    keep: float | None = None  # share of key blocks to read, forced ones included
+    top_p: float | None = None  # read the fewest self-similar blocks that should hold this share
+    similarity: float = 0.1  # blocks of a mean cosine up to this are not pooled; -1 pools all
+    neighbours: int | None = 0  # also read blocks so near; 0 is the own block, none forces nothing
+    sink: bool = False  # also read the first block
+
+    def __post_init__(self) -> None:
+        if self.keep is None and self.top_p is None:
+            raise UsageError(
+                "Method 'sparge' needs a budget: give keep= (say 0.25), top_p= (say 0.9) or both."
+            )
+        if not -1 <= self.similarity <= 1:
+            raise UsageError(f"similarity={self.similarity} is not possible: it is a mean cosine, -1 to 1.")
+        if self.neighbours is not None and self.neighbours < 0:
+            raise UsageError(
+                f"neighbours={self.neighbours} is not possible: neighbours is 0 or more, or none."
+            )
+
+    def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
+        """Predict which key blocks matter to each query block.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
+
+        Returns:
+            A plan of its own for every batch row and head.
+        """
+        import torch
+
+        from dit_accel.methods.parts.budget import choose_blocks
+        from dit_accel.methods.parts.force import forced_blocks
+        from dit_accel.methods.parts.plans import plan_of
+        from dit_accel.methods.parts.score import (
+            block_means,
+            expected_attention,
+            mean_scores,
+            self_similarity,
+        )
+
+        key_means = block_means(key, layout)
+        scores = mean_scores(query, key_means, layout)
+        weights = layout.sizes.to(key.device) / layout.n_tokens
+        center = (key_means * weights[:, None]).sum(2, keepdim=True)
+        mixed_keys = (self_similarity(key, layout, center) <= self.similarity)[:, :, None, :]
+        mixed_queries = (self_similarity(query, layout) <= self.similarity)[..., None]
+        # Among pooled keys alone; where there are none everything is read, and shares are never asked.
+        shares = expected_attention(scores.masked_fill(mixed_keys, -_ALWAYS), layout).masked_fill(
+            mixed_keys, 0
+        )
+        scores = scores.masked_fill(mixed_keys | mixed_queries, _ALWAYS)
+        if self.sink:
+            scores = torch.cat([torch.full_like(scores[..., :1], _ALWAYS), scores[..., 1:]], dim=-1)
+        forced = forced_blocks(layout, self.neighbours, False)
+        by_mass = None if self.top_p is None else shares
+        text = layout.n_blocks - layout.n_video_blocks
+        chosen = choose_blocks(
+            scores, forced, self.keep, self.top_p, by_mass, above=_ALWAYS, text_blocks=text
+        )
+        return plan_of(*chosen, layout, key_means)
