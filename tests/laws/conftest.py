@@ -52,7 +52,8 @@ class Remember:
 
 
 # `random` is a control: it draws anew for each branch name. At 1.0 each reads everything; below, about as much as the
-number says. METHODS: dict[str, Callable[[float], Any]] = {
+# number says.
+METHODS: dict[str, Callable[[float], Any]] = {
     "pooled": lambda keep: load_method("pooled", keep=keep),
     "remember": Remember,
     "lite": lambda keep: load_method("lite", threshold=-1e4 if keep == 1 else -0.5),
