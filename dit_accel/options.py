@@ -141,11 +141,25 @@ class SparseOptions:
         return {**own, **self.method_options}
 
     def merged(self, overrides: Mapping[str, Any]) -> SparseOptions:
-        """These options with some replaced. A change of method drops the former method's own options."""
-        base = self.to_mapping()
-        if overrides.get("method", self.method) != self.method:
-            base = {key: value for key, value in base.items() if key not in self.method_options}
-        return type(self).from_mapping({**base, **overrides})
+        """These options with some replaced, as `override` has it."""
+        return type(self).from_mapping(override(self.to_mapping(), overrides))
+
+
+def override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """One flat mapping of options with values of another put over it.
+
+    A change of method drops what was said to the former one: its own options, rules, and the arrangement of tokens,
+    which the new method has one of its own for.
+    """
+    base, method = dict(base), base.get("method", SparseOptions.method)
+    if changes.get("method", method) != method:
+        from dit_accel.methods import method_names, method_options
+
+        own = method_options(method) if method in method_names() else set()
+        base = {
+            key: value for key, value in base.items() if key not in own | {"order", "block", "tile", "rules"}
+        }
+    return {**base, **changes}
 
 
 def _is_int(value: object) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 import dit_accel.presets as shipped
 from dit_accel.errors import UsageError, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
-from dit_accel.options import SparseOptions
+from dit_accel.options import SparseOptions, override
 
 STATUSES = ("measured", "provisional")
 _HEAD = {"description": str, "pipeline": str, "model": str, "status": str}
@@ -234,7 +234,7 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
             if key in groups:
                 if not isinstance(value, Mapping):
                     raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
-                groups[key] |= value
+                groups[key] = override(groups[key], value) if key == "sparse" else groups[key] | value
                 sources |= {f"{key}.{option}": source for option in value}
             elif key in _HEAD:
                 head[key] = _checked(value, _HEAD[key], key, where)
@@ -250,6 +250,10 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
     if head.setdefault("status", "provisional") not in STATUSES:
         raise unknown_name(f"status of {where}", head["status"], STATUSES)
     head.setdefault("description", "")
+    dropped = {name for name in sources if name.startswith("sparse.")} - {
+        f"sparse.{name}" for name in groups["sparse"]
+    }
+    sources = {name: source for name, source in sources.items() if name not in dropped}
     generate = _generate_options(groups["generate"], where)
     sparse = _sparse_options(groups["sparse"], where) if groups["sparse"] else None
     values = {"generate": dataclasses.asdict(generate), "sparse": sparse.to_mapping() if sparse else {}}

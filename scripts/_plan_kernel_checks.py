@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from dit_accel.kernels import counting, pooling, selection
+from dit_accel.kernels import bitmaps, coarse, counting, pooling, reorder, selection
 from dit_accel.plan import BlockPlan
 
 
@@ -15,23 +16,75 @@ def check_plan_kernels(device: str) -> Iterator[tuple[str, str | None]]:
     for tokens, heads, dim in ((4352, 4, 64), (32760, 12, 128), (1000, 3, 72)):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield f"pooling {tokens}x{heads}x{dim} {dtype}", _check_pooling(tokens, heads, dim, dtype, device)
+            yield (
+                f"reordering {tokens}x{heads}x{dim} {dtype}",
+                _check_reorder(tokens, heads, dim, dtype, device),
+            )
+            yield f"coarse {tokens}x{heads}x{dim} {dtype}", _check_coarse(tokens, heads, dim, dtype, device)
     for n_keys in (7, 34, 256, 930, 2000):
         for forcing in (False, True):
             for top_p in (None, 0.3, 0.95):
                 title = f"selection of {n_keys}, forced {forcing}, top_p {top_p}"
                 yield title, _check_selection(n_keys, forcing, top_p, device)
                 yield f"counting, {title}", _check_counting(n_keys, forcing, top_p, device)
+                yield f"bitmaps, {title}", _check_bitmaps(n_keys, forcing, top_p, device)
 
 
 def _check_pooling(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> str | None:
     x = torch.randn(2, tokens, heads, dim, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
-    sizes = torch.tensor([128, 96, 112]).repeat(tokens)
-    ends = sizes.cumsum(0)
-    starts = torch.cat([torch.zeros(1), ends[ends < tokens], torch.tensor([tokens])]).int()[None, None]
-    means = pooling.block_means(x, starts.to(device), 128)
-    exact = pooling.block_means(x.double(), starts.to(device), 128, impl="reference")
-    error = (means.double() - exact).abs().max().item()
-    return None if error <= 2e-6 * max(1.0, exact.abs().max().item()) else f"error {error:.1e}"
+    starts = _starts(tokens).to(device)
+    means = pooling.block_means(x, starts, 128)
+    spread = pooling.block_deviations(x, starts, 128, means)
+    directions = pooling.block_directions(x, starts, 128, means[:, :, :1])
+    wide = x.double(), starts, 128
+    pairs = [
+        ("means", means, pooling.block_means(*wide, impl="reference")),
+        ("deviations", spread, pooling.block_deviations(*wide, means.double(), impl="reference")),
+        (
+            "directions",
+            directions,
+            pooling.block_directions(*wide, means[:, :, :1].double(), impl="reference"),
+        ),
+    ]
+    for name, found, exact in pairs:
+        error = (found.double() - exact).abs().max().item()
+        if not error <= 4e-6 * max(1.0, exact.abs().max().item()):
+            return f"{name}: error {error:.1e}"
+    return None
+
+
+def _starts(tokens: int) -> torch.Tensor:
+    """Blocks of three lengths, int32 `[1, 1, N + 1]`."""
+    ends = torch.tensor([128, 96, 112]).repeat(tokens).cumsum(0)
+    return torch.cat([torch.zeros(1), ends[ends < tokens], torch.tensor([tokens])]).int()[None, None]
+
+
+def _check_reorder(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> str | None:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(2, tokens, heads, dim, generator=generator).to(device, dtype).transpose(1, 2)
+    order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)])
+    order = order[None].int().to(device)
+    taken = reorder.take_rows(x, order)
+    if not torch.equal(taken, reorder.take_rows(x, order, impl="reference")):
+        return "rows taken are not those asked for"
+    return None if torch.equal(reorder.put_rows(taken, order), x) else "rows put back are not those taken"
+
+
+def _check_coarse(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> str | None:
+    generator = torch.Generator().manual_seed(tokens)
+    out, v = (torch.randn(2, heads, tokens, dim, generator=generator).to(device, dtype) for _ in range(2))
+    starts = _starts(tokens).to(device)
+    blocks = starts.shape[2] - 1
+    plan = BlockPlan.full(
+        starts, starts, n_q_tokens=tokens, n_k_tokens=tokens, max_q_block=128, max_k_block=128
+    )
+    weights = torch.rand(2, heads, blocks, blocks, generator=generator).to(device) / blocks
+    plan = replace(plan, coarse=weights)
+    exact = coarse.add_block_means(out.double(), v.double(), plan, impl="reference")
+    rounded = (exact - exact.to(dtype).double()).abs().max().item()
+    error = (coarse.add_block_means(out, v, plan).double() - exact).abs().max().item()
+    # The weights' product is torch's, in fp32 as its own settings have it.
+    return None if error <= 2 * rounded + 1e-5 else f"error {error:.1e}, rounding the result {rounded:.1e}"
 
 
 def _check_selection(n_keys: int, forcing: bool, top_p: float | None, device: str) -> str | None:
@@ -49,6 +102,19 @@ def _check_selection(n_keys: int, forcing: bool, top_p: float | None, device: st
         return f"{int((counts != right_counts).sum())} of {counts.numel()} counts are wrong"
     wrong = int((indices != right_indices).sum())
     return f"{wrong} of {indices.numel()} indices are wrong" if wrong else None
+
+
+def _check_bitmaps(n_keys: int, forcing: bool, top_p: float | None, device: str) -> str | None:
+    """`forcing` tells heads apart; `top_p` is the share that is kept."""
+    generator = torch.Generator().manual_seed(n_keys)
+    mask = torch.rand(2, 3 if forcing else 1, 20, n_keys, generator=generator) < (top_p or 0.0)
+    plan = BlockPlan.from_mask(mask.to(device), [*range(21)], [*range(n_keys + 1)])
+    bits = bitmaps.pack_lists(plan)
+    if not torch.equal(bits, bitmaps.pack_lists(plan, impl="reference")):
+        return "the bitmap is not that of the lists"
+    counts, indices = bitmaps.unpack_lists(bits, n_keys)
+    back = replace(plan, counts=counts, indices=indices)
+    return None if torch.equal(back.to_mask(), plan.to_mask()) else "the lists are not those of the bitmap"
 
 
 def _check_counting(n_keys: int, forcing: bool, top_p: float | None, device: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 
@@ -19,7 +19,7 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """Every implementation of every kernel, on the GPU where there is one."""
-    from dit_accel.kernels import compaction, counting, pooling, quantize, selection
+    from dit_accel.kernels import bitmaps, coarse, compaction, counting, pooling, quantize, reorder, selection
     from dit_accel.options import IMPLS
 
     checks: list[tuple[str, Callable[[str], Check]]] = [
@@ -29,6 +29,9 @@ def check_kernels() -> Iterator[Check]:
     checks += [(f"selection/{impl}", _check_selection) for impl in selection.IMPLEMENTATIONS]
     checks += [(f"counting/{impl}", _check_counting) for impl in counting.IMPLEMENTATIONS]
     checks += [(f"compaction/{impl}", _check_compaction) for impl in compaction.IMPLEMENTATIONS]
+    checks += [(f"bitmaps/{impl}", _check_bitmaps) for impl in bitmaps.IMPLEMENTATIONS]
+    checks += [(f"coarse/{impl}", _check_coarse) for impl in coarse.IMPLEMENTATIONS]
+    checks += [(f"reorder/{impl}", _check_reorder) for impl in reorder.IMPLEMENTATIONS]
     checks += [(f"quantize/{impl}", _check_quantize) for impl in quantize.IMPLEMENTATIONS]
     for name, check in checks:
         try:
@@ -172,6 +175,70 @@ def _check_compaction(name: str) -> Check:
     wanted = torch.zeros_like(mask).scatter_(3, listed.indices.long(), needed) | forced[:, :1]
     wrong = int((short.to_mask().cpu() != (wanted & mask)).sum())
     return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
+
+
+def _check_bitmaps(name: str) -> Check:
+    """Lists into a bitmap and out again."""
+    import torch
+
+    from dit_accel.kernels.bitmaps import pack_lists, unpack_lists, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    mask = torch.rand(1, 2, 30, 70, generator=torch.Generator("cpu").manual_seed(5)) < 0.4
+    plan = BlockPlan.from_mask(mask.to(device), [*range(31)], [*range(71)])
+    reason = why_not(impl, plan.counts)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    counts, indices = unpack_lists(pack_lists(plan, impl=impl), 70, impl=impl)
+    wrong = int((replace(plan, counts=counts, indices=indices).to_mask().cpu() != mask).sum())
+    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
+
+
+def _check_coarse(name: str) -> Check:
+    """Where all values are alike, mixing with their mean changes nothing."""
+    import torch
+
+    from dit_accel.kernels.coarse import add_block_means, why_not
+    from dit_accel.plan import BlockPlan
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    starts = [0, 30, 64, 70]
+    weights = torch.rand(1, 2, 3, 3, generator=torch.Generator("cpu").manual_seed(6)) / 3
+    plan = BlockPlan.full(torch.tensor(starts), torch.tensor(starts))
+    on_device = {key: getattr(plan, key).to(device) for key in ("counts", "indices", "q_starts", "k_starts")}
+    plan = replace(plan, **on_device, coarse=weights.to(device))
+    v = torch.linspace(-1, 1, 64, device=device).expand(1, 2, 70, 64).contiguous()
+    reason = why_not(impl, v)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    error = float((add_block_means(v.clone(), v, plan, impl=impl) - v).abs().max())
+    return _judge(name, torch.float32, device, error, f"max error {error:.1e}", began)
+
+
+def _check_reorder(name: str) -> Check:
+    """Rows into another order and back."""
+    import torch
+
+    from dit_accel.kernels.reorder import put_rows, take_rows, why_not
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    generator = torch.Generator("cpu").manual_seed(7)
+    x = torch.randn(1, 2, 70, 64, generator=generator).to(device)
+    order = torch.randperm(70, generator=generator).int()[None, None].to(device)
+    reason = why_not(impl, x)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    taken = take_rows(x, order, impl=impl)
+    wrong = int((taken != x[:, :, order[0, 0].long()]).sum())
+    wrong += int((put_rows(taken, order, impl=impl) != x).sum())
+    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong numbers", began)
 
 
 def _check_quantize(name: str) -> Check:
