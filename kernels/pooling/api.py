@@ -18,7 +18,7 @@ def block_means(x: Tensor, starts: Tensor, max_block: int, *, impl: str = "auto"
 
     Args:
         x: `[B, S, H, D]`, any floating dtype, any strides.
-        starts: int32 `[B|1, H|1, N + 1]`, token offsets of the blocks, on x's device.
+        starts: int32 `[B|1, H|1, N + 1]`, token offsets of the blocks, on x's device; from 0 to S.
         max_block: no block is longer.
         impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
 

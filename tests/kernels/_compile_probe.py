@@ -27,6 +27,7 @@ from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
 from dit_accel.kernels.quantize import triton as quantize
+from dit_accel.kernels.reorder import triton as reorder
 from dit_accel.kernels.selection import triton as selection
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -97,6 +98,13 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(coarse.mix_kernel, pointers, constants, coarse.UNSPECIALIZED)
     told = compile_source(coarse.mix_kernel, signature, constants, aligned, 4, 3, capability)
     yield {"kernel": "coarse", **told}
+    for take in (True, False):
+        pointers = {"x": "*bf16", "order": "*i32", "out": "*bf16"}
+        constants = {"TAKE": take, "DIM": 128, "BLOCK_D": 128, "ROWS": reorder.rows_for(128)}
+        constants |= {"stride_xd": 1, "stride_on": 1}
+        signature, aligned = sign(reorder.copy_rows_kernel, pointers, constants, reorder.UNSPECIALIZED)
+        told = compile_source(reorder.copy_rows_kernel, signature, constants, aligned, 4, 3, capability)
+        yield {"kernel": f"reordering, {'taking' if take else 'putting'}", **told}
     pointers = {"x": "*bf16", "out": "*fp32", "starts": "*i32"}
     constants = {"ROWS": quantize.ROWS, "HEAD": 128, "stride_xd": 1}
     signature, aligned = sign(quantize.channel_peaks_kernel, pointers, constants, quantize.UNSPECIALIZED)

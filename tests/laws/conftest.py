@@ -59,6 +59,8 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "lite": lambda keep: load_method("lite", threshold=-1e4 if keep == 1 else -0.5),
     "rectified": lambda keep: load_method("rectified", keep=keep, top_p=0.1, neighbours=None, anchor=False),
     "sparge": lambda keep: load_method("sparge", keep=keep),
+    "svg1": lambda keep: load_method("svg1", keep=keep),
+    "svg2": lambda keep: load_method("svg2", keep=keep),
 }
 # On every family; the others on the first. What differs between families is the host, not the method.
 EVERYWHERE = ("pooled", "remember", "lite")

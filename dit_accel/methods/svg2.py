@@ -1,0 +1,155 @@
+"""svg2: sort the tokens of each head into clusters, and read the runs of keys whose clusters suit the queries'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dit_accel.arrangement import Arrangement
+from dit_accel.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_accel.layout import TokenLayout
+    from dit_accel.methods.parts.cluster import Clusters
+    from dit_accel.plan import BlockPlan
+    from dit_accel.trajectory import Call
+
+TOP_P = 0.9  # where no budget is given
+
+
+@dataclass
+class Centroids:
+    """What a branch and layer hand on from step to step, `[B, H, K, D]` in the model's dtype."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """k-means of queries and of keys, and runs of keys by the attention that their clusters should take.
+
+    Per head, queries and keys are clustered apart, from the centroids of the step before. A query of cluster i and the
+    keys of cluster j are taken for their centroids c: keys j together get the share |K_j| exp(c_i c_j / sqrt(D)) of
+    i's attention, over its sum. Then the tokens stand cluster by cluster, queries and keys each in an order of their
+    own, and are cut every `block` of them; a block's share of another's attention is the mean over their tokens. The
+    blocks of largest shares are read, up to and including the one that reaches `top_p`.
+
+    The published code picks clusters, and its blocks are the clusters. A GPU computes whole tiles: with top_p 0.9, in a
+    layer of tiny-wan (4352 tokens, 72 and 240 clusters, tiles of 32), that is 0.52 of all tiles to cover 0.86 of the
+    attention, though it reads 0.25 of the tokens. Runs of keys that hold any token of a picked cluster: 0.42 of the
+    tiles, 0.91 covered. Runs of keys by their share, 0.35 and 0.86; runs on both sides, as here, 0.29 and 0.86.
+
+    Text is not clustered: it stands at the end in blocks of its own, is always read and reads everything, and shares
+    are among the video's keys.
+
+    Source: SVG2 (Sparse VideoGen2), arXiv:2505.18875. Published: 300 query clusters for Wan at 720p, 200 at 480p, 400
+    for HunyuanVideo at 720p, which are all 1.1 times the square root of the tokens; 1000 key clusters; top_p 0.9,
+    min_keep 0.1, 50 first iterations and 2 at each step. The published code keeps centroids on the attention class, so
+    that both branches of guidance and the next video start from one another's; here each branch has its own and a run
+    begins anew.
+    """
+
+    arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
+
+    keep: float | None = None  # share of the video's key blocks to read
+    top_p: float | None = None  # read the fewest blocks that should hold this share; 0.9 without a budget
+    min_keep: float = 0.1  # with top_p read at least this share of the video's key blocks
+    q_clusters: int | None = None  # clusters of queries; None: 1.1 times the square root of the tokens
+    k_clusters: int | None = None  # clusters of keys; None: 3.64 times the square root of the tokens
+    first_iterations: int = 10  # of k-means at the first call; 50 cover no more of tiny-wan's attention
+    iterations: int = 2  # of k-means at later calls, from the centroids of the one before
+
+    def __post_init__(self) -> None:
+        for name in ("q_clusters", "k_clusters", "first_iterations", "iterations"):
+            value = getattr(self, name)
+            optional = name.endswith("clusters")
+            if value is None and optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                more = ", or none" if optional else ""
+                raise UsageError(f"{name}={value!r} is not possible: {name} is a whole number from 1{more}.")
+        number = isinstance(self.min_keep, int | float) and not isinstance(self.min_keep, bool)
+        if not number or not 0 <= self.min_keep <= 1:
+            raise UsageError(f"min_keep={self.min_keep!r} is not possible: min_keep is a share from 0 to 1.")
+
+    def init_state(self, query: Tensor, layout: TokenLayout) -> Centroids:
+        """No centroids yet."""
+        return Centroids()
+
+    def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
+        """Cluster, and predict which runs of keys matter to each run of queries.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
+            state: the centroids of the step before, replaced by this step's; None begins anew.
+
+        Returns:
+            A plan of its own for every batch row and head, with orders of its own.
+        """
+        from dit_accel.methods.parts.budget import choose_blocks
+        from dit_accel.methods.parts.runs import count_runs, plan_of_runs, run_starts, text_pairs, with_text
+
+        before = Centroids() if state is None else state
+        tokens = layout.n_video_tokens
+        queries = self._cluster(query[:, :tokens], before.query, self.q_clusters or round(1.1 * tokens**0.5))
+        keys = self._cluster(key[:, :tokens], before.key, self.k_clusters or round(3.64 * tokens**0.5))
+        before.query, before.key = queries.means.to(query.dtype), keys.means.to(key.dtype)
+
+        video, text = count_runs(layout)
+        starts = run_starts(layout)[0, 0, : video + 1].to(query.device)
+        shares = expected_shares(queries, keys, starts, query.shape[3] ** -0.5).float()
+        if text:
+            import torch
+
+            shares = torch.nn.functional.pad(shares, (0, text, 0, text))
+        sizes = run_starts(layout).to(query.device).diff(dim=-1)
+        keep, top_p = self._budget()
+        scores, shares = shares / sizes, None if top_p is None else shares
+        chosen = choose_blocks(scores, text_pairs(layout), keep, top_p, shares, text_blocks=text)
+        orders = (with_text(clusters.order, layout) for clusters in (queries, keys))
+        return plan_of_runs(*chosen, layout, *orders)
+
+    def _budget(self) -> tuple[float | None, float | None]:
+        """`keep` and `top_p` as they hold together."""
+        top_p = TOP_P if self.keep is None and self.top_p is None else self.top_p
+        if top_p is None:
+            return self.keep, None
+        # shares that add up to 1 in theory may reach it early, or never
+        return (1.0, None) if top_p >= 1 else (max(self.keep or 0.0, self.min_keep), top_p)
+
+    def _cluster(self, x: Tensor, before: Tensor | None, count: int) -> Clusters:
+        from dit_accel.methods.parts.cluster import cluster_tokens, seed_centroids
+
+        x = x.transpose(1, 2)
+        count = min(count, x.shape[2])
+        if before is None or before.shape[2] != count:
+            return cluster_tokens(x, seed_centroids(x, count), self.first_iterations)
+        return cluster_tokens(x, before, self.iterations)
+
+
+def expected_shares(queries: Clusters, keys: Clusters, starts: Tensor, scale: float) -> Tensor:
+    """Share of each run's attention that each run of keys should take, every token taken for its centroid.
+
+    Args:
+        starts: int32 `[N + 1]`, offsets of the runs in both orders.
+        scale: factor of the logits.
+
+    Returns:
+        `[B, H, N, N]` in the means' dtype, rows summing to one.
+    """
+    sizes = keys.starts.diff(dim=-1)
+    logits = queries.means @ keys.means.transpose(2, 3) * scale
+    shares = (logits + sizes.log()[:, :, None]).softmax(dim=-1)  # of clusters; log 0 leaves empty ones out
+    of_keys = tokens_shared(keys.starts, starts) / sizes.clamp_min(1)[..., None]
+    of_queries = tokens_shared(queries.starts, starts) / starts.diff()
+    return of_queries.transpose(2, 3).to(shares) @ (shares @ of_keys.to(shares))
+
+
+def tokens_shared(starts: Tensor, runs: Tensor) -> Tensor:
+    """How many tokens of each cluster lie in each run; int32 `[B, H, K + 1]` and `[N + 1]` to `[B, H, K, N]`."""
+    first = starts[..., :-1, None].maximum(runs[:-1])
+    after = starts[..., 1:, None].minimum(runs[1:])
+    return after.sub_(first).clamp_min_(0)
