@@ -271,16 +271,16 @@ class Engine:
         if self.observer is not None:
             self.observer(now, layout, query, key, value, plan)
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
-        out, title = self._attend_sparsely(by_head, plan, layout, now, call)
+        out, lse, title = self._attend_sparsely(by_head, plan, layout, now, call)
         if plan.coarse is not None:
-            add_block_means(out, by_head[2], plan)
+            add_block_means(out, lse, by_head[2], plan)
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
 
     def _attend_sparsely(
         self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
-    ) -> tuple[Tensor, str]:
-        """What the plan reads, `[B, H, S, D]`, and the executor's name. A method that learns is told what mattered."""
+    ) -> tuple[Tensor, Tensor, str]:
+        """Out `[B, H, S, D]`, lse, and the executor's name. A method that learns is told what mattered."""
         from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, choose
 
         state = self.planner.state_for(qkv[0].transpose(1, 2), layout, now) if self.planner.learns else None
@@ -290,13 +290,12 @@ class Engine:
         self._say_once(f"sparse attention runs on the {title} executor")
         known = dict(scale=call["scale"], layout="bhsd", impl=executor, precision=precision)
         if state is None:
-            return block_sparse(*qkv, plan, **known, config=self._config_for(executor, qkv, plan, call))[
-                0
-            ], title
+            config = self._config_for(executor, qkv, plan, call)
+            return *block_sparse(*qkv, plan, **known, config=config), title
         method = self.planner.method_at(now)
-        out, _, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
+        out, lse, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
         method.learn(needed, plan, layout, now, state)
-        return out, title
+        return out, lse, title
 
     def _config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
         """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""

@@ -70,8 +70,11 @@ class BlockPlan:
     key_means: Tensor | None = (
         None  # fp32 [B, H, Nk, D], mean key of each block, if the plan was made from them
     )
-    # fp32 [B, H, Nq, Nk], weight of each key block's mean value in the output; what was read has the rest, 1 - sum
+    # fp32 [B, H, Nq, Nk], logarithm of the attention mass for which each key block's mean value stands in; -inf: none
     coarse: Tensor | None = None
+    rest: Tensor | None = (
+        None  # fp32 [B, H, Nq], logarithm of what all else weighs; None: what reading it finds (lse)
+    )
     # int32 [B|1, H|1, S], which token stands at each position that the offsets count; None: as they come
     q_order: Tensor | None = None
     k_order: Tensor | None = None
@@ -108,6 +111,10 @@ class BlockPlan:
 
     def _check_extras(self) -> None:
         blocks = (self.n_q, self.n_k)
+        if self.rest is not None and (self.coarse is None or self.rest.shape != self.coarse.shape[:3]):
+            raise UsageError(
+                f"rest comes with coarse, a number for each of its rows; got {tuple(self.rest.shape)}."
+            )
         if self.coarse is not None and (self.coarse.dim() != 4 or self.coarse.shape[2:] != blocks):
             raise UsageError(
                 f"coarse must be [B, H, {blocks[0]}, {blocks[1]}], got {tuple(self.coarse.shape)}."

@@ -78,12 +78,15 @@ def _check_coarse(tokens: int, heads: int, dim: int, dtype: torch.dtype, device:
     plan = BlockPlan.full(
         starts, starts, n_q_tokens=tokens, n_k_tokens=tokens, max_q_block=128, max_k_block=128
     )
-    weights = torch.rand(2, heads, blocks, blocks, generator=generator).to(device) / blocks
-    plan = replace(plan, coarse=weights)
-    exact = coarse.add_block_means(out.double(), v.double(), plan, impl="reference")
+    masses = torch.randn(2, heads, blocks, blocks, generator=generator).to(device)
+    plan, lse = (
+        replace(plan, coarse=masses),
+        torch.randn(2, heads, tokens, generator=generator).to(device) + 5,
+    )
+    exact = coarse.add_block_means(out.double(), lse.double(), v.double(), plan, impl="reference")
     rounded = (exact - exact.to(dtype).double()).abs().max().item()
-    error = (coarse.add_block_means(out, v, plan).double() - exact).abs().max().item()
-    # The weights' product is torch's, in fp32 as its own settings have it.
+    error = (coarse.add_block_means(out, lse, v, plan).double() - exact).abs().max().item()
+    # The shares' product is torch's, in fp32 as its own settings have it.
     return None if error <= 2 * rounded + 1e-5 else f"error {error:.1e}, rounding the result {rounded:.1e}"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from dit_accel.arrangement import Arrangement
 from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Method:
     Source: LiteAttention, arXiv:2511.11062. The published code shares one list between cond and uncond and keeps it
     into the next video; its lists hold one block more for each run of skipped ones.
     """
+
+    arrangement: ClassVar[Arrangement] = Arrangement("packed", 128)
 
     threshold: float = -10.0  # powers of two, at most 0: about what a weight may be below a row's largest
     last_threshold: float | None = None  # at noise level 0; none: the same

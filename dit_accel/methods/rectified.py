@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dit_accel.trajectory import Call
 
 COMPENSATIONS = ("gain", "all", "none")
+MASSES = ("measured", "predicted")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Method:
     first_frame: bool = False  # also read every block of the first frame
     anchor: bool = True  # blocks of the first frame read all such blocks
     compensation: str = "gain"  # "gain": blocks worth pooling; "all": every block that is not read; "none"
+    mass: str = "measured"  # of what is read: "measured" while reading it, or "predicted", as published
 
     def __post_init__(self) -> None:
         if self.keep is None and self.top_p is None:
@@ -50,6 +52,8 @@ class Method:
             )
         if self.compensation not in COMPENSATIONS:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
+        if self.mass not in MASSES:
+            raise unknown_name("mass", self.mass, MASSES)
 
     def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
         """Predict which key blocks matter to each query block, and what the others weigh.
@@ -65,18 +69,19 @@ class Method:
         from dit_accel.methods.parts.force import forced_blocks
         from dit_accel.methods.parts.plans import plan_of
         from dit_accel.methods.parts.score import (
+            attention_logits,
             block_means,
-            expected_attention,
             scores_of_means,
             text_scores,
         )
 
         query_means, key_means = block_means(query, layout), block_means(key, layout)
         scores = scores_of_means(query_means, key_means)
-        shares = expected_attention(scores, layout, text_scores(query_means, key, layout))
+        logits = attention_logits(scores, layout, text_scores(query_means, key, layout))
         forced = forced_blocks(layout, self.neighbours, self.first_frame, self.anchor)
-        by_mass = None if self.top_p is None else shares
+        by_mass = None if self.top_p is None else logits.softmax(-1)
         text = layout.n_blocks - layout.n_video_blocks
         chosen = choose_blocks(scores, forced, self.keep, self.top_p, by_mass, text_blocks=text)
         plan = plan_of(*chosen, layout, key_means)
-        return with_compensation(plan, self.compensation, shares, query, key, query_means, key_means, layout)
+        pooled = (logits, query, key, query_means, key_means, layout)
+        return with_compensation(plan, self.compensation, self.mass, *pooled)

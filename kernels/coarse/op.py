@@ -11,8 +11,10 @@ from .api import run
 @torch.library.custom_op("dit_accel::add_block_means", mutates_args=("out",))
 def add_block_means_op(
     out: Tensor,
+    lse: Tensor,
     v: Tensor,
-    weights: Tensor,
+    coarse: Tensor,
+    rest: Tensor | None,
     q_starts: Tensor,
     k_starts: Tensor,
     max_q_block: int,
@@ -20,4 +22,4 @@ def add_block_means_op(
     impl: str,
 ) -> None:
     """As `api.run`."""
-    run(out, v, weights, q_starts, k_starts, max_q_block, max_k_block, impl)
+    run(out, lse, v, coarse, rest, q_starts, k_starts, max_q_block, max_k_block, impl)

@@ -23,16 +23,26 @@ def why_not(out: Tensor) -> str | None:
     return None
 
 
-def mix(out: Tensor, rest: Tensor, added: Tensor, starts: Tensor, max_block: int) -> None:
+def mix(
+    out: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    rest: Tensor | None,
+    mixed_in: Tensor,
+    starts: Tensor,
+    max_block: int,
+) -> None:
     """Launch the kernel on the current stream. Arguments as in `reference.mix`."""
     batch, heads, _, dim = out.shape
     blocks = starts.shape[2] - 1
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         mix_kernel[(blocks, heads, batch)](
-            *(out, rest.contiguous(), added.contiguous(), starts),
+            *(out, lse.contiguous(), total.contiguous(), total if rest is None else rest.contiguous()),
+            *(mixed_in.contiguous(), starts),
             *out.stride(),
             *lead_strides(starts),
-            *(heads, blocks),
+            *(heads, blocks, out.shape[2]),
+            MEASURED=rest is None,
             STEPS=max(1, triton.cdiv(max_block, ROWS)),
             DIM=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)),
@@ -43,15 +53,16 @@ def mix(out: Tensor, rest: Tensor, added: Tensor, starts: Tensor, max_block: int
 
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
-UNSPECIALIZED = ("stride_ob", "stride_oh", "stride_sb", "stride_sh", "heads", "blocks")
+UNSPECIALIZED = ("stride_ob", "stride_oh", "stride_sb", "stride_sh", "heads", "blocks", "tokens")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def mix_kernel(
-    out, rest, added, starts,
+    out, lse, total, rest, mixed_in, starts,
     stride_ob, stride_oh, stride_os, stride_od,
     stride_sb, stride_sh,
-    heads, blocks,
+    heads, blocks, tokens,
+    MEASURED: tl.constexpr,
     STEPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,12 +77,22 @@ def mix_kernel(
     high = tl.load(p_start + 1)
     row = (i_b * heads + i_h) * blocks + i_block
     lanes = tl.arange(0, BLOCK_D)
-    share = tl.load(rest + row)
-    more = tl.load(added + row * DIM + lanes, mask=lanes < DIM, other=0.0)
+    stands_in = tl.load(total + row)
+    empty = stands_in == float(
+        "-inf"
+    )  # nothing stands in: rows stay as they are, also where nothing was read
+    stands_in = tl.where(empty, 0.0, stands_in)
+    more = tl.load(mixed_in + row * DIM + lanes, mask=lanes < DIM, other=0.0)
+    if not MEASURED:
+        weight = tl.full([ROWS], 0.0, tl.float32) + tl.load(rest + row)
     head = out + i_b * stride_ob + i_h * stride_oh
     for step in range(STEPS):
         rows = low + step * ROWS + tl.arange(0, ROWS)
         inside = (rows < high)[:, None] & (lanes < DIM)[None, :]
         p_rows = head + rows.to(tl.int64)[:, None] * stride_os + lanes[None, :] * stride_od
         b_out = tl.load(p_rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(p_rows, (b_out * share + more[None, :]).to(out.dtype.element_ty), mask=inside)
+        if MEASURED:
+            weight = tl.load(lse + (i_b * heads + i_h) * tokens + rows, mask=rows < high, other=0.0)
+        share = tl.where(empty, 0.0, 1.0 / (1.0 + tl.exp(weight - stands_in)))[:, None]
+        mixed = (1.0 - share) * b_out + share * more[None, :]
+        tl.store(p_rows, mixed.to(out.dtype.element_ty), mask=inside)

@@ -93,8 +93,16 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(bitmaps.unpack_kernel, pointers, constants, ("n_k", "words"))
     told = compile_source(bitmaps.unpack_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "bitmaps, unpacking", **told}
-    pointers = {"out": "*bf16", "rest": "*fp32", "added": "*fp32", "starts": "*i32"}
-    constants = {"STEPS": 4, "DIM": 128, "BLOCK_D": 128, "ROWS": coarse.ROWS, "stride_od": 1}
+    pointers = {"out": "*bf16", "starts": "*i32"}
+    pointers |= dict.fromkeys(("lse", "total", "rest", "mixed_in"), "*fp32")
+    constants = {
+        "MEASURED": True,
+        "STEPS": 4,
+        "DIM": 128,
+        "BLOCK_D": 128,
+        "ROWS": coarse.ROWS,
+        "stride_od": 1,
+    }
     signature, aligned = sign(coarse.mix_kernel, pointers, constants, coarse.UNSPECIALIZED)
     told = compile_source(coarse.mix_kernel, signature, constants, aligned, 4, 3, capability)
     yield {"kernel": "coarse", **told}

@@ -34,18 +34,21 @@ def blocks_of(layout):
 
 
 @pytest.mark.parametrize("text", [0, 11])
+@pytest.mark.parametrize("normaliser", ["measured", "predicted"])
 @pytest.mark.parametrize("compensation", ["gain", "all", "none"])
-def test_rectified_output_by_its_formulas(text, compensation):
+def test_rectified_output_by_its_formulas(text, compensation, normaliser):
     layout = build_layout((3, 5, 7), "gilbert", 16, text=text)
     query, key, value = tokens(layout)
-    options = dict(keep=0.3, top_p=0.5, neighbours=None, anchor=False, compensation=compensation)
+    options = dict(
+        keep=0.3, top_p=0.5, neighbours=None, anchor=False, compensation=compensation, mass=normaliser
+    )
     plan = load_method("rectified", **options).predict(query, key, layout, call(), None)
     assert (plan.coarse is None) == (compensation == "none")
     read = plan.to_mask()
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    out, _ = block_sparse(q, k, v, plan, layout="bhsd")
+    out, lse = block_sparse(q, k, v, plan, layout="bhsd")
     if plan.coarse is not None:
-        add_block_means(out, v, plan)
+        add_block_means(out, lse, v, plan)
     blocks, video = blocks_of(layout), layout.n_video_blocks
     first_text = layout.n_video_tokens
     compensated = 0
@@ -91,7 +94,14 @@ def test_rectified_output_by_its_formulas(text, compensation):
                 columns += range(first_text, layout.n_tokens)
                 sparse = torch.softmax(qs[low:high] @ ks[columns].T * DIM**-0.5, -1) @ vs[columns]
                 means = torch.stack([vs[a:z].mean(0) for a, z in blocks[:video]])
-                true = (1 - weights.sum()) * sparse + weights @ means
+                if normaliser == "measured":  # as logits: what was read has the mass that reading it finds
+                    read_mass = torch.logsumexp(qs[low:high] @ ks[columns].T * DIM**-0.5, -1)
+                    pooled_mass = torch.stack(logits[:video]) + size[:video].log()
+                    pooled_mass = pooled_mass.masked_fill(weights == 0, -torch.inf).expand(high - low, -1)
+                    shares = torch.softmax(torch.cat([read_mass[:, None], pooled_mass], -1), -1)
+                    true = shares[:, :1] * sparse + shares[:, 1:] @ means
+                else:
+                    true = (1 - weights.sum()) * sparse + weights @ means
                 torch.testing.assert_close(out[b, h, low:high].double(), true, rtol=1e-4, atol=1e-5)
     assert (compensated > 0) == (compensation != "none")
 

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dit_accel.kernels import pooling
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import BlockPlan
 
-KINDS = ("none", "gain", "all")  # of `compensation`
-
 
 def with_compensation(
     plan: BlockPlan,
     kind: str,
-    shares: Tensor,
+    mass: str,
+    logits: Tensor,
     query: Tensor,
     key: Tensor,
     query_means: Tensor,
     key_means: Tensor,
     layout: TokenLayout,
 ) -> BlockPlan:
-    """The plan, with weights for the mean values of key blocks that it does not read.
-
-    A block's weight is the share of attention that it is expected to take; what is read has the rest.
+    """The plan, with masses for which the mean values of key blocks that it does not read stand in.
 
     Args:
         plan: of the layout's blocks.
         kind: "none"; "all", every block that is not read (VSA's coarse branch, arXiv:2505.13389, weighed by predicted
             mass instead of a learned gate); or "gain", those that `worth_pooling` names (Rectified SpaAttn).
-        shares: fp32 `[B, H, N, N]`, of `expected_attention`.
+        mass: of all else. "predicted": what the logits say of it (Rectified SpaAttn); "measured": what reading it
+            finds.
+        logits: fp32 `[B, H, N, N]`, of `attention_logits`.
         query, key: `[B, S, H, D]`.
         query_means, key_means: fp32 `[B, H, N, D]`.
     """
     if kind == "none":
         return plan
-    weights = shares.masked_fill(plan.to_mask(), 0)
+    stands_in = ~plan.to_mask()
     if kind == "gain":
-        weights = weights * worth_pooling(query, key, query_means, key_means, layout)
-    return replace(plan, coarse=weights)
+        stands_in &= worth_pooling(query, key, query_means, key_means, layout)
+    coarse = logits.masked_fill(~stands_in, -torch.inf)
+    rest = logits.masked_fill(stands_in, -torch.inf).logsumexp(-1) if mass == "predicted" else None
+    return replace(plan, coarse=coarse, rest=rest)
 
 
 def worth_pooling(

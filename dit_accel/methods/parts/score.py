@@ -40,7 +40,12 @@ def scores_of_means(query_means: Tensor, key_means: Tensor) -> Tensor:
 
 
 def expected_attention(scores: Tensor, layout: TokenLayout, text: Tensor | None = None) -> Tensor:
-    """Share of attention each key block would take if every video token were its block's mean.
+    """Share of attention each key block would take, rows summing to one; fp32, see `attention_logits`."""
+    return torch.softmax(attention_logits(scores, layout, text), dim=-1)
+
+
+def attention_logits(scores: Tensor, layout: TokenLayout, text: Tensor | None = None) -> Tensor:
+    """Logarithm of the attention mass each key block would have if every video token were its block's mean.
 
     A key block of b tokens appears b times in that softmax, hence the logarithm of its size. Text is few tokens that
     differ much, so they are taken one by one: their mean would say little (isolated pooling and its reallocation,
@@ -51,12 +56,12 @@ def expected_attention(scores: Tensor, layout: TokenLayout, text: Tensor | None 
         text: fp32 `[B, H, N, n]`, from `text_scores`; needed where the layout has text.
 
     Returns:
-        fp32 `[B, H, N, N]`, rows summing to one.
+        fp32 `[B, H, N, N]`, in the units of an executor's lse.
     """
     logits = scores + layout.sizes.to(scores.device).log()
     if text is not None:
         logits = torch.cat([logits[..., : layout.n_video_blocks], text], dim=-1)
-    return torch.softmax(logits, dim=-1)
+    return logits
 
 
 def text_scores(query_means: Tensor, key: Tensor, layout: TokenLayout) -> Tensor | None:
