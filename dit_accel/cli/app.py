@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 import dit_accel
-from dit_accel.cli import doctor, generate, presets
+from dit_accel.cli import doctor, generate, inspect, presets
 from dit_accel.cli.terminal import complain
 from dit_accel.errors import DitAccelError
 
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate", epilog=EXIT_CODES)(generate.generate)
+app.command("inspect", epilog=EXIT_CODES)(inspect.inspect)
 app.command("doctor", epilog="Exit codes: 0 sound; 1 something is broken.")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
 

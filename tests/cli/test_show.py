@@ -21,6 +21,7 @@ from dit_accel.options import IMPLS
     [
         ("--help",),
         ("generate", "--help"),
+        ("inspect", "--help"),
         ("generate", "--prompt", "x", "--dry-run"),
         ("presets", "list"),
         ("presets", "show", "wan21-fast"),

@@ -61,6 +61,10 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "sparge": lambda keep: load_method("sparge", keep=keep),
     "svg1": lambda keep: load_method("svg1", keep=keep),
     "svg2": lambda keep: load_method("svg2", keep=keep),
+    "nabla": lambda keep: load_method("nabla", top_p=keep, keep=keep),
+    "radial": lambda keep: load_method("radial", **({"decay_factor": 100, "vote": 0} if keep == 1 else {})),
+    "neighborhood": lambda keep: load_method("neighborhood", window=[1.0 if keep == 1 else 0.6] * 3),
+    "clear": lambda keep: load_method("clear", radius=100 if keep == 1 else 3),
 }
 # On every family; the others on the first. What differs between families is the host, not the method.
 EVERYWHERE = ("pooled", "remember", "lite")

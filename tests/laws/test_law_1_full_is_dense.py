@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from dit_accel.methods.radial import Method as Radial
+
 
 @pytest.mark.parametrize("order", ["tiles", "raster"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("guidance", [True, False], ids=["cfg", "no-cfg"])
 def test_keeping_everything_is_stock_diffusers(bench, method, install, relative, order, batch, guidance):
+    if order != "raster" and isinstance(method(1.0), Radial):
+        pytest.skip("radial's bands are runs of raster order; it refuses others")
     dense = bench.sample(batch=batch, guidance=guidance, steps=2)
     handle = install(bench.pipe, method(1.0), order=order)
     sparse = bench.sample(batch=batch, guidance=guidance, steps=2)

@@ -1,0 +1,401 @@
+"""`dit-accel inspect`: what a sparse method reads and how much of the attention that is, in figures and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dit_accel.cli import request as requests
+from dit_accel.cli.generate import _PRESET, _check_model
+from dit_accel.cli.terminal import remark
+from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
+from dit_accel.pipelines.video import SUFFIXES, check_writable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+RECORD = "inspect.json"
+_HEADS, _LAYERS = 4, 3  # most heads and layers drawn as block masks
+
+
+def inspect(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A name, FILE.toml or FILE.toml#NAME; not a dense one (default: {_PRESET}).",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the video shall show.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it shall not show.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Shipped name, folder or hub id; overrides the preset's model.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Width and height in pixels.", metavar="WxH")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 turns it off and halves the time.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise; drawn and printed if left out.")
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(help="Query tokens on which a call's recall is measured; 0 measures none.")
+    ] = 64,
+    every: Annotated[int, typer.Option(help="Measure recall at every so many steps.")] = 1,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Draw the block masks of this layer. Repeatable (default: three).", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: float32 on a CPU, else bfloat16.")
+    ] = "auto",
+    offload: Annotated[str, typer.Option(help="none, model or group: what waits in main memory.")] = "none",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA .safetensors as FILE or FILE=STRENGTH. Repeatable.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any option of the preset, as sparse.keep=0.3. Repeatable.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder: new, empty, or of an earlier inspect (default: outputs/inspect-PRESET-SEED/).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="The whole report, libraries' messages, tracebacks.")
+    ] = False,
+) -> None:
+    """Show what a preset's sparse attention reads.
+
+    Makes one clip and writes a folder: inspect.json (keep and recall of every layer, step and head), keep.png and
+    recall.png (layer by step), masks-layer-N.png (which blocks are read), and the clip. Keep is the share of the
+    keys that is read; recall is the share of the true attention that lies on them. The files' paths go to stdout,
+    everything else to stderr. Measuring slows the run: times here say nothing about speed.
+    """
+    if prompt is None:
+        raise UsageError("give --prompt TEXT: what a method reads depends on what is drawn")
+    if rows < 0 or every < 1:
+        raise UsageError(f"--rows {rows} --every {every}: rows is 0 or more, every 1 or more")
+    request = requests.build(
+        preset=preset or _PRESET,
+        preset_given=preset is not None,
+        prompt=prompt,
+        prompts_file=None,
+        values={
+            "model": model,
+            "generate.frames": frames,
+            "generate.steps": steps,
+            "generate.guidance": guidance,
+            "generate.negative_prompt": negative_prompt,
+        },
+        settings=set_ or (),
+        size=size,
+        strict=False,
+        seed=seed,
+        output=None,
+        machine={
+            "device": (device, device != "auto"),
+            "dtype": (dtype, dtype != "auto"),
+            "offload": (offload, offload != "none"),
+            "lora": (tuple(lora or ()), bool(lora)),
+        },
+    )
+    if request.preset.sparse is None:
+        raise UsageError(f"preset {request.preset.name!r} is dense: it reads everything; choose a fast one")
+    request = replace(
+        request,
+        outputs=(_folder(output, request) / "clip.mp4",),
+        sources={**request.sources, "output": "default" if output is None else "cli"},
+    )
+    earlier = _check_folder(request.outputs[0].parent)
+    check_writable(request.outputs[0])
+    model_folder = _check_model(request, download=True)
+    # torch and diffusers come in here; whatever could be refused without them has been.
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
+    record = _run(request, model_folder, earlier, rows, every, layer, quiet, verbose)
+    print(json.dumps(record, indent=2) if as_json else "\n".join(record["files"]))
+
+
+def _folder(output: str | None, request: requests.Request) -> Path:
+    if output is None:
+        return request.outputs[0].parent.with_name(f"inspect-{request.outputs[0].parent.name}")
+    folder = Path(output).expanduser()
+    if folder.suffix.lower() in (*SUFFIXES, ".json") or folder.is_file():
+        raise UsageError(f"-o {output}: inspect writes several files; name a folder")
+    return folder
+
+
+def _check_folder(folder: Path) -> list[Path]:
+    """The files an earlier inspect left in a folder, which are ours to replace.
+
+    Raises:
+        UsageError: a folder that holds something else.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    try:
+        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if told["tool"] == "dit_accel":
+            return [folder / Path(name).name for name in told["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(
+        f"folder {folder} holds files that no earlier inspect wrote; choose a new or empty folder"
+    )
+
+
+def _run(
+    request: requests.Request,
+    model_folder: Path,
+    earlier: Iterable[Path],
+    rows: int,
+    every: int,
+    layers: Sequence[int] | None,
+    quiet: bool,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Make the clip under observation, and write what was seen, also when the run ends early.
+
+    Returns:
+        What inspect.json holds.
+    """
+    from dit_accel import accelerate
+    from dit_accel.cli.run import _hush, _timed
+    from dit_accel.cli.versions import machine, versions
+    from dit_accel.pipelines import wan
+    from dit_accel.pipelines.video import write_clip
+    from dit_accel.quality.recall import Recorder
+
+    if not verbose:
+        _hush()
+    preset = request.preset
+    remark(f"preset {preset.name} · {preset.model} · seed {request.seed}", quiet=quiet)
+    pipe = wan.load(
+        str(model_folder),
+        device=request.machine["device"],
+        dtype=request.machine["dtype"],
+        offload=request.machine["offload"],
+        flow_shift=preset.generate.flow_shift,
+        loras=request.machine["lora"],
+    )
+    record = {
+        "tool": "dit_accel",
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "command": shlex.join(["dit-accel", *sys.argv[1:]]),
+        **request.to_dict(),
+        "machine": {**request.machine, **machine(pipe)},
+        "rows": rows,
+        "every": every,
+    }
+    recorder = Recorder(rows, lambda call: call.step % every == 0)
+    keeper = _MaskKeeper(layers, preset.sparse.dense_layers, preset.generate.steps)
+    folder, clip = request.outputs[0].parent, []
+
+    def finish(complete: bool, report: Any) -> None:
+        record["complete"], record["report"] = complete, report.to_dict()
+        _write(record, recorder.seen, keeper, folder, clip, earlier)
+
+    with accelerate(pipe, preset.sparse) as handle:
+
+        def watch(call: Any, layout: Any, query: Any, key: Any, value: Any, plan: Any) -> None:
+            keeper(call, query.shape[2], plan)
+            recorder(call, layout, query, key, value, plan)
+
+        handle.observe(watch)
+        try:
+            frames, seconds = _timed(pipe, request, request.prompts[0], "inspect", quiet)
+        except BaseException:
+            if recorder.seen:
+                finish(False, handle.report())
+                remark(f"what was seen until then is in {folder}", quiet=quiet)
+            raise
+        report = handle.report()
+    if not recorder.seen:
+        reasons = ", ".join(report.dense_reasons) or "no self-attention ran"
+        raise DitAccelError(f"nothing ran sparse, so there is nothing to show: {reasons}")
+    record["seconds"] = seconds
+    clip += [str(file) for file in write_clip(request.outputs[0], frames, preset.generate.fps, None)]
+    finish(True, report)
+    if verbose:
+        remark(str(report))
+    remark(_closing_line(record), quiet=quiet)
+    return record
+
+
+@dataclass
+class _MaskKeeper:
+    """Keeps the block masks of a few layers and heads at the first, the middle and the last sparse step."""
+
+    layers: Sequence[int] | None  # None: three of those that may be sparse
+    dense: Sequence[int]  # the preset's dense layers
+    steps: int
+    heads: tuple[int, ...] = ()
+    masks: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)  # layer, step: bool [heads, Nq, Nk]
+    branch: str | None = None  # whose: that of the first call
+
+    def __call__(self, call: Any, heads: int, plan: Any) -> None:
+        if not self.heads:
+            self._settle(call, heads)
+        if call.layer not in self.layers or call.branch != self.branch:
+            return
+        mask = plan.to_mask()[0]
+        held = self.masks.setdefault(call.layer, {})
+        kept = {min(held, default=call.step), self.steps // 2}  # the last one gives way to this step
+        for step in [step for step in held if step not in kept]:
+            del held[step]
+        held[call.step] = mask.expand(heads, -1, -1)[list(self.heads)].cpu().numpy()
+
+    def _settle(self, call: Any, heads: int) -> None:
+        """Choose layers and heads, as far as they are not given, at the first call."""
+        self.heads, self.branch = tuple(_spread(range(heads), _HEADS)), call.branch
+        if self.layers is None:
+            dense = {layer % call.n_layers for layer in self.dense}
+            self.layers = _spread([n for n in range(call.n_layers) if n not in dense], _LAYERS)
+        for layer in self.layers:
+            if not 0 <= layer < call.n_layers:
+                raise UsageError(f"--layer {layer}: this transformer has layers 0 to {call.n_layers - 1}")
+
+    def picture(self, layer: int) -> Image.Image:
+        """The masks of a layer, steps down and heads across; heads that read alike are drawn once."""
+        import numpy as np
+
+        from dit_accel.quality.mask_pictures import draw_masks
+
+        masks = self.masks[layer]
+        steps, heads = sorted(masks), [f"head {head}" for head in self.heads]
+        if all(np.array_equal(mask[:1].repeat(len(mask), 0), mask) for mask in masks.values()):
+            heads = [f"all {len(heads)} heads drawn are alike" if len(heads) > 1 else heads[0]]
+        of = "" if self.branch is None else f", branch {self.branch}"
+        return draw_masks(
+            [list(masks[step][: len(heads)]) for step in steps],
+            f"blocks read in layer {layer}{of}",
+            [f"step {step}" for step in steps],
+            heads,
+        )
+
+
+def _write(
+    record: dict[str, Any],
+    seen: Sequence[Any],
+    keeper: _MaskKeeper,
+    folder: Path,
+    clip: list[str],
+    earlier: Iterable[Path],
+) -> None:
+    """Complete the record and write every file; what an earlier run left under other names goes."""
+    from dit_accel.pipelines.video import write_text
+
+    record["summary"] = _summarise(seen)
+    record["calls"] = [call.to_dict() for call in seen]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / RECORD, *_draw(seen, keeper, folder)]
+    record["files"] = [*map(str, files), *clip]
+    write_text(files[0], json.dumps(record, indent=2) + "\n")
+    for path in set(earlier) - {*files, *map(Path, clip)}:
+        path.unlink(missing_ok=True)
+
+
+def _summarise(seen: Sequence[Any]) -> dict[str, Any]:
+    """Means over calls and heads: of all, of each layer, of each step."""
+
+    def figures(calls: list[Any]) -> dict[str, float | None]:
+        measured = [share for call in calls for share in call.recall or ()]
+        return {
+            "keep": round(mean(share for call in calls for share in call.keep), 4),
+            "recall": round(mean(measured), 4) if measured else None,
+        }
+
+    def grouped(name: str) -> dict[str, Any]:
+        numbers = sorted({getattr(call, name) for call in seen})
+        return {str(n): figures([call for call in seen if getattr(call, name) == n]) for n in numbers}
+
+    return {**figures(list(seen)), "per_layer": grouped("layer"), "per_step": grouped("step")}
+
+
+def _draw(seen: Sequence[Any], keeper: _MaskKeeper, folder: Path) -> list[Path]:
+    from dit_accel.quality.mask_pictures import draw_heat_map
+
+    n_layers = 1 + max(call.layer for call in seen)
+    n_layers = max(n_layers, 1 + max(keeper.layers, default=0))
+    pictures = {}
+    for name, title, missing in (
+        ("keep", "keep: share of the keys that is read, %", "ran dense"),
+        ("recall", "recall: share of the true attention on the keys read, %", "ran dense, or not measured"),
+    ):
+        shares = _table(seen, name, (n_layers, keeper.steps))
+        if shares is not None:
+            pictures[folder / f"{name}.png"] = draw_heat_map(shares, title, missing=missing)
+    for layer in sorted(keeper.masks):
+        pictures[folder / f"masks-layer-{layer}.png"] = keeper.picture(layer)
+    for path, picture in pictures.items():
+        part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+        try:
+            picture.save(part, format="PNG")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return list(pictures)
+
+
+def _table(seen: Sequence[Any], name: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """Means over branches and heads, `[layers, steps]`; NaN where there are none. None if there are none at all."""
+    import numpy as np
+
+    found: dict[tuple[int, int], list[float]] = {}
+    for call in seen:
+        if getattr(call, name) is not None:
+            found.setdefault((call.layer, call.step), []).extend(getattr(call, name))
+    table = np.full((shape[0], max(shape[1], 1 + max((step for _, step in found), default=0))), math.nan)
+    for place, shares in found.items():
+        table[place] = mean(shares)
+    return table if found else None
+
+
+def _closing_line(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    line = f"reads {summary['keep']:.1%} of the keys"
+    if summary["recall"] is not None:
+        line += (
+            f", on which lies {summary['recall']:.1%} of the attention ({record['rows']} query tokens a call)"
+        )
+    calls = record["report"]["self_attention_calls"]
+    return f"{line} · {calls['sparse']} of {sum(calls.values())} self-attention calls sparse"
+
+
+def _spread(among: Sequence[int], most: int) -> list[int]:
+    """At most so many of some numbers, evenly spaced, first and last included."""
+    count = min(most, len(among))
+    return [among[round(i * (len(among) - 1) / max(count - 1, 1))] for i in range(count)]

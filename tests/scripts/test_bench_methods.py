@@ -1,0 +1,174 @@
+"""The comparison of methods: options that keep what was wanted, one record of all shards, table and picture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dit_accel.layout import build_layout
+from dit_accel.methods import method_names
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+METHODS = ["pooled", "neighborhood"]
+
+
+def run(*words, cwd, code=0):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_methods.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def table():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import _method_table
+
+        yield _method_table
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder with the record of a run, and what it printed."""
+    pytest.importorskip("diffusers")
+    from dit_accel.testing import tiny_wan_pipeline
+
+    folder = tmp_path_factory.mktemp("bench")
+    tiny_wan_pipeline().save_pretrained(folder / "model")
+    small = ["--prompts", 2, "--batch", 2, "--size", 64, "--frames", 17, "--steps", 3, "--fit-steps", 2]
+    small += ["--set", "block=8", "--keeps", 0.25, "--methods", *METHODS, "--judges", 1]
+    told = run("--model", "model", *small, "--out", "all", cwd=folder)
+    return folder, told
+
+
+def test_a_run_holds_methods_and_controls(compared):
+    folder, told = compared
+    record = json.loads((folder / "all" / "record.json").read_text())
+    kinds = {name: told["kind"] for name, told in record["variants"].items()}
+    assert kinds["dense"] == "dense" and kinds["dense,kernel=math"] == "noise floor"
+    assert kinds["dense,steps=2"] == kinds["dense,steps=1"] == "fewer steps"
+    for method in METHODS:
+        it = record["variants"][f"{method}@0.25"]
+        keep = it["figures"]["achieved_keep"]
+        assert keep == pytest.approx(it["fitted_keep"], abs=0.05) and it["figures"]["fallbacks"] == {}
+        control = record["variants"][it["control"]]
+        assert control["options"]["method"] == "random"
+        assert control["figures"]["achieved_keep"] == pytest.approx(keep, abs=0.05)
+        assert control["options"]["dense_above"] == it["options"]["dense_above"] < 1
+        assert len(it["psnr"]) == len(it["right"]) == 2
+        assert it["parts"].keys() == {"predict", "reorder", "attend"} and min(it["parts"].values()) > 0
+        assert it["recall"]["calls"] > 0 and abs(it["recall"]["recall"] - it["recall"]["keep"]) < 0.15
+        assert 15 < it["figures"]["psnr_min"] < 60 and 0 < it["figures"]["ssim_mean"] < 1
+    assert record["variants"]["neighborhood@0.25"]["set"]["window"] and record["tokens"] == 80
+    assert record["environment"]["command"].startswith("python scripts/bench_methods.py")
+    assert "pooled@0.25" in told and "dB over 2 prompts" in told
+    assert not list((folder / "all").glob(".*"))
+
+
+def test_shards_merge_and_controls_count_once(compared, tmp_path):
+    folder, _ = compared
+    record = json.loads((folder / "all" / "record.json").read_text())
+    shards = []
+    for n, dropped in enumerate(METHODS):
+        variants = {name: told for name, told in record["variants"].items() if name != f"{dropped}@0.25"}
+        shards.append({**record, "variants": variants})
+        (tmp_path / f"{n}.json").write_text(json.dumps(shards[-1]))
+    run("--merge", "0.json", "1.json", "--out", "whole", cwd=tmp_path)
+    merged = json.loads((tmp_path / "whole" / "record.json").read_text())
+    assert merged["variants"].keys() == record["variants"].keys()
+    assert len(merged["environments"]) == 2
+
+    (tmp_path / "1.json").write_text(json.dumps({**shards[1], "steps": 4}))
+    assert "not of one run: steps" in run(
+        "--merge", "0.json", "1.json", "--out", "whole", cwd=tmp_path, code=1
+    )
+
+
+def test_no_time_is_left(compared, tmp_path):
+    folder, _ = compared
+    small = ["--prompts", 1, "--size", 64, "--frames", 5, "--steps", 2, "--judges", 1]
+    told = run("--model", folder / "model", *small, "--seconds", 0.1, "--out", "late", cwd=tmp_path)
+    record = json.loads((tmp_path / "late" / "record.json").read_text())
+    assert list(record["variants"]) == ["dense"] and len(record["left"]) > len(method_names())
+    assert "out of time" in told
+
+
+def test_table_and_picture(compared, tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    folder, _ = compared
+    page = tmp_path / "methods.md"
+    arguments = [
+        "--report",
+        folder / "all" / "record.json",
+        "--docs",
+        page,
+        "--picture",
+        tmp_path / "p" / "m.png",
+    ]
+    assert "<!-- methods: begin -->" in run(*arguments, cwd=tmp_path, code=1)
+    page.write_text("before\n<!-- methods: begin -->\nold\n<!-- methods: end -->\nafter\n")
+    for _ in range(2):  # the second time it replaces its own
+        run(*arguments, cwd=tmp_path)
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        assert len({len(row) for row in rows}) == 1
+        assert sum("pooled" in row[1] for row in rows) == 1 and any("fewer steps" in row[1] for row in rows)
+    assert Image.open(tmp_path / "p" / "m.png").width > 1000
+
+
+def test_wrong_words_are_refused(tmp_path):
+    assert "there are" in run(
+        "--methods", "pooledd", "--model", "tiny-wan", "--out", ".", cwd=tmp_path, code=1
+    )
+    assert "--model" in run("--out", ".", cwd=tmp_path, code=1)
+
+
+def test_the_table_knows_every_method(table):
+    missing = set(method_names()) - {"random"} - set(table.METHODS)
+    assert not missing, f"say in scripts/_method_table.py how {missing} are made to keep a share"
+
+
+def test_the_search_finds_what_keeps_as_much(table):
+    layout = build_layout((4, 8, 8), "tiles", 32)
+    asked = []
+
+    def keeps(options):
+        asked.append(options)
+        return 1 / (1 + 2.0 ** options["threshold"])  # falls
+
+    lite = table.METHODS["lite"]
+    found = table.fit(lite, 0.7, keeps, layout, 0.005)
+    assert found.reached and found.keep == pytest.approx(0.7, abs=0.005) and len(asked) < 16
+    assert set(found.options) == {"threshold"}
+
+    # one that keeps what it is told is asked once; one that keeps more than wanted gives its nearest
+    asked.clear()
+    assert table.fit(table.Entry(), 0.3, lambda o: asked.append(o) or o["keep"], layout, 0.005).keep == 0.3
+    assert len(asked) == 1
+    found = table.fit(table.Entry(), 0.1, lambda o: max(o["keep"], 0.4), layout, 0.005)
+    assert not found.reached and found.keep == 0.4
+    # further fixed options are tried only where the first ones cannot
+    entry = table.Entry(options=({}, {"loose": True}))
+    found = table.fit(entry, 0.1, lambda o: max(o["keep"], 0.0 if "loose" in o else 0.4), layout, 0.005)
+    assert found.reached and found.options == {"loose": True, "keep": 0.1}
+
+
+def test_windows_are_whole_tiles(table):
+    layout = build_layout((5, 16, 16), "tiles", 128, tile=(2, 8, 8))
+    windows = [options["window"] for options in table.windows(layout)]
+    assert windows[0] == [5, 16, 16] and [2, 8, 8] in windows and [2, 8, 16] in windows
+    assert [2, 16, 8] not in windows, "rows and columns are alike"
