@@ -67,7 +67,7 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "clear": lambda keep: load_method("clear", radius=100 if keep == 1 else 3),
 }
 # On every family; the others on the first. What differs between families is the host, not the method.
-EVERYWHERE = ("pooled", "remember", "lite")
+EVERYWHERE = ("pooled", "remember", "lite", "svg2")
 
 
 @dataclass(frozen=True)
