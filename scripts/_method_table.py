@@ -34,6 +34,9 @@ class Entry:
     )
     adaptive: bool = True  # chooses blocks by what the tokens hold
     whole_run: bool = False  # keeps less and less: only a run of all steps tells how much
+    of: str | None = (
+        None  # the method, where the entry's name is not its own; such entries run when they are named
+    )
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,22 @@ def discs(layout: TokenLayout) -> Iterator[Options]:
         yield {"radius": r, "frame_radius": depth}
 
 
+# Its own top_p and forced blocks keep more than the smallest shares, most of all in small grids.
+RECTIFIED: tuple[Options, ...] = (
+    {},
+    {"top_p": 1e-6},
+    {"top_p": 1e-6, "neighbours": 0},
+    {"top_p": 1e-6, "neighbours": 0, "anchor": False},
+)
+
+
+def _and(fixed: tuple[Options, ...], **options: Any) -> tuple[Options, ...]:
+    return tuple({**one, **options} for one in fixed)
+
+
 METHODS: Mapping[str, Entry] = {
     "pooled": Entry(),
-    # Its own top_p and forced blocks keep more than the smallest shares, most of all in small grids.
-    "rectified": Entry(
-        options=(
-            {},
-            {"top_p": 1e-6},
-            {"top_p": 1e-6, "neighbours": 0},
-            {"top_p": 1e-6, "neighbours": 0, "anchor": False},
-        )
-    ),
+    "rectified": Entry(RECTIFIED),
     # Blocks under its veto are read whatever the budget; at -1 it never speaks, as in the published code's default.
     "sparge": Entry(options=({}, {"similarity": -1.0})),
     "svg1": Entry(),
@@ -96,21 +104,30 @@ METHODS: Mapping[str, Entry] = {
     ),
     "neighborhood": Entry(knob="window", choices=windows, static=True, adaptive=False),
     "clear": Entry(knob="radius", choices=discs, static=True, adaptive=False),
+    # What a part of a method is worth, and what a plan that serves longer costs.
+    "rectified, nothing back": Entry(_and(RECTIFIED, compensation="none"), of="rectified"),
+    "rectified, all back": Entry(_and(RECTIFIED, compensation="all"), of="rectified"),
+    "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified"),
+    "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled"),
+    "pooled, one plan for both": Entry(({"predict_every": 3, "share_plans": True},), of="pooled"),
+    "pooled, packed": Entry(({"order": "packed"},), of="pooled"),
 }
 
 
 def chosen_methods(asked: list[str] | None) -> list[str]:
-    """The methods to compare: those asked for, or every one there is but the control.
+    """The entries to compare: those asked for, or every method there is but the control.
 
     Raises:
-        SystemExit: a method that does not exist, or one the table says nothing about.
+        SystemExit: an entry that does not exist, or a method the table says nothing about.
     """
     there = [name for name in method_names() if name != "random"]
     for name in asked or there:
-        if name not in there:
-            raise SystemExit(f"--methods {name}: there are {', '.join(there)}; random is always run")
-        if name not in METHODS:
+        if name not in METHODS and name in there:
             raise SystemExit(f"method {name}: say in scripts/_method_table.py how it is made to keep a share")
+        if name not in METHODS or (METHODS[name].of or name) not in there:
+            raise SystemExit(
+                f"--methods {name!r}: there are {', '.join(map(repr, METHODS))}; random is always run"
+            )
     return asked or there
 
 

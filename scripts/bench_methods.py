@@ -255,14 +255,15 @@ def run_job(bench: Bench, job: Job, preset: Preset, record: dict) -> Iterator[tu
         yield text, {"kind": kind, "setting": job.dense, **told}
         return
     entry = METHODS[job.method]
-    found = search(bench, job.method, entry, job.wanted)
+    method = entry.of or job.method
+    found = search(bench, method, entry, job.wanted)
     if not found.reached:
         record["unreached"].append({"method": job.method, "wanted": job.wanted, "nearest": found.keep})
         print(f"{job.method} cannot keep {job.wanted:g}: the nearest it can is {found.keep:.3f}")
         return
     name = f"{job.method}@{job.wanted:g}"
-    told = run_sparse(bench, name, bench.sparse(job.method, found.options))
-    twin_name, twin = control_of(bench, job.method, found.options, told["figures"]["achieved_keep"])
+    told = run_sparse(bench, name, bench.sparse(method, found.options))
+    twin_name, twin = control_of(bench, method, found.options, told["figures"]["achieved_keep"])
     facts = {"kind": "method", "method": job.method, "adaptive": entry.adaptive, "wanted": job.wanted}
     yield (
         name,
