@@ -273,7 +273,7 @@ class Engine:
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
         out, lse, title = self._attend_sparsely(by_head, plan, layout, now, call)
         if plan.coarse is not None:
-            add_block_means(out, lse, by_head[2], plan)
+            add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         return out.transpose(1, 2)
 

@@ -70,11 +70,10 @@ class BlockPlan:
     key_means: Tensor | None = (
         None  # fp32 [B, H, Nk, D], mean key of each block, if the plan was made from them
     )
-    # fp32 [B, H, Nq, Nk], logarithm of the attention mass for which each key block's mean value stands in; -inf: none
+    # fp32 [B, H, Nq, Nk], which key blocks' means stand in for them (`kernels.coarse`); -inf: not this one. The
+    # logarithm of how many tokens a mean stands for or, with `rest`, of the attention mass it is taken to have
     coarse: Tensor | None = None
-    rest: Tensor | None = (
-        None  # fp32 [B, H, Nq], logarithm of what all else weighs; None: what reading it finds (lse)
-    )
+    rest: Tensor | None = None  # fp32 [B, H, Nq], logarithm of the mass that all else is taken to have
     # int32 [B|1, H|1, S], which token stands at each position that the offsets count; None: as they come
     q_order: Tensor | None = None
     k_order: Tensor | None = None

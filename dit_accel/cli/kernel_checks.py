@@ -216,7 +216,7 @@ def _check_coarse(name: str) -> Check:
     if reason is not None:
         return Check(name, "absent", reason)
     began = time.perf_counter()
-    error = float((add_block_means(v.clone(), v[..., 0].clone(), v, plan, impl=impl) - v).abs().max())
+    error = float((add_block_means(v.clone(), v[..., 0].clone(), v, v, v, plan, impl=impl) - v).abs().max())
     return _judge(name, torch.float32, device, error, f"max error {error:.1e}", began)
 
 

@@ -39,7 +39,9 @@ class Method:
     first_frame: bool = False  # also read every block of the first frame
     anchor: bool = True  # blocks of the first frame read all such blocks
     compensation: str = "gain"  # "gain": blocks worth pooling; "all": every block that is not read; "none"
-    mass: str = "measured"  # of what is read: "measured" while reading it, or "predicted", as published
+    # how means weigh against what is read: "measured", by each row's own scores and what reading finds; or
+    # "predicted" for whole blocks, as published
+    mass: str = "measured"
 
     def __post_init__(self) -> None:
         if self.keep is None and self.top_p is None:

@@ -12,55 +12,78 @@ from dit_accel.plan import BlockPlan
 _CHOICE = Choice("add_block_means", __package__)
 
 
-def add_block_means(out: Tensor, lse: Tensor, v: Tensor, plan: BlockPlan, *, impl: str = "auto") -> Tensor:
-    """Mix the output of sparse attention with mean values of blocks, in place.
+def add_block_means(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mix the output of sparse attention with means of key blocks, in place. Weights of everything sum to one.
 
-    With `c = plan.coarse`, row r of query block i becomes `(e^L out_r + sum_j e^(c_ij) mean(v_j)) / (e^L + sum_j
-    e^(c_ij))` where L is `plan.rest` of the block or, without it, the row's lse: what was read weighs what it was
-    found to weigh. Either way the weights of everything sum to one.
+    With `c = plan.coarse` and `s_rj = c_ij + q_r mean(k_j) scale`, row r of query block i becomes
+
+        (e^lse_r out_r + sum_j e^s_rj mean(v_j)) / (e^lse_r + sum_j e^s_rj)
+
+    that is, attention goes on over the means as if each were e^c tokens. With `plan.rest` it becomes
+
+        (e^rest_i out_r + sum_j e^c_ij mean(v_j)) / (e^rest_i + sum_j e^c_ij)
+
+    where all masses were predicted for whole blocks, what was read included.
 
     Args:
         out: `[B, H, S, D]`, what `block_sparse` gave for the plan; overwritten.
         lse: `[B, H, S]`, what it gave beside it.
-        v: `[B, H, S_k, D]`, its values.
+        q, k, v: `[B, H, S, D]`, what it was given.
         plan: has `coarse`, and no orders of its own.
+        scale: factor of the scores; None is `D ** -0.5`.
         impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
 
     Returns:
         `out`.
 
     Raises:
-        UsageError: no masses in the plan, or shapes that do not fit together.
+        UsageError: no `coarse` in the plan, or shapes that do not fit together.
         UnknownNameError: no such implementation.
         KernelUnavailable: the named implementation cannot run this call.
 
-    Source: `R O_s + sum_j P_j v_j` of Rectified SpaAttn, arXiv:2511.19835, where L is predicted as well.
+    Source: the second form is Rectified SpaAttn's `R O_s + sum_j P_j v_j` (arXiv:2511.19835). The first, ours, takes
+    the mass of what was read from reading it, and each row's own scores with the means.
     """
     if plan.coarse is None or plan.q_order is not None or plan.k_order is not None:
-        raise UsageError("add_block_means needs a plan with coarse masses and without orders of its own.")
+        raise UsageError("add_block_means needs a plan with coarse weights and without orders of its own.")
     wanted = (*out.shape[:2], plan.n_q, plan.n_k)
     if plan.coarse.shape != wanted or plan.coarse.dtype != torch.float32:
         raise UsageError(
             f"coarse must be float32 {wanted}, got {plan.coarse.dtype} {tuple(plan.coarse.shape)}."
         )
-    fits = out.shape[2] == plan.n_q_tokens and v.shape[2] == plan.n_k_tokens and out.shape[3] == v.shape[3]
+    keys = (*out.shape[:2], plan.n_k_tokens, out.shape[3])
+    fits = out.shape[2] == plan.n_q_tokens and q.shape == out.shape and k.shape == v.shape == keys
     if not fits or lse.shape != out.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, q, k, v))
         raise UsageError(
-            f"out {tuple(out.shape)}, lse {tuple(lse.shape)} and v {tuple(v.shape)} do not fit a plan of "
-            f"{plan.n_q_tokens} query and {plan.n_k_tokens} key tokens."
+            f"out, lse, q, k, v {shapes} do not fit a plan of {plan.n_q_tokens} query and {plan.n_k_tokens} key "
+            "tokens."
         )
     if torch.compiler.is_compiling():
         from .op import add_block_means_op as add
     else:
         add = run
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     ends = plan.max_q_block, plan.max_k_block
-    add(out, lse, v, plan.coarse, plan.rest, plan.q_starts, plan.k_starts, *ends, impl)
+    add(out, lse, q, k, v, plan.coarse, plan.rest, plan.q_starts, plan.k_starts, *ends, scale, impl)
     return out
 
 
 def run(
     out: Tensor,
     lse: Tensor,
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
     coarse: Tensor,
     rest: Tensor | None,
@@ -68,6 +91,7 @@ def run(
     k_starts: Tensor,
     max_q_block: int,
     max_k_block: int,
+    scale: float,
     impl: str,
 ) -> None:
     """`add_block_means` on validated arguments."""
@@ -75,16 +99,19 @@ def run(
 
     match choose(out, impl):
         case "reference":
-            from .reference import mix
+            from . import reference as kernels
         case "triton":
-            from .triton import mix
+            from . import triton as kernels
     with torch.no_grad():
-        means = block_means(v.transpose(1, 2), k_starts, max_k_block)
+        values = block_means(v.transpose(1, 2), k_starts, max_k_block)
+        if rest is None:
+            keys = block_means(k.transpose(1, 2), k_starts, max_k_block)
+            kernels.attend_on(out, lse, q, keys, values, coarse, q_starts, max_q_block, scale)
+            return
         total = coarse.logsumexp(-1)
         # A row without masses has no softmax, and no part in the output either.
         shares = (coarse - total[..., None].clamp(min=torch.finfo(coarse.dtype).min)).exp()
-        mixed_in = shares.to(means.dtype) @ means
-        mix(out, lse, total, rest, mixed_in, q_starts, max_q_block)
+        kernels.mix(out, total - rest, shares.to(values.dtype) @ values, q_starts, max_q_block)
 
 
 def choose(out: Tensor, impl: str = "auto") -> str:

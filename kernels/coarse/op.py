@@ -12,6 +12,8 @@ from .api import run
 def add_block_means_op(
     out: Tensor,
     lse: Tensor,
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
     coarse: Tensor,
     rest: Tensor | None,
@@ -19,7 +21,8 @@ def add_block_means_op(
     k_starts: Tensor,
     max_q_block: int,
     max_k_block: int,
+    scale: float,
     impl: str,
 ) -> None:
     """As `api.run`."""
-    run(out, lse, v, coarse, rest, q_starts, k_starts, max_q_block, max_k_block, impl)
+    run(out, lse, q, k, v, coarse, rest, q_starts, k_starts, max_q_block, max_k_block, scale, impl)

@@ -93,19 +93,19 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
     signature, aligned = sign(bitmaps.unpack_kernel, pointers, constants, ("n_k", "words"))
     told = compile_source(bitmaps.unpack_kernel, signature, constants, aligned, 1, 3, capability)
     yield {"kernel": "bitmaps, unpacking", **told}
-    pointers = {"out": "*bf16", "starts": "*i32"}
-    pointers |= dict.fromkeys(("lse", "total", "rest", "mixed_in"), "*fp32")
-    constants = {
-        "MEASURED": True,
-        "STEPS": 4,
-        "DIM": 128,
-        "BLOCK_D": 128,
-        "ROWS": coarse.ROWS,
-        "stride_od": 1,
-    }
+    pointers = {"out": "*bf16", "starts": "*i32", "above": "*fp32", "mixed_in": "*fp32"}
+    constants = {"STEPS": 4, "DIM": 128, "BLOCK_D": 128, "ROWS": coarse.MIXED_ROWS, "stride_od": 1}
     signature, aligned = sign(coarse.mix_kernel, pointers, constants, coarse.UNSPECIALIZED)
     told = compile_source(coarse.mix_kernel, signature, constants, aligned, 4, 3, capability)
-    yield {"kernel": "coarse", **told}
+    yield {"kernel": "coarse, mixing", **told}
+    for dim in (64, 128):
+        pointers = dict.fromkeys(("out", "q", "keys", "values"), "*bf16") | {"starts": "*i32"}
+        pointers |= {"lse": "*fp32", "coarse": "*fp32", "scale_log2": "fp32"}
+        constants = {"DIM": dim, "BLOCK_D": dim, "ROWS": coarse.ROWS, "MEANS": coarse.MEANS}
+        constants |= {"LOG2_E": coarse.LOG2_E, "stride_od": 1, "stride_qd": 1}
+        signature, aligned = sign(coarse.attend_on_kernel, pointers, constants, coarse.ON_UNSPECIALIZED)
+        told = compile_source(coarse.attend_on_kernel, signature, constants, aligned, 4, 2, capability)
+        yield {"kernel": f"coarse, attending D={dim}", **told}
     for take in (True, False):
         pointers = {"x": "*bf16", "order": "*i32", "out": "*bf16"}
         constants = {"TAKE": take, "DIM": 128, "BLOCK_D": 128, "ROWS": reorder.rows_for(128)}

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.kernels.coarse import add_block_means
 from dit_accel.layout import build_layout
+from dit_accel.methods import load_method
 from dit_accel.methods.parts.score import block_means, expected_attention, mean_scores
 
 
@@ -24,3 +27,18 @@ def test_expected_attention_is_exact_where_blocks_are_uniform():
     true = torch.zeros(1, 2, len(block_of), layout.n_blocks).index_add_(-1, block_of, true)
     shares = expected_attention(mean_scores(query, block_means(key, layout), layout), layout)
     torch.testing.assert_close(shares[:, :, block_of], true)
+
+
+@pytest.mark.parametrize("mass", ["measured", "predicted"])
+@pytest.mark.parametrize("compensation", ["gain", "all"])
+def test_compensation_sums_to_one(compensation, mass):
+    """Values that are all alike come out as they are, however little is read."""
+    layout = build_layout((3, 5, 7), "gilbert", 16, text=9)
+    query, key = (3 * torch.randn(2, layout.n_tokens, 3, 8) for _ in range(2))
+    value = torch.ones_like(query) * torch.tensor([1.0, -2.0, 3.0])[:, None]
+    options = dict(keep=0.15, top_p=0.01, neighbours=None, anchor=False, compensation=compensation, mass=mass)
+    plan = load_method("rectified", **options).predict(query, key, layout, None, None)
+    assert plan.coarse.isfinite().any()
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = block_sparse(q, k, v, plan, layout="bhsd")
+    torch.testing.assert_close(add_block_means(out, lse, q, k, v, plan), v, rtol=1e-5, atol=1e-5)

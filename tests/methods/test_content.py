@@ -48,7 +48,7 @@ def test_rectified_output_by_its_formulas(text, compensation, normaliser):
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     out, lse = block_sparse(q, k, v, plan, layout="bhsd")
     if plan.coarse is not None:
-        add_block_means(out, lse, v, plan)
+        add_block_means(out, lse, q, k, v, plan)
     blocks, video = blocks_of(layout), layout.n_video_blocks
     first_text = layout.n_video_tokens
     compensated = 0
@@ -96,8 +96,9 @@ def test_rectified_output_by_its_formulas(text, compensation, normaliser):
                 means = torch.stack([vs[a:z].mean(0) for a, z in blocks[:video]])
                 if normaliser == "measured":  # as logits: what was read has the mass that reading it finds
                     read_mass = torch.logsumexp(qs[low:high] @ ks[columns].T * DIM**-0.5, -1)
-                    pooled_mass = torch.stack(logits[:video]) + size[:video].log()
-                    pooled_mass = pooled_mass.masked_fill(weights == 0, -torch.inf).expand(high - low, -1)
+                    k_means = torch.stack([ks[a:z].mean(0) for a, z in blocks[:video]])
+                    pooled_mass = qs[low:high] @ k_means.T * DIM**-0.5 + size[:video].log()
+                    pooled_mass = pooled_mass.masked_fill(weights == 0, -torch.inf)
                     shares = torch.softmax(torch.cat([read_mass[:, None], pooled_mass], -1), -1)
                     true = shares[:, :1] * sparse + shares[:, 1:] @ means
                 else:

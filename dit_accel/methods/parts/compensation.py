@@ -23,14 +23,14 @@ def with_compensation(
     key_means: Tensor,
     layout: TokenLayout,
 ) -> BlockPlan:
-    """The plan, with masses for which the mean values of key blocks that it does not read stand in.
+    """The plan, with the means of key blocks that it does not read standing in for them.
 
     Args:
         plan: of the layout's blocks.
         kind: "none"; "all", every block that is not read (VSA's coarse branch, arXiv:2505.13389, weighed by predicted
             mass instead of a learned gate); or "gain", those that `worth_pooling` names (Rectified SpaAttn).
-        mass: of all else. "predicted": what the logits say of it (Rectified SpaAttn); "measured": what reading it
-            finds.
+        mass: of the means and of all else. "predicted": what the logits of whole blocks say (Rectified SpaAttn);
+            "measured": what each row's own scores say, and what reading finds (`kernels.coarse`).
         logits: fp32 `[B, H, N, N]`, of `attention_logits`.
         query, key: `[B, S, H, D]`.
         query_means, key_means: fp32 `[B, H, N, D]`.
@@ -40,9 +40,11 @@ def with_compensation(
     stands_in = ~plan.to_mask()
     if kind == "gain":
         stands_in &= worth_pooling(query, key, query_means, key_means, layout)
+    if mass == "measured":
+        sizes = layout.sizes.to(logits.device).log().expand_as(logits)
+        return replace(plan, coarse=sizes.masked_fill(~stands_in, -torch.inf))
     coarse = logits.masked_fill(~stands_in, -torch.inf)
-    rest = logits.masked_fill(stands_in, -torch.inf).logsumexp(-1) if mass == "predicted" else None
-    return replace(plan, coarse=coarse, rest=rest)
+    return replace(plan, coarse=coarse, rest=logits.masked_fill(stands_in, -torch.inf).logsumexp(-1))
 
 
 def worth_pooling(
