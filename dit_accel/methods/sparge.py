@@ -27,22 +27,31 @@ class Method:
     are taken around the mean key of the head: keys share a large part that softmax does not see.
 
     Source: SpargeAttn, arXiv:2502.18137, algorithm 1 (Hilbert order, first stage). The published code's recommended
-    call sets the veto's threshold to -0.1, where it never speaks; the second stage (leaving out p v of a tile at run
-    time) and its tuning per head are not here.
+    call sets the veto's threshold to -0.1, where it never speaks. Instead of files tuned beforehand, `l1` has each head
+    find its own `top_p` in the first sparse call of a run, on sampled rows (`parts.tuning`). The second stage (leaving
+    out p v of a tile at run time) is not here.
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("gilbert", 128)
 
     keep: float | None = None  # share of key blocks to read, forced ones included
     top_p: float | None = None  # read the fewest self-similar blocks that should hold this share
+    l1: float | None = (
+        None  # each head's own top_p: the least that moves its attention weights by so much in all
+    )
     similarity: float = 0.1  # blocks of a mean cosine up to this are not pooled; -1 pools all
     neighbours: int | None = 0  # also read blocks so near; 0 is the own block, none forces nothing
     sink: bool = False  # also read the first block
 
     def __post_init__(self) -> None:
-        if self.keep is None and self.top_p is None:
+        if self.keep is None and self.top_p is None and self.l1 is None:
             raise UsageError(
-                "Method 'sparge' needs a budget: give keep= (say 0.25), top_p= (say 0.9) or both."
+                "Method 'sparge' needs a budget: give keep= (say 0.25), top_p= (say 0.9) or l1= (say 0.2)."
+            )
+        if self.l1 is not None and (not 0 < self.l1 <= 2 or self.top_p is not None):
+            raise UsageError(
+                f"l1={self.l1} is not possible: it is above 0 and up to 2, and stands in the place of top_p, "
+                f"which is {self.top_p}."
             )
         if not -1 <= self.similarity <= 1:
             raise UsageError(f"similarity={self.similarity} is not possible: it is a mean cosine, -1 to 1.")
@@ -51,11 +60,16 @@ class Method:
                 f"neighbours={self.neighbours} is not possible: neighbours is 0 or more, or none."
             )
 
+    def init_state(self, query: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
+        """Nothing is tuned yet."""
+        return {}
+
     def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
         """Predict which key blocks matter to each query block.
 
         Args:
             query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
+            state: with `l1`, what the heads found; None has them look at every call.
 
         Returns:
             A plan of its own for every batch row and head.
@@ -71,6 +85,7 @@ class Method:
             mean_scores,
             self_similarity,
         )
+        from dit_accel.methods.parts.tuning import fit_top_p
 
         key_means = block_means(key, layout)
         scores = mean_scores(query, key_means, layout)
@@ -86,9 +101,14 @@ class Method:
         if self.sink:
             scores = torch.cat([torch.full_like(scores[..., :1], _ALWAYS), scores[..., 1:]], dim=-1)
         forced = forced_blocks(layout, self.neighbours, False)
-        by_mass = None if self.top_p is None else shares
+        top_p = self.top_p
+        if self.l1 is not None:
+            tuned = {} if state is None else state
+            if "top_p" not in tuned:
+                tuned["top_p"] = fit_top_p(query, key, scores, shares, layout, self.l1)
+            # One budget for all heads, of shares that are larger for those that need less.
+            shares, top_p = shares / tuned["top_p"][:, :, None, None], 1.0
+        by_mass = None if top_p is None else shares
         text = layout.n_blocks - layout.n_video_blocks
-        chosen = choose_blocks(
-            scores, forced, self.keep, self.top_p, by_mass, above=_ALWAYS, text_blocks=text
-        )
+        chosen = choose_blocks(scores, forced, self.keep, top_p, by_mass, above=_ALWAYS, text_blocks=text)
         return plan_of(*chosen, layout, key_means)

@@ -241,3 +241,56 @@ def test_bad_options_get_one_clear_error():
         load_method("lite", threshold=3)
     with pytest.raises(UnknownNameError, match="option of method 'lite'"):
         load_method("lite", keep=0.3)
+
+
+def test_sparge_heads_find_their_own_budget():
+    """By hand on the sampled rows: the least share that covers enough of the true attention, head by head."""
+    from dit_accel.methods.parts.cluster import spread_tokens
+    from dit_accel.methods.parts.tuning import CHOICES, ROWS
+
+    layout = build_layout((3, 5, 7), "gilbert", 16)
+    query, key, _ = tokens(layout)
+    query = query * torch.tensor([0.3, 1.0, 2.0])[:, None]  # flat, ordinary and peaked heads
+    method, state = load_method("sparge", l1=0.3, similarity=-1, neighbours=None), {}
+    plan = method.predict(query, key, layout, call(), state)
+    read, blocks = plan.to_mask(), blocks_of(layout)
+    sizes = torch.tensor([z - a for a, z in blocks])
+    rows = spread_tokens(layout.n_tokens, ROWS).tolist()
+    found = []
+    for b in range(BATCH):
+        for h in range(HEADS):
+            qs, ks = query[b, :, h].double(), key[b, :, h].double()
+            k_means = torch.stack([ks[a:z].mean(0) for a, z in blocks])
+            curves = []  # of each row: predicted share and true share, best block first
+            for row in rows:
+                low, high = next((a, z) for a, z in blocks if a <= row < z)
+                logits = k_means @ qs[low:high].mean(0) * DIM**-0.5
+                share = torch.softmax(logits + sizes.log(), 0)
+                weights = torch.softmax(ks @ qs[row] * DIM**-0.5, 0)
+                true = torch.stack([weights[a:z].sum() for a, z in blocks])
+                best = logits.argsort(descending=True)
+                curves.append((share[best].cumsum(0), true[best].cumsum(0)))
+            for n in range(1, CHOICES + 1):
+                places = [min(int((c < n / CHOICES).sum()), len(blocks) - 1) for c, _ in curves]
+                covered = sum(float(t[place]) for (_, t), place in zip(curves, places, strict=True)) / len(
+                    rows
+                )
+                if covered >= 0.85:
+                    break
+            found.append(n / CHOICES)
+            for i, (low, high) in enumerate(blocks):
+                logits = k_means @ qs[low:high].mean(0) * DIM**-0.5
+                share = torch.softmax(logits + sizes.log(), 0)
+                best = logits.argsort(descending=True)
+                count = min(int((share[best].cumsum(0) < n / CHOICES).sum()) + 1, len(blocks))
+                assert {j for j in range(len(blocks)) if read[b, h, i, j]} == set(best[:count].tolist())
+    torch.testing.assert_close(state["top_p"].flatten().tolist(), found, rtol=0, atol=1e-6)
+    assert len(set(found)) > 1
+    # What was found stays for the run, and a state that is unknown looks again.
+    again = method.predict(query * 0.1, key, layout, call(step=1), state)
+    fresh = method.predict(query * 0.1, key, layout, call(step=1), None)
+    assert state["top_p"].flatten().tolist() == pytest.approx(found, abs=1e-6)
+    assert again.counts.sum() != fresh.counts.sum()
+    for options in ({"l1": 3}, {"l1": 0.1, "top_p": 0.5}):
+        with pytest.raises(UsageError, match="stands in the place of top_p"):
+            load_method("sparge", **options)
