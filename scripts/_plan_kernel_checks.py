@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from dit_accel.kernels import bitmaps, coarse, counting, pooling, reorder, selection
+from dit_accel.kernels import bitmaps, coarse, counting, kmeans, pooling, reorder, selection
 from dit_accel.plan import BlockPlan
 
 
@@ -20,6 +20,7 @@ def check_plan_kernels(device: str) -> Iterator[tuple[str, str | None]]:
                 f"reordering {tokens}x{heads}x{dim} {dtype}",
                 _check_reorder(tokens, heads, dim, dtype, device),
             )
+            yield f"k-means {tokens}x{heads}x{dim} {dtype}", _check_kmeans(tokens, heads, dim, dtype, device)
             yield f"coarse {tokens}x{heads}x{dim} {dtype}", _check_coarse(tokens, heads, dim, dtype, device)
     for n_keys in (7, 34, 256, 930, 2000):
         for forcing in (False, True):
@@ -96,6 +97,37 @@ def _check_coarse(tokens: int, heads: int, dim: int, dtype: torch.dtype, device:
         error = (coarse.add_block_means(out.clone(), lse, q, k, v, asked).double() - exact).abs().max().item()
         if not error <= allowed:
             return f"by {title}: error {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def _check_kmeans(tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> str | None:
+    x = torch.randn(2, tokens, heads, dim, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+    x, clusters = x.transpose(1, 2), round(3.64 * tokens**0.5)
+    centroids = x[:, :, :clusters] * 0.5
+    labels = kmeans.nearest_centroids(x, centroids)
+    wide = x.double(), centroids.double()
+    nearest = kmeans.nearest_centroids(*wide, impl="reference")
+    apart = [
+        (wide[0] - reorder.take_rows(wide[1], rows, impl="reference")).square_().sum(-1)
+        for rows in (labels, nearest)
+    ]
+    farther = (apart[0] - apart[1]).max().item()
+    if not farther <= 4e-6 * wide[0].square().sum(-1).max().item():
+        return f"labels: a centroid is {farther:.1e} farther than the nearest"
+    order, starts = kmeans.sort_by_label(labels, clusters)
+    right = kmeans.sort_by_label(labels, clusters, impl="reference")
+    if not (torch.equal(order, right[0]) and torch.equal(starts, right[1])):
+        return "the sort is not the stable one"
+    means = kmeans.cluster_means(x, order, starts, centroids)
+    error = (means - kmeans.cluster_means(x, order, starts, centroids, impl="reference")).abs().max().item()
+    if not error <= 4e-6 * max(1.0, x.abs().max().item()):
+        return f"means: error {error:.1e}"
+    runs = torch.arange(0, tokens + 1, 8, dtype=torch.int32, device=device)
+    for of in ("clusters", "runs"):
+        if not torch.equal(
+            kmeans.overlaps(starts, runs, of), kmeans.overlaps(starts, runs, of, impl="reference")
+        ):
+            return f"overlaps: shares of {of} are wrong"
     return None
 
 

@@ -19,7 +19,17 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """Every implementation of every kernel, on the GPU where there is one."""
-    from dit_accel.kernels import bitmaps, coarse, compaction, counting, pooling, quantize, reorder, selection
+    from dit_accel.kernels import (
+        bitmaps,
+        coarse,
+        compaction,
+        counting,
+        kmeans,
+        pooling,
+        quantize,
+        reorder,
+        selection,
+    )
     from dit_accel.options import IMPLS
 
     checks: list[tuple[str, Callable[[str], Check]]] = [
@@ -32,6 +42,7 @@ def check_kernels() -> Iterator[Check]:
     checks += [(f"bitmaps/{impl}", _check_bitmaps) for impl in bitmaps.IMPLEMENTATIONS]
     checks += [(f"coarse/{impl}", _check_coarse) for impl in coarse.IMPLEMENTATIONS]
     checks += [(f"reorder/{impl}", _check_reorder) for impl in reorder.IMPLEMENTATIONS]
+    checks += [(f"kmeans/{impl}", _check_kmeans) for impl in kmeans.IMPLEMENTATIONS]
     checks += [(f"quantize/{impl}", _check_quantize) for impl in quantize.IMPLEMENTATIONS]
     for name, check in checks:
         try:
@@ -239,6 +250,42 @@ def _check_reorder(name: str) -> Check:
     wrong = int((taken != x[:, :, order[0, 0].long()]).sum())
     wrong += int((put_rows(taken, order, impl=impl) != x).sum())
     return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong numbers", began)
+
+
+def _check_kmeans(name: str) -> Check:
+    """One iteration on whole numbers, whose distances are exact."""
+    import torch
+
+    from dit_accel.kernels.kmeans import cluster_means, nearest_centroids, overlaps, sort_by_label, why_not
+
+    impl = name.split("/")[1]
+    device = _device(impl)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator("cpu").manual_seed(8)
+    x, centroids = (torch.randint(-2, 3, (1, 2, n, 64), generator=generator).float() for n in (301, 20))
+    there, seeds = x.to(device, dtype), centroids.to(device, dtype)
+    reason = why_not(impl, there, 20)
+    if reason is not None:
+        return Check(name, "absent", reason)
+    began = time.perf_counter()
+    labels = nearest_centroids(there, seeds, impl=impl)
+    order, starts = sort_by_label(labels, 20, impl=impl)
+    means = cluster_means(there, order, starts, seeds, impl=impl)
+    runs = torch.tensor([0, 128, 301], dtype=torch.int32, device=device)
+    shares = overlaps(starts, runs, "runs", impl=impl)
+    right = (x[:, :, :, None] - centroids[:, :, None]).square().sum(-1).argmin(-1)
+    wrong = int((labels.cpu() != right).sum())
+    wrong += int((order.cpu() != right.argsort(dim=-1, stable=True)).sum())
+    own = torch.nn.functional.one_hot(right, 20).float()
+    sizes = own.sum(2)[..., None]
+    exact = torch.where(sizes > 0, own.transpose(2, 3) @ x / sizes.clamp_min(1), centroids)
+    error = max(float((means.cpu() - exact).abs().max()), float((shares.sum(2) - 1).abs().max()))
+    return _judge(
+        name, torch.float32, device, wrong + error, f"{wrong} wrong places, error {error:.1e}", began
+    )
+
+
+# --- scripts/_plan_kernel_checks.py
 
 
 def _check_quantize(name: str) -> Check:

@@ -21,7 +21,10 @@ TOP_P = 0.9  # where no budget is given
 
 @dataclass
 class Centroids:
-    """What a branch and layer hand on from step to step, `[B, H, K, D]` in the model's dtype."""
+    """What a branch and layer hand on from step to step, `[B, H, K, D]` in the model's dtype.
+
+    They stand in the order that the first call found, in which neighbours are alike.
+    """
 
     query: Tensor | None = None
     key: Tensor | None = None
@@ -90,7 +93,14 @@ class Method:
             A plan of its own for every batch row and head, with orders of its own.
         """
         from dit_accel.methods.parts.budget import choose_blocks
-        from dit_accel.methods.parts.runs import count_runs, plan_of_runs, run_starts, text_pairs, with_text
+        from dit_accel.methods.parts.runs import (
+            count_runs,
+            plan_of_runs,
+            run_sizes,
+            run_starts,
+            text_pairs,
+            with_text,
+        )
 
         before = Centroids() if state is None else state
         tokens = layout.n_video_tokens
@@ -105,9 +115,9 @@ class Method:
             import torch
 
             shares = torch.nn.functional.pad(shares, (0, text, 0, text))
-        sizes = run_starts(layout).to(query.device).diff(dim=-1)
         keep, top_p = self._budget()
-        scores, shares = shares / sizes, None if top_p is None else shares
+        scores = shares / run_sizes(layout).to(query.device)
+        shares = None if top_p is None else shares
         chosen = choose_blocks(scores, text_pairs(layout), keep, top_p, shares, text_blocks=text)
         orders = (with_text(clusters.order, layout) for clusters in (queries, keys))
         return plan_of_runs(*chosen, layout, *orders)
@@ -127,7 +137,9 @@ class Method:
         count = min(count, x.shape[2])
         if before is None or before.shape[2] != count:
             return cluster_tokens(x, seed_centroids(x, count), self.first_iterations)
-        return cluster_tokens(x, before, self.iterations)
+        # The order that the first call found holds: on tiny-wan, 24 steps and blocks of 32, a new one at every call
+        # changes mean recall from 0.8467 to 0.8469, and at the last step from 0.861 to 0.863.
+        return cluster_tokens(x, before, self.iterations, rearrange=False)
 
 
 def expected_shares(queries: Clusters, keys: Clusters, starts: Tensor, scale: float) -> Tensor:
@@ -140,16 +152,17 @@ def expected_shares(queries: Clusters, keys: Clusters, starts: Tensor, scale: fl
     Returns:
         `[B, H, N, N]` in the means' dtype, rows summing to one.
     """
-    sizes = keys.starts.diff(dim=-1)
-    logits = queries.means @ keys.means.transpose(2, 3) * scale
-    shares = (logits + sizes.log()[:, :, None]).softmax(dim=-1)  # of clusters; log 0 leaves empty ones out
-    of_keys = tokens_shared(keys.starts, starts) / sizes.clamp_min(1)[..., None]
-    of_queries = tokens_shared(queries.starts, starts) / starts.diff()
-    return of_queries.transpose(2, 3).to(shares) @ (shares @ of_keys.to(shares))
+    import torch
 
+    from dit_accel.kernels.kmeans import overlaps
 
-def tokens_shared(starts: Tensor, runs: Tensor) -> Tensor:
-    """How many tokens of each cluster lie in each run; int32 `[B, H, K + 1]` and `[N + 1]` to `[B, H, K, N]`."""
-    first = starts[..., :-1, None].maximum(runs[:-1])
-    after = starts[..., 1:, None].minimum(runs[1:])
-    return after.sub_(first).clamp_min_(0)
+    batch_heads = queries.means.shape[:2]
+    flat = [x.flatten(0, 1) for x in (queries.means, keys.means)]
+    sizes = keys.starts.diff(dim=-1).flatten(0, 1)[:, None]
+    bias = sizes.log().to(flat[1].dtype)  # log 0 leaves empty ones out
+    shares = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), alpha=scale).softmax(dim=-1)  # of clusters
+    of_queries, of_keys = (
+        overlaps(clusters.starts, starts, of).flatten(0, 1).to(shares.dtype)
+        for clusters, of in ((queries, "runs"), (keys, "clusters"))
+    )
+    return (of_queries.transpose(1, 2) @ (shares @ of_keys)).unflatten(0, batch_heads)

@@ -24,6 +24,7 @@ from dit_accel.kernels.block_sparse import triton as kernel
 from dit_accel.kernels.coarse import triton as coarse
 from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
+from dit_accel.kernels.kmeans import triton as kmeans
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
 from dit_accel.kernels.quantize import triton as quantize
@@ -148,6 +149,60 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
             selection.select_blocks_kernel, signature, constants, aligned, warps, 3, capability
         )
         yield {"kernel": f"selection of {padded}", **told}
+    yield from compile_kmeans(capability)
+
+
+def compile_kmeans(capability):
+    """Of the kernels that cluster tokens, the forms that a model in bf16 launches, and their products in fp32."""
+    for dim, dtype in (
+        (64, torch.bfloat16),
+        (128, torch.float16),
+        (256, torch.bfloat16),
+        (64, torch.float32),
+    ):
+        config = kmeans.config_for(dim, dtype)
+        pointers = {
+            "x": f"*{TYPES[dtype]}",
+            "rounded": f"*{TYPES[dtype]}",
+            "halves": "*fp32",
+            "labels": "*i32",
+        }
+        constants = {"DIM": dim, "BLOCK_D": dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        constants |= {"UPCAST": False, "stride_xd": 1}
+        signature, aligned = sign(kmeans.nearest_kernel, pointers, constants, kmeans.NEAREST_UNSPECIALIZED)
+        told = compile_source(
+            kmeans.nearest_kernel, signature, constants, aligned, config.warps, config.stages, capability
+        )
+        yield {"kernel": f"k-means, nearest of D={dim} {TYPES[dtype]}", **told}
+    shape = {"DIM": 128, "BLOCK_D": 128, "BINS": 1024, "RUN": kmeans.RUN, "ROWS": kmeans.ROWS}
+    lanes, chunk = {"DIM": 128, "BLOCK_D": 128}, {"CHUNK": kmeans.CHUNK}
+    sort, runs = kmeans.SORT_UNSPECIALIZED, kmeans.RUNS_UNSPECIALIZED
+    kernels = {
+        "rounding": (
+            kmeans.round_kernel,
+            {**lanes, "ROWS": kmeans.ROWS, "stride_cd": 1},
+            kmeans.ROUND_UNSPECIALIZED,
+        ),
+        "counts": (kmeans.count_labels_kernel, {"BINS": 1024, **chunk}, sort),
+        "chunks": (kmeans.sum_chunks_kernel, {"COLUMNS": kmeans.COLUMNS, "CHUNKS": kmeans.CHUNKS}, sort),
+        "clusters": (kmeans.sum_clusters_kernel, {"BINS": 1024}, sort),
+        "places": (kmeans.place_tokens_kernel, {"COMPARED": kmeans.COMPARED, **chunk}, sort),
+        "runs": (kmeans.sum_runs_kernel, {**shape, "stride_xd": 1}, runs),
+        "overlaps": (
+            kmeans.overlaps_kernel,
+            {"OF_CLUSTERS": True, "CLUSTERS": kmeans.CLUSTERS, "COLUMNS": 128},
+            kmeans.OVERLAPS_UNSPECIALIZED,
+        ),
+        "means": (kmeans.sum_means_kernel, {**shape, "stride_pd": 1}, kmeans.MEANS_UNSPECIALIZED),
+    }
+    for name, (launched, constants, free) in kernels.items():
+        integers = ("labels", "counts", "totals", "starts", "before", "order", "edges")
+        pointers = dict.fromkeys(integers, "*i32") | dict.fromkeys(("sums", "out", "halves"), "*fp32")
+        pointers |= dict.fromkeys(("x", "centroids", "rounded", "previous"), "*bf16")
+        signature, aligned = sign(launched, pointers, constants, free)
+        warps = 8 if name == "places" else 4
+        told = compile_source(launched, signature, constants, aligned, warps, 3, capability)
+        yield {"kernel": f"k-means, {name}", **told}
 
 
 def compile_hopper() -> Iterator[dict]:

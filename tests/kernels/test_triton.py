@@ -68,6 +68,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
                     "bitmaps",
                     "coarse",
                     "reorder",
+                    "kmeans",
                 )
             ),
         ),
@@ -129,8 +130,10 @@ def test_the_folder_is_not_mistaken_for_the_hub_package():
 def test_kernels_around_plans_compile_without_spills(capability: int):
     told = run(str(HERE / "_compile_probe.py"), str(capability), "plan")
     kernels = [json.loads(line) for line in told.splitlines()]
-    assert len(kernels) == (19 if capability >= 89 else 17)
+    assert len(kernels) == (31 if capability >= 89 else 29)
     for kernel in kernels:
+        if "nearest" in kernel["kernel"] and "fp32" not in kernel["kernel"]:
+            assert kernel["wgmma" if capability == 90 else "mma"] and kernel["async"], kernel
         assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
 

@@ -11,7 +11,7 @@ from dit_accel.kernels.block_sparse import block_sparse
 from dit_accel.layout import build_layout
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.budget import blocks_for
-from dit_accel.methods.parts.cluster import cluster_tokens, seed_centroids, split_runs, spread_tokens
+from dit_accel.methods.parts.cluster import cluster_tokens, seed_centroids, spread_tokens
 from dit_accel.methods.svg2 import expected_shares
 
 GRIDS = [(3, 5, 7), (4, 9, 10), (1, 8, 11), (5, 1, 3)]
@@ -158,31 +158,27 @@ def test_neighbouring_clusters_are_alike():
     assert (along > 0).all() or (along < 0).all()
 
 
+def test_clusters_may_keep_their_order():
+    x = randn(1, 2, 200, 8)
+    centroids = seed_centroids(x, 12)
+    kept, moved = (cluster_tokens(x, centroids, 3, rearrange=on) for on in (False, True))
+    labels = labels_of(kept)
+    apart = torch.cdist(x, centroids)
+    one = cluster_tokens(x, centroids, 1, rearrange=False)
+    assert torch.equal(labels_of(one), apart.argmin(-1))
+    # the same clusters, each where its centroid stood
+    torch.testing.assert_close(
+        kept.means.gather(2, labels[..., None].expand(-1, -1, -1, 8)),
+        moved.means.gather(2, labels_of(moved)[..., None].expand(-1, -1, -1, 8)),
+    )
+
+
 def test_tokens_are_spread_over_runs_and_columns():
     tokens = spread_tokens(32 * 50, 50)  # a run for each row of 32 columns
     assert torch.equal(tokens // 32, torch.arange(50))
     assert (tokens % 32).unique().numel() > 25
     assert spread_tokens(5, 5).tolist() == list(range(5)) and spread_tokens(1, 1).tolist() == [0]
     assert spread_tokens(3, 8).max() == 2
-
-
-@pytest.mark.parametrize("longest", [1, 4, 7, 100])
-def test_runs_are_cut_from_clusters(longest):
-    sizes = [[5, 0, 0, 14, 1, 0], [0, 20, 0, 0, 0, 0]]
-    starts = torch.tensor([[[0, *itertools.accumulate(row)] for row in sizes]], dtype=torch.int32)
-    offsets, owner, first = split_runs(starts, longest, 20)
-    count = 20 // longest + 6
-    assert offsets.shape == (1, 2, count + 1) and owner.shape == (1, 2, count) and first.shape == starts.shape
-    for h, row in enumerate(sizes):
-        runs = [(c, begin) for c, n in enumerate(row) for begin in range(0, n, longest)]
-        assert len(runs) <= count
-        assert offsets[0, h].tolist() == [int(starts[0, h, c]) + begin for c, begin in runs] + [20] * (
-            count + 1 - len(runs)
-        )
-        assert owner[0, h, : len(runs)].tolist() == [c for c, _ in runs]
-        for c in range(5):
-            assert first[0, h, c] == sum(math.ceil(n / longest) for n in row[:c])
-        assert first[0, h, 6] == count
 
 
 # svg2
@@ -229,7 +225,7 @@ def test_shares_of_clusters_are_weighted_by_size():
     sizes = torch.tensor([8, 16, 8])
     x = centres[:3].repeat_interleave(sizes, 0)[None, None]
     clusters = cluster_tokens(x, centres[None, None], 1)
-    shares = expected_shares(clusters, clusters, torch.arange(0, 33, 8), 0.1)
+    shares = expected_shares(clusters, clusters, torch.arange(0, 33, 8, dtype=torch.int32), 0.1)
     c = clusters.means[0, 0]
     true = {}
     full = clusters.starts.diff(dim=-1)[0, 0]
@@ -311,7 +307,7 @@ def test_svg2_starts_from_the_step_before_and_each_branch_from_its_own():
         first, second = (step[at].transpose(1, 2) for step in steps)
         count = {"query": 5, "key": 9}[name]
         warm = cluster_tokens(first, seed_centroids(first, count), 2).means
-        expected = cluster_tokens(second, warm, 1)
+        expected = cluster_tokens(second, warm, 1, rearrange=False)
         assert torch.equal(getattr(state, name), expected.means)
         order = plans[1].q_order if name == "query" else plans[1].k_order
         assert torch.equal(order, expected.order)

@@ -31,6 +31,14 @@ def run_starts(layout: TokenLayout) -> Tensor:
     return layout.memo[key]
 
 
+def run_sizes(layout: TokenLayout) -> Tensor:
+    """Tokens of each run, int32 `[1, 1, N]`; the layout remembers it."""
+    key = ("runs", "sizes")
+    if key not in layout.memo:
+        layout.memo[key] = run_starts(layout).diff(dim=-1)
+    return layout.memo[key]
+
+
 def text_pairs(layout: TokenLayout) -> Tensor | None:
     """Pairs of runs of which one holds text, bool `[N, N]`, which are always read; None without text."""
     video, text = count_runs(layout)
