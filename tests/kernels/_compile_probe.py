@@ -105,7 +105,10 @@ def compile_plan_kernels(capability: int) -> Iterator[dict]:
         constants = {"DIM": dim, "BLOCK_D": dim, "ROWS": coarse.ROWS, "MEANS": coarse.MEANS}
         constants |= {"LOG2_E": coarse.LOG2_E, "stride_od": 1, "stride_qd": 1}
         signature, aligned = sign(coarse.attend_on_kernel, pointers, constants, coarse.ON_UNSPECIALIZED)
-        told = compile_source(coarse.attend_on_kernel, signature, constants, aligned, 4, 2, capability)
+        warps, stages = coarse.launch_of(dim)
+        told = compile_source(
+            coarse.attend_on_kernel, signature, constants, aligned, warps, stages, capability
+        )
         yield {"kernel": f"coarse, attending D={dim}", **told}
     for take in (True, False):
         pointers = {"x": "*bf16", "order": "*i32", "out": "*bf16"}
