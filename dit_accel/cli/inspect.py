@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dit_accel.cli import options
 from dit_accel.cli import request as requests
-from dit_accel.cli.generate import _PRESET, _check_model
 from dit_accel.cli.terminal import remark
-from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
+from dit_accel.errors import DitAccelError, UsageError
 from dit_accel.pipelines.video import SUFFIXES, check_writable
 
 if TYPE_CHECKING:
@@ -34,24 +31,18 @@ def inspect(
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"A name, FILE.toml or FILE.toml#NAME; not a dense one (default: {_PRESET}).",
+            help=f"A name, FILE.toml or FILE.toml#NAME; not a dense one (default: {requests.PRESET}).",
             show_default=False,
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the video shall show.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What it shall not show.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Shipped name, folder or hub id; overrides the preset's model.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Width and height in pixels.", metavar="WxH")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1 turns it off and halves the time.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the noise; drawn and printed if left out.")
-    ] = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
+    model: options.Model = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = None,
     rows: Annotated[
         int, typer.Option(help="Query tokens on which a call's recall is measured; 0 measures none.")
     ] = 64,
@@ -62,22 +53,11 @@ def inspect(
             help="Draw the block masks of this layer. Repeatable (default: three).", show_default=False
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto: float32 on a CPU, else bfloat16.")
-    ] = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or group: what waits in main memory.")] = "none",
-    lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA .safetensors as FILE or FILE=STRENGTH. Repeatable.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Any option of the preset, as sparse.keep=0.3. Repeatable.", metavar="KEY=VALUE"
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    offload: options.Offload = "none",
+    lora: options.Lora = None,
+    set_: options.Set = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -88,10 +68,8 @@ def inspect(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="The whole report, libraries' messages, tracebacks.")
-    ] = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show what a preset's sparse attention reads.
 
@@ -105,28 +83,14 @@ def inspect(
     if rows < 0 or every < 1:
         raise UsageError(f"--rows {rows} --every {every}: rows is 0 or more, every 1 or more")
     request = requests.build(
-        preset=preset or _PRESET,
-        preset_given=preset is not None,
+        preset=preset,
+        model=model,
         prompt=prompt,
-        prompts_file=None,
-        values={
-            "model": model,
-            "generate.frames": frames,
-            "generate.steps": steps,
-            "generate.guidance": guidance,
-            "generate.negative_prompt": negative_prompt,
-        },
+        generate=dict(frames=frames, steps=steps, guidance=guidance, negative_prompt=negative_prompt),
+        machine=dict(device=device, dtype=dtype, offload=offload, lora=tuple(lora or ())),
         settings=set_ or (),
         size=size,
-        strict=False,
         seed=seed,
-        output=None,
-        machine={
-            "device": (device, device != "auto"),
-            "dtype": (dtype, dtype != "auto"),
-            "offload": (offload, offload != "none"),
-            "lora": (tuple(lora or ()), bool(lora)),
-        },
     )
     if request.preset.sparse is None:
         raise UsageError(f"preset {request.preset.name!r} is dense: it reads everything; choose a fast one")
@@ -137,13 +101,7 @@ def inspect(
     )
     earlier = _check_folder(request.outputs[0].parent)
     check_writable(request.outputs[0])
-    model_folder = _check_model(request, download=True)
-    # torch and diffusers come in here; whatever could be refused without them has been.
-    try:
-        import diffusers  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
+    model_folder = requests.prepare(request)
     record = _run(request, model_folder, earlier, rows, every, layer, quiet, verbose)
     print(json.dumps(record, indent=2) if as_json else "\n".join(record["files"]))
 
@@ -192,34 +150,14 @@ def _run(
         What inspect.json holds.
     """
     from dit_accel import accelerate
-    from dit_accel.cli.run import _hush, _timed
-    from dit_accel.cli.versions import machine, versions
-    from dit_accel.pipelines import wan
+    from dit_accel.cli.making import announce, load, open_record, timed
     from dit_accel.pipelines.video import write_clip
     from dit_accel.quality.recall import Recorder
 
-    if not verbose:
-        _hush()
+    announce(request, quiet=quiet, verbose=verbose)
     preset = request.preset
-    remark(f"preset {preset.name} · {preset.model} · seed {request.seed}", quiet=quiet)
-    pipe = wan.load(
-        str(model_folder),
-        device=request.machine["device"],
-        dtype=request.machine["dtype"],
-        offload=request.machine["offload"],
-        flow_shift=preset.generate.flow_shift,
-        loras=request.machine["lora"],
-    )
-    record = {
-        "tool": "dit_accel",
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "command": shlex.join(["dit-accel", *sys.argv[1:]]),
-        **request.to_dict(),
-        "machine": {**request.machine, **machine(pipe)},
-        "rows": rows,
-        "every": every,
-    }
+    pipe = load(request, model_folder)
+    record = {**open_record(request, pipe), "rows": rows, "every": every}
     recorder = Recorder(rows, lambda call: call.step % every == 0)
     keeper = _MaskKeeper(layers, preset.sparse.dense_layers, preset.generate.steps)
     folder, clip = request.outputs[0].parent, []
@@ -236,7 +174,7 @@ def _run(
 
         handle.observe(watch)
         try:
-            frames, seconds = _timed(pipe, request, request.prompts[0], "inspect", quiet)
+            frames, seconds = timed(pipe, request, request.prompts[0], "inspect", quiet)
         except BaseException:
             if recorder.seen:
                 finish(False, handle.report())

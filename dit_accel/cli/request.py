@@ -1,4 +1,4 @@
-"""From command line to Request: every value resolved, its source known. No torch: a dry run is instant."""
+"""From command line to Request: every value resolved, its source known. No torch before `prepare`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_accel.errors import UsageError
+from dit_accel.errors import EnvironmentProblem, UsageError
 from dit_accel.pipelines.video import check_writable
 from dit_accel.preset import Preset, load_preset, parse_setting
 
 RECORD = "run.json"
+# What stands where nothing else is asked for.
+PRESET = "tiny-wan-fast"
+MACHINE = {"device": "auto", "dtype": "auto", "offload": "none", "lora": ()}
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,28 @@ def show(value: Any) -> str:
 
 def build(
     *,
-    preset: str,
-    preset_given: bool,
+    preset: str | None,
+    model: str | None,
     prompt: str | None,
-    prompts_file: Path | None,
-    values: Mapping[str, Any],
+    prompts_file: Path | None = None,
+    generate: Mapping[str, Any],
+    machine: Mapping[str, Any],
     settings: Sequence[str],
     size: str | None,
-    strict: bool,
     seed: int | None,
-    output: str | None,
-    machine: Mapping[str, tuple[Any, bool]],
+    strict: bool = False,
+    output: str | None = None,
 ) -> Request:
-    """Resolve a command line.
+    """Resolve a command line. None is a flag that was not given.
 
     Args:
-        values: dotted names to values of dedicated flags; None where the flag was not given.
+        generate: values of dedicated flags, by their names in the preset's table of that name.
+        machine: device, dtype, offload and loras.
         settings: texts of `--set`; a dedicated flag wins over them.
-        machine: name -> (value, whether it was given).
     """
-    chosen = load_preset(preset)
+    chosen = load_preset(preset or PRESET)
     given = dict(parse_setting(text) for text in settings)
+    values = {"model": model, **{f"generate.{key}": value for key, value in generate.items()}}
     given |= {key: value for key, value in values.items() if value is not None}
     if size is not None:
         given["generate.width"], given["generate.height"] = parse_size(size)
@@ -122,10 +126,10 @@ def build(
         prompts=prompts,
         seed=number,
         outputs=name_outputs(output, chosen.name, number, len(prompts), numbered=prompts_file is not None),
-        machine={key: value for key, (value, _) in machine.items()},
-        sources={key: "cli" if was_given else "default" for key, (_, was_given) in machine.items()}
+        machine=machine,
+        sources={key: "default" if value == MACHINE[key] else "cli" for key, value in machine.items()}
         | {
-            "preset": "cli" if preset_given else "default",
+            "preset": "cli" if preset is not None else "default",
             "prompt": "cli" if prompts_file is None else str(prompts_file),
             "seed": "cli" if seed is not None else "random",
             "output": "cli" if output is not None else "default",
@@ -196,3 +200,27 @@ def check_outputs(request: Request, dense_too: bool) -> None:
 def dense_name(path: Path) -> Path:
     """Where the dense twin of a clip goes."""
     return path.with_name(f"{path.stem}-dense{path.suffix}")
+
+
+def find_model(request: Request, *, download: bool) -> Path:
+    """The model's folder; raises if there is none or if it cannot make this size."""
+    from dit_accel.pipelines import wan
+
+    folder = wan.find(request.preset.model, download=download)
+    options = request.preset.generate
+    wan.size_rule(folder).check(options.width, options.height, options.frames)
+    return folder
+
+
+def prepare(request: Request) -> Path:
+    """The model's folder, downloaded if need be, and torch and diffusers imported.
+
+    They come in last: whatever could be refused without them has been.
+    """
+    folder = find_model(request, download=True)
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
+    return folder

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_accel import accelerate
+from dit_accel.cli.making import announce, load, open_record, timed
 from dit_accel.cli.request import Request, dense_name
 from dit_accel.cli.terminal import remark
-from dit_accel.cli.versions import machine, versions
-from dit_accel.pipelines import wan
 from dit_accel.pipelines.video import write_clip, write_text
 
 
@@ -40,30 +34,15 @@ def run(
     Returns:
         What run.json holds.
     """
-    if not verbose:
-        _hush()
-    preset = request.preset
-    remark(f"preset {preset.name} · {preset.model} · seed {request.seed}", quiet=quiet)
-    if preset.status == "provisional":
+    announce(request, quiet=quiet, verbose=verbose)
+    if request.preset.status == "provisional":
         remark(
             "note: this preset is provisional: its values are not yet backed by a measurement", quiet=quiet
         )
     began = time.perf_counter()
-    pipe = wan.load(
-        str(folder),
-        device=request.machine["device"],
-        dtype=request.machine["dtype"],
-        offload=request.machine["offload"],
-        flow_shift=preset.generate.flow_shift,
-        loras=request.machine["lora"],
-    )
+    pipe = load(request, folder)
     record = {
-        "tool": "dit_accel",
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "command": shlex.join(["dit-accel", *sys.argv[1:]]),
-        **request.to_dict(),
-        "machine": {**request.machine, **machine(pipe)},
+        **open_record(request, pipe),
         "timings": {"load_seconds": round(time.perf_counter() - began, 3)},
         "clips": [],
     }
@@ -93,17 +72,17 @@ def _make(
     clip: dict[str, Any] = {"prompt": prompt, "seed": request.seed}
     report = None
     if sparse is None:
-        frames, clip["seconds"] = _timed(pipe, request, prompt, f"{title}dense", quiet)
+        frames, clip["seconds"] = timed(pipe, request, prompt, f"{title}dense", quiet)
     else:
         # One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
         with accelerate(pipe, sparse) as handle:
-            frames, clip["seconds"] = _timed(pipe, request, prompt, f"{title}sparse", quiet)
+            frames, clip["seconds"] = timed(pipe, request, prompt, f"{title}sparse", quiet)
             report = handle.report()
         clip["report"] = report.to_dict()
     dense = None
     if compare_dense:
         # Second on purpose: what a first run pays for warming up counts against the fast path, not for it.
-        dense, seconds = _timed(pipe, request, prompt, f"{title}dense", quiet)
+        dense, seconds = timed(pipe, request, prompt, f"{title}dense", quiet)
         clip["dense"] = {
             "seconds": seconds,
             "time_ratio": round(seconds / clip["seconds"], 3),
@@ -136,37 +115,6 @@ def bargain(clip: dict[str, Any], report: Any, preset: str) -> str:
     return f"{line} · {report.closing_line}"
 
 
-def _timed(pipe: Any, request: Request, prompt: str, title: str, quiet: bool) -> tuple[np.ndarray, float]:
-    """Frames and the seconds of the whole generation: text encoding, denoising and decoding."""
-    options = request.preset.generate
-    with _bar(options.steps, title, quiet) as tick:
-        began = time.perf_counter()
-        frames = wan.generate(pipe, options, prompt, seed=request.seed, callback=tick)
-        return frames, round(time.perf_counter() - began, 3)
-
-
-@contextlib.contextmanager
-def _bar(steps: int, title: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(
-        total=steps,
-        desc=title,
-        unit="step",
-        file=sys.stderr,
-        leave=False,
-        dynamic_ncols=True,
-        disable=quiet or not sys.stderr.isatty(),
-    ) as bar:
-
-        def tick(done: int) -> None:
-            bar.update(done - bar.n)
-            if done == steps:
-                bar.set_description(f"{title}, decoding")
-
-        yield tick
-
-
 def _psnr(frames: np.ndarray, dense: np.ndarray) -> float | None:
     """PSNR in dB over the whole clip; None where the clips are equal (JSON has no infinity)."""
     from dit_accel.quality.metrics import psnr
@@ -174,13 +122,3 @@ def _psnr(frames: np.ndarray, dense: np.ndarray) -> float | None:
     if np.array_equal(frames, dense):
         return None
     return round(float(psnr(frames, dense)), 3)
-
-
-def _hush() -> None:
-    """Keep the libraries' progress bars and notices out of ours; -v leaves them alone."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
