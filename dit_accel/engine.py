@@ -284,15 +284,18 @@ class Engine:
         from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, choose
 
         state = self.planner.state_for(qkv[0].transpose(1, 2), layout, now) if self.planner.learns else None
+        method = self.planner.method_at(now)
+        pv_threshold = getattr(method, "pv_threshold", None)
         precision = self.options.precision
-        executor = choose(*qkv, plan, self.options.impl, precision, state is not None)
+        executor = choose(
+            *qkv, plan, self.options.impl, precision, state is not None, pv_threshold is not None
+        )
         title = executor if precision == "full" else f"{executor} ({precision})"
         self._say_once(f"sparse attention runs on the {title} executor")
         known = dict(scale=call["scale"], layout="bhsd", impl=executor, precision=precision)
         if state is None:
             config = self._config_for(executor, qkv, plan, call)
-            return *block_sparse(*qkv, plan, **known, config=config), title
-        method = self.planner.method_at(now)
+            return *block_sparse(*qkv, plan, **known, config=config, pv_threshold=pv_threshold), title
         out, lse, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
         method.learn(needed, plan, layout, now, state)
         return out, lse, title

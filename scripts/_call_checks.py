@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +14,17 @@ from _kernel_cases import Case, judge, make
 from torch import Tensor
 
 from dit_accel.errors import UsageError
-from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, why_not
+from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, reference, why_not
 from dit_accel.kernels.block_sparse.reference import margins
 from dit_accel.kernels.compaction import compact_lists
 from dit_accel.kernels.pooling import block_means
+from dit_accel.kernels.quantize import quantize_blocks
 from dit_accel.kernels.selection import select_blocks
 from dit_accel.plan import BlockPlan, uniform_starts
 
 FUZZ = 200
 VERDICT_BLOCKS = ((128,), (128, 96, 17), (64,), (64, 17))  # tokens of the blocks, which take turns
+SKIP_BLOCKS = ((128,), (128, 96, 17), (64,))
 OTHERS = ("flash4", "flex")  # other packages' kernels: blocks of one size only, compiled for each shape
 SHARE_BEYOND = {
     "full": 0.02,
@@ -42,6 +45,9 @@ def check_calls(impl: str, device: str) -> Iterator[tuple[str, str | None]]:
             title = f"{impl}, verdicts, {precision}, D={head}, blocks of {lengths}"
             yield title, _check_verdicts(impl, precision, head, lengths, device)
     if impl == "triton":
+        for precision, head, lengths in itertools.product(("full", "int8"), (64, 128), SKIP_BLOCKS):
+            title = f"{impl}, what pv_threshold leaves out, {precision}, D={head}, blocks of {lengths}"
+            yield title, _check_left_out(impl, precision, head, lengths, device)
         yield f"{impl}, tuning", _check_tuning(device)
     yield f"{impl}, predicting and attending in one CUDA graph", _check_graph(impl)
     yield f"{impl}, other lengths compile nothing", _check_compilations(impl)
@@ -159,6 +165,60 @@ def _check_verdicts(
         return f"{share:.0%} of the entries mattered: nothing is tested"
     short, right = (compact_lists(plan, needed, impl=name) for name in ("triton", "reference"))
     return None if torch.equal(short.to_mask(), right.to_mask()) else "the next plan is wrong"
+
+
+def _check_left_out(
+    impl: str, precision: str, head: int, lengths: tuple[int, ...], device: str
+) -> str | None:
+    """`pv_threshold` against the reference with the same tiles. Scores lie about levels, so that no verdict is close;
+    values that nobody should multiply are NaN."""
+    generator = torch.Generator().manual_seed(head)
+    q_blocks, k_blocks = (lengths * 40)[:7], (lengths * 40)[:20]
+    q_starts, k_starts = ([0, *accumulate(blocks)] for blocks in (q_blocks, k_blocks))
+    n_q, n_k, threshold = q_starts[-1], k_starts[-1], -2.0
+    q, k, v = (torch.randn(1, 2, n, head, generator=generator) for n in (n_q, n_k, n_k))
+    q, k = 0.5 * q, 0.5 * k
+    levels = 4.0 * torch.randint(-3, 1, (1, 2, -(-n_k // 64)), generator=generator)
+    levels = levels.repeat_interleave(64, -1)[..., :n_k]
+    levels[..., k_starts[-2] :] = 0  # visited first
+    q[..., 0], k[..., 0] = head**0.5 / math.log2(math.e), levels
+    q, k, v = (x.to(device, torch.bfloat16) for x in (q, k, v))
+    mask = torch.rand(1, 2, len(q_blocks), len(k_blocks), generator=generator) < 0.7
+    mask[..., -1] = True
+    plan, dirty = BlockPlan.from_mask(mask.to(device), q_starts, k_starts), v.clone()
+    if precision == "full":
+        for h, (first, end) in itertools.product(range(2), pairwise(k_starts)):
+            if bool((levels[0, h, first:end] < -2).all()):
+                dirty[:, h, first:end] = torch.nan
+        if not bool(dirty.isnan().any()):
+            return "no block is left out whole: nothing is tested"
+    tile = None
+    if impl == "triton":
+        from dit_accel.kernels.block_sparse.triton import capability_of, config_for
+
+        config = config_for(head, q.dtype, capability_of(q.device), plan.max_k_block)
+        tile = config.block_m, config.block_n
+    known, scale = dict(layout="bhsd", impl=impl, precision=precision), head**-0.5
+    out, lse = block_sparse(q, k, dirty, plan, pv_threshold=threshold, **known)
+    if not bool(out.isfinite().all()):
+        return "what is left out is multiplied all the same, or a row has nothing"
+    asked = dict(pv_threshold=threshold, tile=tile)
+    exact, exact_lse = reference.block_sparse(q.double(), k.double(), v.double(), plan, scale, **asked)
+    if precision == "full":
+        plain, plain_lse = reference.block_sparse(q, k, v, plan, scale, **asked)
+    else:
+        parts = quantize_blocks(q, k, v, plan, precision, impl="reference")
+        plain, plain_lse = reference.block_sparse_quantised(parts, plan, scale, q, **asked)
+    whole, _ = block_sparse(q, k, v, plan, **known)
+    error, unavoidable, effect = (float((x.double() - exact).norm()) for x in (out, plain, whole))
+    if not effect > 4 * unavoidable:
+        return f"leaving out changes {effect:.1e}, rounding {unavoidable:.1e}: nothing is tested"
+    if not error <= 2 * unavoidable:
+        return f"error {error:.1e}, of plain attention {unavoidable:.1e}, of leaving out nothing {effect:.1e}"
+    gap, allowed = (float((x - exact_lse).abs().max()) for x in (lse, plain_lse))
+    return (
+        None if gap <= 2 * allowed + 1e-5 else f"lse is off by {gap:.1e}, plain attention's by {allowed:.1e}"
+    )
 
 
 def _check_tuning(device: str) -> str | None:

@@ -11,6 +11,8 @@ for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may al
   same transformer, branch and layer until the run ends, and None where the branch is not known.
 - `threshold_at(call)` and `learn(needed, plan, layout, call, state)`, if the kernel shall tell which entries of the
   plan mattered (`kernels.block_sparse.block_sparse_feedback`).
+- `pv_threshold`, an option that the engine hands to the kernel as it is here: what the kernel may leave out of the plan
+  (`kernels.block_sparse.block_sparse`). Not for methods that learn.
 
 A plan with `coarse` weights gives back what is not read as mean values of blocks, one with orders of its own brings
 each head's tokens into another order for the call. Options that vary with noise level or layer, and plans that serve

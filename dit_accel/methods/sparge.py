@@ -28,8 +28,12 @@ class Method:
 
     Source: SpargeAttn, arXiv:2502.18137, algorithm 1 (Hilbert order, first stage). The published code's recommended
     call sets the veto's threshold to -0.1, where it never speaks. Instead of files tuned beforehand, `l1` has each head
-    find its own `top_p` in the first sparse call of a run, on sampled rows (`parts.tuning`). The second stage (leaving
-    out p v of a tile at run time) is not here.
+    find its own `top_p` in the first sparse call of a run, on sampled rows (`parts.tuning`).
+
+    With `pv_threshold` there is a second stage: of what the plan lists, the kernel leaves out tiles whose every weight
+    it finds to be at most `2 ** pv_threshold` of its row's largest (`kernels.block_sparse.block_sparse`). Published is
+    a number for each head from a tuned file, with the sign reversed; here one holds for all heads. The plan does not
+    change, so the report's keep counts such tiles as read. Executors without it refuse; "auto" takes another.
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("gilbert", 128)
@@ -42,6 +46,8 @@ class Method:
     similarity: float = 0.1  # blocks of a mean cosine up to this are not pooled; -1 pools all
     neighbours: int | None = 0  # also read blocks so near; 0 is the own block, none forces nothing
     sink: bool = False  # also read the first block
+    # The second stage, in powers of two: -10 leaves out tiles of weights below a thousandth; none leaves out nothing.
+    pv_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.keep is None and self.top_p is None and self.l1 is None:
@@ -58,6 +64,11 @@ class Method:
         if self.neighbours is not None and self.neighbours < 0:
             raise UsageError(
                 f"neighbours={self.neighbours} is not possible: neighbours is 0 or more, or none."
+            )
+        if self.pv_threshold is not None and not self.pv_threshold <= 0:
+            raise UsageError(
+                f"pv_threshold={self.pv_threshold} is not possible: it is powers of two relative to a row's largest "
+                "weight, at most 0 (say -10), or none."
             )
 
     def init_state(self, query: Tensor, layout: TokenLayout) -> dict[str, Tensor]:

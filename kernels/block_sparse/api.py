@@ -36,6 +36,7 @@ def block_sparse(
     impl: str = "auto",
     precision: str = "full",
     config: Config | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which each query block reads only the key blocks its plan lists.
 
@@ -55,24 +56,38 @@ def block_sparse(
             error of about 0.04, "fp8" 0.06, "int8" 0.01 on normal inputs. They run on "hopper" and, slowly,
             "reference"; "int8" on "triton" too.
         config: of the Triton kernel, as `tuning.tune` finds it; for impl "triton", not under torch.compile.
+        pv_threshold: powers of two, at most 0; leave out tiles below it (next paragraph). On "reference", "cpu" and
+            "triton", precision "full" and "int8". None leaves out nothing.
+
+    `pv_threshold` is the second stage of SpargeAttn (arXiv:2502.18137; the published kernel has its sign reversed).
+    Lists are visited last to first. A tile of scores is left out if in none of its rows a score comes above
+    `m + pv_threshold`, where m is the row's largest score in the tiles visited before and scores are in powers of two
+    (times `scale log2 e`): its exponentials and its product with v are not taken, and neither out nor lse counts it.
+    "reference" and "cpu" take a whole query block and a whole list entry for a tile, so they leave out what
+    `block_sparse_feedback` calls not needed. The tiles of "triton" are its configuration's, parts of those: it leaves
+    out all that the others do, and perhaps more. Everywhere a token that is left out has, in every row, at most
+    `2 ** pv_threshold` of the row's largest weight.
 
     Returns:
         `out`, shaped and typed like q, and `lse [B, H, S]`: natural log of the sum of exponentials, float32
         (float64 for float64 inputs).
 
     Raises:
-        UsageError: shapes, types, devices or the plan do not fit together, or an input needs a gradient.
+        UsageError: shapes, types, devices or the plan do not fit together, an input needs a gradient, or a
+            pv_threshold is above 0.
         UnknownNameError: no such implementation, layout or precision.
         KernelUnavailable: the named implementation cannot run this call.
     """
     q, k, v, scale = _prepare(q, k, v, plan, scale, layout, precision)
     if config is not None and (impl != "triton" or torch.compiler.is_compiling()):
         raise UsageError(f"config= is for impl='triton' outside of torch.compile, not for impl={impl!r}.")
+    if pv_threshold is not None:
+        pv_threshold = _checked("pv_threshold", pv_threshold)
     if torch.compiler.is_compiling():
         from .op import block_sparse as attend
     else:
         attend = partial(run, config=config)
-    out, lse = attend(*_in_order(q, k, v, plan), scale, impl, precision)
+    out, lse = attend(*_in_order(q, k, v, plan), scale, impl, precision, pv_threshold=pv_threshold)
     out, lse = _as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
@@ -111,15 +126,20 @@ def block_sparse_feedback(
         KernelUnavailable: also where the implementation gives no verdict.
     """
     q, k, v, scale = _prepare(q, k, v, plan, scale, layout, precision)
-    if not threshold <= 0:
-        raise UsageError(f"threshold={threshold} must be at most 0: powers of two relative to the maximum.")
+    threshold = _checked("threshold", threshold)
     if torch.compiler.is_compiling():
         from .op import block_sparse_feedback as attend
     else:
         attend = run_feedback
-    out, lse, needed = attend(*_in_order(q, k, v, plan), scale, impl, precision, float(threshold))
+    out, lse, needed = attend(*_in_order(q, k, v, plan), scale, impl, precision, threshold)
     out, lse = _as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse, needed
+
+
+def _checked(name: str, threshold: float) -> float:
+    if not threshold <= 0:
+        raise UsageError(f"{name}={threshold} must be at most 0: powers of two relative to the maximum.")
+    return float(threshold)
 
 
 def _prepare(
@@ -186,11 +206,12 @@ def run(
     precision: str = "full",
     feedback: Feedback | None = None,
     config: Config | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block_sparse` on validated `[B, H, S, D]`; what `feedback` asks for is written into it."""
-    name = choose(q, k, v, plan, impl, precision, feedback is not None)
-    asked = {} if feedback is None else {"feedback": feedback}
-    asked |= {} if config is None else {"config": config}
+    name = choose(q, k, v, plan, impl, precision, feedback is not None, pv_threshold is not None)
+    given = dict(feedback=feedback, config=config, pv_threshold=pv_threshold)
+    asked = {option: value for option, value in given.items() if value is not None}
     with torch.no_grad():
         if precision != "full":
             return _run_quantised(name, q, k, v, plan, scale, precision, asked)
@@ -233,6 +254,7 @@ def choose(
     impl: str = "auto",
     precision: str = "full",
     feedback: bool = False,
+    pv_skip: bool = False,
 ) -> str:
     """The implementation that will run. "auto" is the CPU's own on a CPU; on CUDA "hopper" where it can run, on an
     H100 or H200, else "triton". "flash4" and "flex" run by name only: the one is no faster where we could measure it.
@@ -246,17 +268,19 @@ def choose(
         impl: "auto" or a name.
         precision: "full" or a quantised mode; for a mode "auto" is "reference" on the CPU.
         feedback: whether the call asks which entries mattered.
+        pv_skip: whether the call has a `pv_threshold`.
 
     Raises:
         UnknownNameError: no such implementation.
         KernelUnavailable: it cannot run this call; the message says why.
     """
     if impl == "auto" and q.device.type == "cuda":
-        hopper = precision in ("int8_fp8", "fp8") or why_not("hopper", q, k, v, plan, precision) is None
+        known = dict(precision=precision, pv_skip=pv_skip)
+        hopper = precision in ("int8_fp8", "fp8") or why_not("hopper", q, k, v, plan, **known) is None
         impl = "hopper" if hopper else "triton"
     elif impl == "auto":
         impl = "cpu" if precision == "full" else "reference"
-    reason = why_not(impl, q, k, v, plan, precision, feedback)
+    reason = why_not(impl, q, k, v, plan, precision, feedback, pv_skip)
     if reason is not None:
         raise KernelUnavailable(f"block_sparse impl={impl!r} cannot run this call: {reason}")
     return impl
@@ -270,6 +294,7 @@ def why_not(
     plan: BlockPlan,
     precision: str = "full",
     feedback: bool = False,
+    pv_skip: bool = False,
 ) -> str | None:
     """Why `impl` cannot run this call, or None if it can. Arguments as in `choose`.
 
@@ -286,6 +311,8 @@ def why_not(
             return f"quantised attention takes no float64 and no block above {ROWS} tokens."
     if feedback and (impl in ("flash4", "flex") or (impl == "reference" and precision != "full")):
         return "it does not tell which entries mattered (feedback)."
+    if pv_skip and (impl in ("hopper", "flash4", "flex") or precision not in ("full", "int8")):
+        return "it leaves out no tiles (pv_threshold): reference, cpu and triton do, in precision 'full' and 'int8'."
     if impl in ("triton", "hopper"):
         return _why_not_compiled(impl, q, k, v, plan)
     if impl in ("flash4", "flex"):

@@ -31,7 +31,13 @@ LN_2 = math.log(2)
 
 
 def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    feedback: Feedback | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks only, on as many threads as `torch.get_num_threads()` says.
 
@@ -49,7 +55,7 @@ def block_sparse(
         for h in range(heads)
         for share in range(shares)
     ]
-    attend = partial(_attend_rows, q, k, v, plan, scale, out, lse, feedback)
+    attend = partial(_attend_rows, q, k, v, plan, scale, out, lse, feedback, pv_threshold)
     if threads == 1:
         for job in jobs:
             attend(job)
@@ -79,6 +85,7 @@ def _attend_rows(
     out: Tensor,
     lse: Tensor,
     feedback: Feedback | None,
+    pv_threshold: float | None,
     job: tuple[int, int, range],
 ) -> None:
     """Write `out` and `lse` for a run of query blocks of one head; `job` is (batch row, head, query blocks)."""
@@ -102,9 +109,15 @@ def _attend_rows(
             continue
         own = slice(first - base, last - base)
         scores = product(b_q[own], b_k.index_select(0, kept))
-        peak = torch.amax(scores, -1, keepdim=True, out=top[own])
         if feedback is not None:
             _judge(scores, lengths, feedback.threshold, feedback.needed[b, h, block])
+        if pv_threshold is not None:
+            worth = torch.zeros(len(lengths), dtype=torch.bool)
+            _judge(scores, lengths, pv_threshold, worth)
+            if not bool(worth.all()):
+                stays = worth.repeat_interleave(torch.tensor(lengths))
+                scores, kept = scores[:, stays], kept[stays]
+        peak = torch.amax(scores, -1, keepdim=True, out=top[own])
         weights = scores.sub_(peak).exp2_()
         torch.sum(weights, -1, keepdim=True, out=total[own])
         acc[own] = product(weights, b_v.index_select(0, kept).T)
@@ -119,7 +132,7 @@ def _judge(scores: Tensor, lengths: list[int], threshold: float, needed: Tensor)
     for slot in range(len(lengths) - 1, -1, -1):
         if lengths[slot]:
             peak = parts[slot].amax(1)
-            if top is None or bool((peak > top + threshold).any()):
+            if top is None or not bool((peak <= top + threshold).all()):  # a NaN matters
                 needed[slot] = 1
             top = peak if top is None else torch.maximum(top, peak)
 

@@ -25,6 +25,7 @@ def block_sparse_op(
     scale: float,
     impl: str,
     precision: str,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`api.run` with a plan's fields in its place.
 
@@ -33,20 +34,27 @@ def block_sparse_op(
         host: the plan's `max_q_block`, `max_k_block`, `even_k` and `even_q`.
     """
     plan = _plan(q, k, counts, indices, q_starts, k_starts, host)
-    return run(q, k, v, plan, scale, impl, precision)
+    return run(q, k, v, plan, scale, impl, precision, pv_threshold=pv_threshold)
 
 
 @block_sparse_op.register_fake
-def _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision):
+def _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision, pv_threshold=None):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str, precision: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    impl: str,
+    precision: str,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
-    return block_sparse_op(q, k, v, *_fields(plan), scale, impl, precision)
+    return block_sparse_op(q, k, v, *_fields(plan), scale, impl, precision, pv_threshold)
 
 
 @torch.library.custom_op("dit_accel::block_sparse_feedback", mutates_args=())

@@ -5,11 +5,13 @@
     out = exp(s - lse) v     0 where a row keeps nothing (lse is -inf there)
 
 It computes in the dtype of its inputs (float64 for an exact answer, bfloat16 for the error that dtype costs anyone)
-and skips nothing. Scores are formed for a limited number of query rows at a time, so memory grows with N, not N^2.
+and skips nothing; what `pv_threshold` leaves out it weighs with zero. Scores are formed for a limited number of query
+rows at a time, so memory grows with N, not N^2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -29,7 +31,14 @@ SCORES_AT_ONCE = 1 << 22
 
 
 def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, feedback: Feedback | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    feedback: Feedback | None = None,
+    pv_threshold: float | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked attention.
 
@@ -39,6 +48,8 @@ def block_sparse(
         plan: which key blocks each query block reads.
         scale: factor of the scores.
         feedback: if given, which entries mattered is written into it.
+        pv_threshold: if given, tiles below it are left out (`leave_out`).
+        tile: rows and keys of such a tile; None is a whole query block and a whole key block.
 
     Returns:
         `out [B, H, Sq, D]` in q's dtype and `lse [B, H, Sq]` (float64 for float64 inputs, else float32).
@@ -53,10 +64,15 @@ def block_sparse(
     rows = max(1, SCORES_AT_ONCE // k.shape[2])
     for b in range(batch):
         for h in range(heads):
-            for row in range(0, n_q, rows):
-                own = slice(row, row + rows)
+            cuts = [*range(0, n_q, rows), n_q]
+            if pv_threshold is not None:  # a tile needs all of its rows
+                cuts = plan.q_starts.expand(batch, heads, -1)[b, h].tolist()
+                keys = plan.k_starts.expand(batch, heads, -1)[b, h].tolist()
+            for own in itertools.starmap(slice, pairwise(cuts)):
                 keep = mask[b, h][q_owner[b, h, own]][:, k_owner[b, h]]
                 scores = (q[b, h, own] @ k[b, h].T * scale).masked_fill(~keep, -torch.inf).to(acc_dtype)
+                if pv_threshold is not None:
+                    leave_out(scores, list(pairwise(keys)), pv_threshold * LN_2, tile)
                 lse[b, h, own] = scores.logsumexp(dim=-1)
                 # An empty row has lse -inf; its weights exp(-inf - 0) are the zeros it should have.
                 weights = (scores - lse[b, h, own].clamp_min(torch.finfo(acc_dtype).min)[:, None]).exp()
@@ -64,6 +80,33 @@ def block_sparse(
     if feedback is not None:
         feedback.needed.copy_(margins(q, k, plan, scale) > feedback.threshold)
     return out, lse
+
+
+def leave_out(
+    scores: Tensor, blocks: list[tuple[int, int]], threshold: float, tile: tuple[int, int] | None = None
+) -> None:
+    """Set to minus infinity what `pv_threshold` leaves out of one query block's scores.
+
+    Key blocks are visited last to first, the steps of one from its first token on. A tile is left out if in no row a
+    score comes above the row's largest one before, plus the threshold; a NaN does.
+
+    Args:
+        scores: `[rows, keys]`, minus infinity where a key is not listed.
+        blocks: where each key block begins and ends.
+        threshold: at most 0, in the scores' unit.
+        tile: rows and keys of a tile; None is all rows and a whole key block.
+    """
+    n_rows, n_keys = tile or (max(1, scores.shape[0]), max(1, scores.shape[1]))
+    for part in scores.split(n_rows):
+        top = part.new_full((part.shape[0],), -torch.inf)
+        for first, end in reversed(blocks):
+            for low in range(first, end, n_keys):
+                step = part[:, low : min(low + n_keys, end)]
+                peak = step.amax(1)
+                if bool((peak <= top + threshold).all()):
+                    step.fill_(-torch.inf)
+                else:
+                    top = torch.maximum(top, peak)
 
 
 def margins(q: Tensor, k: Tensor, plan: BlockPlan, scale: float) -> Tensor:
@@ -119,11 +162,17 @@ def fp8_weights(powers: Tensor) -> Tensor:
 
 
 def block_sparse_quantised(
-    parts: Quantised, plan: BlockPlan, scale: float, like: Tensor
+    parts: Quantised,
+    plan: BlockPlan,
+    scale: float,
+    like: Tensor,
+    pv_threshold: float | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention from quantised copies: what every implementation of a mode computes, with weights rounded as they are.
 
-    N x N, for tests. Arguments and results as in `hopper.block_sparse_quantised`.
+    N x N, for tests. Arguments and results as in `hopper.block_sparse_quantised`; `pv_threshold` and `tile` as in
+    `block_sparse`, for modes without 8-bit values.
     """
     keys, values = parts.k8.float(), parts.v8.float()
     if parts.mode.values is not None:
@@ -138,6 +187,11 @@ def block_sparse_quantised(
     q_lengths, k_lengths = (s.diff().expand(lead) for s in (plan.q_starts, plan.k_starts))
     read = plan.to_mask().expand(*lead, -1).repeat_interleave(ROWS, 2).repeat_interleave(ROWS, 3)
     scores.masked_fill_(~(read & (slot < k_lengths[..., None]).flatten(2)[:, :, None]), -torch.inf)
+    if pv_threshold is not None:
+        for b, h, i in itertools.product(*map(range, (*parts.q8.shape[:2], plan.n_q))):
+            own = scores[b, h, i * ROWS : i * ROWS + int(q_lengths[b, h, i])]
+            blocks = [(j * ROWS, j * ROWS + n) for j, n in enumerate(k_lengths[b, h].tolist())]
+            leave_out(own, blocks, pv_threshold * LN_2, tile)
     top = scores.amax(-1, keepdim=True)
     if parts.mode.values is not None:
         top = (top / LN_2).ceil() * LN_2

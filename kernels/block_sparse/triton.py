@@ -14,6 +14,10 @@ With 8-bit integer copies of q and k (`kernels/quantize`, mode "int8") the first
 chip since sm_80 multiplies twice as fast; the second stays as it is:
 
     s = (q8 k8^T) * q_scale[row] * k_scale[block] * scale * log2(e);  lse += shift[row] * scale
+
+With a `pv_threshold` a program asks of each tile of `BLOCK_M` x `BLOCK_N` scores, once it has their maxima, whether any
+row's is above m + threshold, and if none is goes on to the next: no exponentials, no second product, m as it was. The
+values are copied all the same: the copy is under way long before the answer is known.
 """
 
 from __future__ import annotations
@@ -113,9 +117,10 @@ def block_sparse(
     scale: float,
     feedback: Feedback | None = None,
     config: Config | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on the current stream. Arguments and results as in `reference.block_sparse`."""
-    return _launch(q, k, v, None, plan, scale, q, feedback, config)
+    return _launch(q, k, v, None, plan, scale, q, feedback, config, pv_threshold)
 
 
 def block_sparse_quantised(
@@ -125,9 +130,10 @@ def block_sparse_quantised(
     like: Tensor,
     feedback: Feedback | None = None,
     config: Config | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse`, from quantised copies in mode "int8"; `out` is shaped and typed as `like`."""
-    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback, config)
+    return _launch(parts.q8, parts.k8, parts.v8, parts, plan, scale, like, feedback, config, pv_threshold)
 
 
 def _launch(
@@ -140,12 +146,15 @@ def _launch(
     like: Tensor,
     feedback: Feedback | None,
     config: Config | None,
+    pv_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, head = like.shape
     config = config or config_for(head, like.dtype, capability_of(like.device), plan.max_k_block)
     out = torch.empty_like(like)
     lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=like.device)
     scales = (lse, lse, lse) if parts is None else (parts.q_scale, parts.k_scale, parts.shift)
+    assert feedback is None or pv_threshold is None  # one threshold: no call has both
+    threshold = feedback.threshold if feedback is not None else pv_threshold or 0.0
     # A program covers block_m rows of a query block; longer blocks take several.
     pieces = max(1, triton.cdiv(plan.max_q_block, config.block_m))
     grid = (plan.n_q * pieces, heads, batch)
@@ -156,7 +165,7 @@ def _launch(
             *(*q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2]),
             *(*lead_strides(plan.counts), *lead_strides(plan.indices), plan.indices.stride(2)),
             *(*lead_strides(plan.q_starts), *lead_strides(plan.k_starts)),
-            *(lse if feedback is None else feedback.needed, feedback.threshold if feedback else 0.0),
+            *(lse if feedback is None else feedback.needed, threshold),
             scale * math.log2(math.e),
             *(pieces, plan.n_q, plan.n_k, plan.indices.shape[3], heads),
             HEAD=head,
@@ -167,6 +176,8 @@ def _launch(
             # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
             UPCAST=interpreting() and like.dtype == torch.bfloat16,
             FEEDBACK=feedback is not None,
+            PV_SKIP=pv_threshold is not None,
+            STAGES=config.stages,
             RESERVED=0 if parts is None else ROWS,
             num_warps=config.warps,
             enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
@@ -216,10 +227,15 @@ def block_sparse_kernel(
     STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    PV_SKIP: tl.constexpr,
+    STAGES: tl.constexpr,
     RESERVED: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_M` rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements.
 
+    PV_SKIP: leave out tiles of `BLOCK_M` x `BLOCK_N` below `threshold`, which is the feedback's otherwise.
+    STAGES: `num_stages` once more. Said of the loop itself, it has the values copied ahead also where their product
+        stands behind a condition.
     RESERVED: rows that quantised copies have for each block; 0 for q, k and v themselves.
     """
     i_block = tl.program_id(0) // pieces
@@ -263,7 +279,7 @@ def block_sparse_kernel(
         tl.store(p_needed, 1, mask=count > 0)  # what is visited first
 
     # One flat loop over (list entry, step in its block), so that loads are pipelined across blocks.
-    for i in range(0, count * STEPS):
+    for i in tl.range(0, count * STEPS, num_stages=STAGES):
         entry = tl.load(p_list + (count - 1 - i // STEPS))
         low = tl.load(starts_head + entry) + (i % STEPS) * BLOCK_N
         high = tl.load(starts_head + entry + 1)
@@ -290,20 +306,29 @@ def block_sparse_kernel(
             # first step cannot raise the maximum without being needed itself.
             more = row_ok & (peak > top + threshold)
             tl.store(p_needed - i // STEPS + tl.zeros([BLOCK_M], tl.int32), 1, mask=more)
-        new_top = tl.maximum(top, peak)
-        # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
-        anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.math.exp2(scores - anchor[:, None])
-        fade = tl.math.exp2(top - anchor)
-        total = total * fade + tl.sum(weights, 1)
-        top = new_top
+        if PV_SKIP:
+            p_v = v_head + keys[:, None] * stride_vs + lanes[None, :] * stride_vd
+            b_v = tl.load(p_v, mask=v_ok, other=0.0)
+            # A NaN is not below anything. With a second dimension, because reducing a vector that is a slice crashes
+            # Triton 3.7 where it compiles for sm_100.
+            more = (row_ok & ~(peak <= top + threshold)).to(tl.int32)[:, None]
+        if (tl.max(more) > 0) if PV_SKIP else True:  # Triton 3.2 knows no other way to leave out a condition
+            new_top = tl.maximum(top, peak)
+            # While a row has met no key its maximum is -inf, and -inf - -inf would be NaN.
+            anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weights = tl.math.exp2(scores - anchor[:, None])
+            fade = tl.math.exp2(top - anchor)
+            total = total * fade + tl.sum(weights, 1)
+            top = new_top
 
-        # Masked to zero, not only weighted by zero: 0 times a stray NaN is NaN.
-        b_v = tl.load(v_head + keys[:, None] * stride_vs + lanes[None, :] * stride_vd, mask=v_ok, other=0.0)
-        if UPCAST:
-            b_v = b_v.to(tl.float32)
-        acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
+            # Masked to zero, not only weighted by zero: 0 times a stray NaN is NaN.
+            if not PV_SKIP:
+                p_v = v_head + keys[:, None] * stride_vs + lanes[None, :] * stride_vd
+                b_v = tl.load(p_v, mask=v_ok, other=0.0)
+            if UPCAST:
+                b_v = b_v.to(tl.float32)
+            acc = acc * fade[:, None]
+            acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
 
     empty = total == 0.0
     b_out = acc / tl.where(empty, 1.0, total)[:, None]

@@ -37,13 +37,21 @@ POINTERS = dict.fromkeys(("lse", "q_scale", "k_scale", "shift"), "*fp32") | {"ne
 POINTERS |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts"), "*i32")
 
 
-def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool, int8: bool = False) -> dict:
+def compile_for(
+    capability: int,
+    head: int,
+    dtype: torch.dtype,
+    feedback: bool,
+    int8: bool = False,
+    pv_skip: bool = False,
+) -> dict:
     """Registers, stack bytes, shared bytes and matrix instructions of one configuration."""
     config = kernel.config_for(head, dtype, capability)
     constants = {
         **{"HEAD": head, "BLOCK_D": kernel.padded_head(head), "BLOCK_M": config.block_m},
         **{"BLOCK_N": config.block_n, "STEPS": -(-128 // config.block_n), "UPCAST": False},
-        **{"FEEDBACK": feedback, "RESERVED": 128 if int8 else 0},
+        **{"FEEDBACK": feedback, "PV_SKIP": pv_skip, "RESERVED": 128 if int8 else 0},
+        "STAGES": config.stages,
         # A launch specialises on these: the head dimension is contiguous in every layout.
         **{f"stride_{x}d": 1 for x in "qkvo"},
     }
@@ -61,7 +69,8 @@ def compile_for(capability: int, head: int, dtype: torch.dtype, feedback: bool, 
     told = compile_source(
         kernel.block_sparse_kernel, signature, constants, aligned, config.warps, config.stages, capability
     )
-    return {"head": head, "dtype": TYPES[dtype], "feedback": feedback, "int8": int8, **told}
+    form = {"feedback": feedback, "int8": int8, "pv_skip": pv_skip}
+    return {"head": head, "dtype": TYPES[dtype], **form, **told}
 
 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
@@ -361,3 +370,5 @@ if __name__ == "__main__":
                     print(json.dumps(compile_for(capability, head, dtype, feedback)), flush=True)
                 if head in (64, 128) and dtype != torch.float32:
                     print(json.dumps(compile_for(capability, head, dtype, False, int8=True)), flush=True)
+                if head in (64, 128) and dtype == torch.bfloat16:
+                    print(json.dumps(compile_for(capability, head, dtype, False, pv_skip=True)), flush=True)
