@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from concurrent.futures import wait as wait_for
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -14,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 from _quality_record import summarise
-from evaluate_quality import Variant, measure_clip, run_batch
+from evaluate_quality import Variant, run_batch, submit_clip
 
 import dit_accel
 from dit_accel.arrangement import Arrangement
@@ -42,7 +41,6 @@ class Bench:
     dense: list[np.ndarray] = field(default_factory=list)  # clip of each prompt
     keeps: dict[str, float] = field(default_factory=dict)  # options -> what they were found to keep
     layouts: dict[Arrangement, TokenLayout] = field(default_factory=dict)
-    judging: list[Future] = field(default_factory=list)
 
     def sparse(self, method: str, options: dict[str, Any]) -> SparseOptions:
         return SparseOptions.from_mapping({"method": method, **self.base, **options})
@@ -102,11 +100,19 @@ class Stopwatch:
         return event
 
 
-def run_sparse(bench: Bench, name: str, sparse: SparseOptions) -> dict:
-    """Everything about a sparse variant: figures of clips, recall, and what its parts take."""
-    told: dict[str, Any] = {"recall": measure_recall(bench, sparse) if bench.rows else None}
+def run_random(bench: Bench, name: str, sparse: SparseOptions) -> dict:
+    """Figures of the clips of a control. What its parts take says nothing: blocks are drawn on the CPU."""
+    return measure(bench, Variant(name, sparse, bench.steps, None))
+
+
+def run_sparse(bench: Bench, name: str, sparse: SparseOptions, whole_run: bool = False) -> dict:
+    """Everything about a sparse variant: figures of clips, recall, keep by step, and what its parts take.
+
+    Parts are timed in the few steps that also served to find options, or in a run of all of them.
+    """
+    told = watch(bench, sparse)
     told |= measure(bench, Variant(name, sparse, bench.steps, None))
-    return {**told, "parts": time_parts(bench, sparse)}
+    return {**told, "parts": time_parts(bench, sparse, bench.steps if whole_run else bench.fit_steps)}
 
 
 def measure(bench: Bench, variant: Variant) -> dict:
@@ -115,20 +121,20 @@ def measure(bench: Bench, variant: Variant) -> dict:
     is_dense = variant.name == "dense"  # what runs first
     if pipe.device.type == "cuda" or is_dense:  # compile and warm up outside the timing
         run_batch(pipe, variant, bench.prompts[: bench.batch], {**bench.call, "num_inference_steps": 2})
-    rows: list[Future] = []
-    calls = []
+    calls, made = [], []
     for start in batches:
         batch = bench.prompts[start : start + bench.batch]
-        wait_for(bench.judging)  # judges would share the cores with what is timed next
         clips, seconds, denoise, ran = run_batch(pipe, variant, batch, bench.call)
         calls.append(ran)
-        if is_dense:
-            bench.dense += list(clips)
         cost = {"seconds": seconds / len(batch), "denoise_seconds": denoise / len(batch)}
-        for i, prompt in enumerate(batch):
-            reference = None if is_dense else bench.dense[start + i]
-            rows.append(bench.judges.submit(measure_clip, prompt, clips[i], reference, cost))
-        bench.judging = rows
+        made += [(prompt, clip, cost) for prompt, clip in zip(batch, clips, strict=True)]
+    if is_dense:
+        bench.dense = [clip for _, clip, _ in made]
+    # Judges would share the cores with what is timed: they begin when all of it has been.
+    rows = [
+        submit_clip(bench.judges, pipe.device, prompt, clip, None if is_dense else dense, cost)
+        for (prompt, clip, cost), dense in zip(made, bench.dense, strict=True)
+    ]
     found = [row.result() for row in rows]
     one = {"variants": ["it"], "rows": {"it": found}, "calls": {"it": calls}}
     told = {"options": variant.sparse and variant.sparse.to_mapping(), "figures": summarise(one)["it"]}
@@ -137,26 +143,24 @@ def measure(bench: Bench, variant: Variant) -> dict:
     return {**told, "right": [AttributeMatch(**row["match"]).everything for row in found]}
 
 
-def measure_recall(bench: Bench, sparse: SparseOptions) -> dict:
-    """How much of the true attention is read, in a few calls of one run of two prompts."""
+def watch(bench: Bench, sparse: SparseOptions) -> dict:
+    """One run of two prompts: recall in a few calls, what each step keeps, and how plans were come by."""
     from dit_accel.quality.recall import Recorder
 
     layers = {0, engine_layers(bench.pipe) // 2, engine_layers(bench.pipe) - 1}
     steps = {bench.steps * n // 4 for n in (1, 2, 3)} | {bench.steps - 1}
     recorder = Recorder(bench.rows, lambda call: call.layer in layers and call.step in steps)
-    watch_run(bench, sparse, bench.prompts[:2], bench.steps, lambda handle: handle.observe(recorder))
+    report = watch_run(bench, sparse, bench.prompts[:2], bench.steps, lambda handle: handle.observe(recorder))
     seen = [one for one in recorder.seen if one.recall is not None]
-    if not seen:
-        return {"recall": None, "keep": None, "calls": 0, "rows": bench.rows}
-    return {
-        "recall": round(mean(share for one in seen for share in one.recall), 5),
-        "keep": round(mean(share for one in seen for share in one.keep), 5),  # of these calls
-        "calls": len(seen),
-        "rows": bench.rows,
-    }
+    recall = {"recall": None, "keep": None, "calls": len(seen), "rows": bench.rows}
+    if seen:
+        recall["recall"] = round(mean(share for one in seen for share in one.recall), 5)
+        recall["keep"] = round(mean(share for one in seen for share in one.keep), 5)  # of these calls
+    by_step = {step: round(keep, 5) for step, keep in report.keep_per_step.items()}
+    return {"recall": recall, "keep_per_step": by_step, "plans": dict(report.plans)}
 
 
-def time_parts(bench: Bench, sparse: SparseOptions) -> dict:
+def time_parts(bench: Bench, sparse: SparseOptions, n_steps: int) -> dict:
     """Milliseconds a sparse step and prompt for predicting, reordering and attending, in a run of its own."""
     from dit_accel.hooks import Reorder
     from dit_accel.kernels import reorder
@@ -187,7 +191,7 @@ def time_parts(bench: Bench, sparse: SparseOptions) -> dict:
         stack.enter_context(patch.object(Reorder, "__call__", watch.timed("reorder", Reorder.__call__)))
         for name in ("take_rows", "put_rows"):
             stack.enter_context(patch.object(reorder, name, watch.timed("reorder", getattr(reorder, name))))
-        report = watch_run(bench, sparse, batch, bench.steps, install)
+        report = watch_run(bench, sparse, batch, n_steps, install)
     steps = max(len(report.keep_per_step), 1)
     return {part: round(1e3 * seconds / steps / len(batch), 4) for part, seconds in watch.seconds().items()}
 

@@ -106,8 +106,10 @@ METHODS: Mapping[str, Entry] = {
     "clear": Entry(knob="radius", choices=discs, static=True, adaptive=False),
     # What a part of a method is worth, and what a plan that serves longer costs.
     "rectified, nothing back": Entry(_and(RECTIFIED, compensation="none"), of="rectified"),
-    "rectified, all back": Entry(_and(RECTIFIED, compensation="all"), of="rectified"),
+    "rectified, gain back": Entry(_and(RECTIFIED, compensation="gain"), of="rectified"),
     "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified"),
+    "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified"),
+    "svg2, runs of 128": Entry(_and(({}, {"min_keep": 0.0}), block=128), knob="top_p", of="svg2"),
     "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled"),
     "pooled, one plan for both": Entry(({"predict_every": 3, "share_plans": True},), of="pooled"),
     "pooled, packed": Entry(({"order": "packed"},), of="pooled"),

@@ -6,9 +6,10 @@
     python scripts/bench_methods.py --report b/record.json
 
 For every method and keep it first searches the options that keep that much (`_method_table.py`); a share that a method
-cannot keep is named and left out. Every variant starts a prompt from the same noise, and beside it stands a control
-that draws as many blocks by lot, in the same token order, with the same forced blocks and dense steps. Other controls:
-fewer steps of dense attention, and dense attention by another kernel (the noise floor). Each variant's figures are
+cannot keep is named and left out. Every variant starts a prompt from the same noise. Beside a method that looks at the
+tokens, where it keeps a quarter or less, and beside `pooled` stands a control that draws as many blocks by lot, in the
+same token order, with the same forced blocks and dense steps. Other controls: fewer steps of dense attention, and dense
+attention by another kernel (the noise floor). Each variant's figures are
 written as soon as it is done. A shard is a part of the variants, not of the prompts.
 
 Denoising time is that of whole runs that nobody watches; what prediction, reordering and attention take of it is
@@ -29,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
-from _method_report import print_table, write_report
-from _method_runs import Bench, measure, run_sparse, watch_run
+from _method_report import LOW_KEEP, print_table, write_report
+from _method_runs import Bench, measure, run_random, run_sparse, watch_run
 from _method_table import METHODS, Entry, Fit, Options, chosen_methods, fit
 from _quality_record import describe_environment
 from evaluate_quality import GRIDS, Variant, open_judges, parse_value, parse_variant
@@ -44,7 +45,7 @@ STEP_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, for the contr
 _SCORE_BYTES = 8 * 2**30  # what the math kernel may hold; it writes all scores down
 # Facts that shards of one comparison must share.
 _SHARED = ("model", "preset", "grid", "size", "frames", "tokens", "steps", "guidance", "flow_shift", "dtype", "seed",
-           "prompts", "batch", "keeps", "set")  # fmt: skip
+           "prompts", "batch", "set")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,14 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
             judges=judges,
         )
         jobs = jobs_of(chosen_methods(options.methods), options.keeps, preset, bench, record["tokens"])
-        first, after = (round(len(jobs) * n / shard[1]) for n in (shard[0], shard[0] + 1))
+        mine = share_out(jobs, shard[1])[shard[0]]
         longest = 0.0
         note(record, path, *run_dense(bench))
-        for number, job in enumerate(jobs[first:after]):
+        for number, job in enumerate(mine):
             started = time.monotonic()
             if options.seconds and started - began + longest > options.seconds:
-                record["left"] = [vars(job) for job in jobs[first + number : after]]
-                print(f"out of time: {len(record['left'])} of {after - first} jobs are left")
+                record["left"] = [vars(job) for job in mine[number:]]
+                print(f"out of time: {len(record['left'])} of {len(mine)} jobs are left")
                 break
             for name, told in run_job(bench, job, preset, record):
                 note(record, path, name, told)
@@ -232,12 +233,33 @@ def jobs_of(methods: list[str], keeps: list[float], preset: Preset, bench: Bench
     return jobs + [Job(method, keep) for keep in keeps for method in methods]
 
 
+def share_out(jobs: list[Job], shards: int) -> list[list[Job]]:
+    """About as much work for each shard. Entries of one method at one keep stay together: they share a control."""
+    groups: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        entry = METHODS.get(job.method)
+        groups.setdefault((job.wanted, job.dense, entry and (entry.of or job.method)), []).append(job)
+
+    def effort(group: list[Job]) -> float:
+        """In variants: each, their control, and the search where every trial is a whole run."""
+        entry = METHODS.get(group[0].method)
+        return len(group) + (0.0 if entry is None else 0.8 + entry.whole_run)
+
+    parts: list[list[Job]] = [[] for _ in range(shards)]
+    load = [0.0] * shards
+    for group in sorted(groups.values(), key=effort, reverse=True):
+        least = load.index(min(load))
+        parts[least] += group
+        load[least] += effort(group)
+    return [sorted(part, key=jobs.index) for part in parts]
+
+
 def noise_floor(bench: Bench, tokens: int) -> list[str]:
     """Another kernel of dense attention than torch chooses: the math kernel, where its table of scores fits."""
     heads = bench.pipe.transformer.config.num_attention_heads
     if 4 * heads * tokens**2 * min(bench.batch, len(bench.prompts)) <= _SCORE_BYTES:
         return ["math"]
-    return ["efficient"] if bench.pipe.device.type == "cuda" else []
+    return ["flash"] if bench.pipe.device.type == "cuda" else []
 
 
 def run_dense(bench: Bench) -> tuple[str, dict]:
@@ -262,16 +284,16 @@ def run_job(bench: Bench, job: Job, preset: Preset, record: dict) -> Iterator[tu
         print(f"{job.method} cannot keep {job.wanted:g}: the nearest it can is {found.keep:.3f}")
         return
     name = f"{job.method}@{job.wanted:g}"
-    told = run_sparse(bench, name, bench.sparse(method, found.options))
-    twin_name, twin = control_of(bench, method, found.options, told["figures"]["achieved_keep"])
+    told = run_sparse(bench, name, bench.sparse(method, found.options), entry.whole_run)
+    twin_name, twin = None, {}
+    if (entry.adaptive and job.wanted <= LOW_KEEP) or job.method == "pooled":
+        twin_name, twin = control_of(bench, method, found.options, told["figures"]["achieved_keep"])
     facts = {"kind": "method", "method": job.method, "adaptive": entry.adaptive, "wanted": job.wanted}
-    yield (
-        name,
-        {**facts, "set": found.options, "fitted_keep": round(found.keep, 5), "control": twin_name, **told},
-    )
-    if twin_name not in record["variants"]:
+    fitted = {"set": found.options, "fitted_keep": round(found.keep, 5), "control": twin_name}
+    yield name, {**facts, **fitted, **told}
+    if twin_name and twin_name not in record["variants"]:
         facts = {"kind": "random", "method": "random", "adaptive": False, "wanted": job.wanted}
-        yield twin_name, {**facts, "set": twin, **run_sparse(bench, twin_name, bench.sparse("random", twin))}
+        yield twin_name, {**facts, "set": twin, **run_random(bench, twin_name, bench.sparse("random", twin))}
 
 
 def search(bench: Bench, method: str, entry: Entry, wanted: float) -> Fit:
@@ -356,7 +378,10 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def merge(records: list[dict]) -> dict:
-    """One record of all shards' variants. Refuses shards of different runs; controls that two shards ran count once."""
+    """One record of all shards' variants, of several runs too if only their methods or keeps differ.
+
+    What two of them ran, as controls, counts once.
+    """
     first = records[0]
     for record in records[1:]:
         for key in _SHARED:
@@ -374,6 +399,7 @@ def merge(records: list[dict]) -> dict:
             merged["variants"].setdefault(name, {**told, "dense_seconds": dense})
     for key in ("left", "unreached"):
         merged[key] = [one for record in records for one in record[key]]
+    merged["keeps"] = sorted({keep for record in records for keep in record["keeps"]}, reverse=True)
     return merged
 
 

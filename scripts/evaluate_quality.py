@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -218,7 +218,7 @@ def evaluate(
                     reference = dense[i] if dense is not None and variant.name != "dense" else None
                     cost = {"seconds": seconds / len(batch), "denoise_seconds": denoise / len(batch)}
                     waiting.append(
-                        (variant.name, judges.submit(measure_clip, prompt, clips[i], reference, cost))
+                        (variant.name, submit_clip(judges, pipe.device, prompt, clips[i], reference, cost))
                     )
             print(f"{min(start + options.batch, len(prompts))} of {len(prompts)} prompts", flush=True)
         for name, row in waiting:
@@ -289,8 +289,30 @@ def run_batch(
     return np.rint(video * 255).astype(np.uint8), seconds, denoised - began, calls
 
 
-def measure_clip(prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cost: dict) -> dict:
-    """Judge one clip and compare it with the dense one. Runs in a judging process."""
+def submit_clip(
+    judges: Executor, device: Any, prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cost: dict
+) -> Future:
+    """Have a clip judged by another process, and compared with the dense one: here if there is a GPU to do it.
+
+    Comparing 65 frames of 256x256 takes seconds on a core.
+    """
+    compared = None
+    if device.type == "cuda" and dense is not None:
+        compared = compare_on(device, dense, clip)
+        dense = None
+    return judges.submit(measure_clip, prompt, clip, dense, cost, compared)
+
+
+def compare_on(device: Any, dense: np.ndarray, clip: np.ndarray) -> dict:
+    import torch
+
+    return compare_clips(*(torch.from_numpy(x).to(device) for x in (dense, clip))).to_dict()
+
+
+def measure_clip(
+    prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cost: dict, compared: dict | None = None
+) -> dict:
+    """Judge one clip and compare it with the dense one, if it was not yet. Runs in a judging process."""
     import torch
 
     torch.set_num_threads(1)
@@ -307,7 +329,7 @@ def measure_clip(prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cos
         "asked": asdict(prompt.expected),
         "read": {"objects": objects, "background": reading.background, "panning": reading.panning},
         "match": asdict(matches(reading, prompt.expected)),
-        "compared": compare_clips(dense, clip).to_dict() if dense is not None else None,
+        "compared": compared if dense is None else compare_clips(dense, clip).to_dict(),
         **cost,
     }
 

@@ -55,7 +55,7 @@ class Method:
     begins anew.
     """
 
-    arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
+    arrangement: ClassVar[Arrangement] = Arrangement("raster", 64)
 
     keep: float | None = None  # share of the video's key blocks to read
     top_p: float | None = None  # read the fewest blocks that should hold this share; 0.9 without a budget

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_accel.errors import UsageError
-from dit_accel.quality.metrics import flicker, flicker_error, frame_psnr, frame_ssim, psnr
+from dit_accel.quality.metrics import Clip, flicker, flicker_error, frame_psnr, frame_ssim, psnr
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,11 +47,11 @@ class Comparison:
         )
 
 
-def compare_clips(reference: np.ndarray, fast: np.ndarray) -> Comparison:
-    """Measure `fast` against `reference`, both uint8 (or both float in [0, 1]) `[F, H, W, 3]`.
+def compare_clips(reference: Clip, fast: Clip) -> Comparison:
+    """Measure `fast` against `reference`, both uint8 (or both float in [0, 1]) `[F, H, W, 3]`, where they are.
 
     Raises:
-        UsageError: for clips that differ in shape or kind.
+        UsageError: for clips that differ in shape, kind or device.
     """
     frames, likeness = frame_psnr(fast, reference), frame_ssim(fast, reference)
     worst = min(range(len(frames)), key=frames.__getitem__)

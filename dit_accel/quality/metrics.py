@@ -1,7 +1,7 @@
 """Distances of a clip from its reference, and the uncertainty of a share.
 
-Clips are `[F, H, W, C]`, uint8 in 0..255 or float in [0, 1], numpy or torch, both of one kind. All arithmetic runs
-in float64 on the CPU. PSNR and SSIM follow the usual definitions with a peak of 1.
+Clips are `[F, H, W, C]`, uint8 in 0..255 or float in [0, 1], numpy or torch, both of one kind and on one device. All
+arithmetic runs in float64 where they are. PSNR and SSIM follow the usual definitions with a peak of 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def psnr(clip: Clip, reference: Clip, mask: Clip | None = None) -> float:
     error = _squared_error(clip, reference)
     if mask is None:
         return _decibel(float(error.mean()))
-    weight = torch.as_tensor(mask).double().cpu()
+    weight = torch.as_tensor(mask).to(error)
     if weight.shape != error.shape or not float(weight.sum()) > 0:
         raise UsageError(f"a mask must be {list(error.shape)} and not empty, not {list(weight.shape)}")
     return _decibel(float((error * weight).sum() / weight.sum()))
@@ -56,7 +56,7 @@ def frame_ssim(clip: Clip, reference: Clip) -> list[float]:
     a, b = (x.permute(0, 3, 1, 2) for x in _as_pair(clip, reference))
     if min(a.shape[-2:]) < 11:
         raise UsageError(f"SSIM needs frames of 11x11 pixels or more, not {a.shape[-1]}x{a.shape[-2]}")
-    row = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+    row = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=a.device) / 1.5) ** 2)
     row = row / row.sum()
     values = []
     for x, y in zip(
@@ -119,12 +119,14 @@ def _squared_error(clip: Clip, reference: Clip) -> Tensor:
 
 
 def _as_pair(clip: Clip, reference: Clip) -> tuple[Tensor, Tensor]:
-    a, b = torch.as_tensor(clip).detach().cpu(), torch.as_tensor(reference).detach().cpu()
+    a, b = torch.as_tensor(clip).detach(), torch.as_tensor(reference).detach()
     if a.ndim != 4 or a.shape != b.shape:
         raise UsageError(
             "clips to compare are [frames, height, width, channels] of one shape, "
             f"not {list(a.shape)} and {list(b.shape)}"
         )
+    if a.device != b.device:
+        raise UsageError(f"clips to compare are on one device, not on {a.device} and {b.device}")
     if (a.dtype == torch.uint8) != (b.dtype == torch.uint8):
         raise UsageError(f"clips to compare are both uint8 or both float, not {a.dtype} and {b.dtype}")
     scale = 255.0 if a.dtype == torch.uint8 else 1.0

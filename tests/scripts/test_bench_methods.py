@@ -62,6 +62,10 @@ def test_a_run_holds_methods_and_controls(compared):
         it = record["variants"][f"{method}@0.25"]
         keep = it["figures"]["achieved_keep"]
         assert keep == pytest.approx(it["fitted_keep"], abs=0.05) and it["figures"]["fallbacks"] == {}
+        assert it["keep_per_step"].keys() == {"1", "2"} and it["plans"] == {"predicted": 8}
+        if method == "neighborhood":  # looks at no token: the comparison with the lot says nothing
+            assert it["control"] is None
+            continue
         control = record["variants"][it["control"]]
         assert control["options"]["method"] == "random"
         assert control["figures"]["achieved_keep"] == pytest.approx(keep, abs=0.05)
