@@ -102,12 +102,10 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
         stream.height, stream.width = frames.shape[1:3]
         # 4:2:0 is what every player reads, and it needs even sides.
         stream.pix_fmt = "yuv420p" if stream.height % 2 == 0 == stream.width % 2 else "yuv444p"
-        stream.options = {"crf": _CRF, "preset": "medium"}
-        for index, frame in enumerate(frames):
-            # Converted and timed here: left to `encode`, equal frames gave unequal files (PyAV 18.1: 4 in 10 runs).
+        # No macroblock tree: x264's reads memory that nobody wrote, and equal frames gave unequal files (PyAV 18.1).
+        stream.options = {"crf": _CRF, "preset": "medium", "mbtree": "0"}
+        for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(format=stream.pix_fmt)
-            picture.pts, picture.time_base = index, 1 / stream.codec_context.framerate
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,21 @@ def test_mp4(tmp_path: Path) -> None:
     assert back.shape == frames.shape and fps == 16 and comment == COMMENT
     assert psnr(back, frames) > 38
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_equal_frames_give_equal_files_whatever_was_in_memory(tmp_path: Path) -> None:
+    """glibc fills every new piece of memory with the number in MALLOC_PERTURB_."""
+    code = (
+        "import numpy as np; from pathlib import Path; from dit_accel.pipelines.video import write_clip\n"
+        "wave = 127 + 100 * np.sin(np.arange(5 * 64 * 64 * 3).reshape(5, 64, 64, 3) / 700)\n"
+        "write_clip(Path('a.mp4'), wave.astype(np.uint8), 16)"
+    )
+    files = set()
+    for filling in "1", "85", "170":
+        command = [sys.executable, "-P", "-c", code]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "MALLOC_PERTURB_": filling}, check=True)
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_mp4_with_odd_sides_and_a_broken_rate(tmp_path: Path) -> None:
