@@ -122,11 +122,8 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """Every law runs on one thread."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -27,6 +27,9 @@ from dit_accel.quality.scenes import (
     sample_scene,
 )
 
+# Beside four busy processes on two cores 26 clips took 54 s on two threads, 13 s on one; a test has 104, and 300 s.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PER_KIND = 104  # x 5 kinds = 520 clips
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
 GREY = Background("cloudy", (0.0, 0.0), (0.3, 0.3, 0.3), (0.5, 0.5, 0.5), 0.3, 0.0, 0.2, 7)
