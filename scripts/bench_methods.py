@@ -34,7 +34,8 @@ from _method_report import LOW_KEEP, print_table, write_report
 from _method_runs import Bench, measure, run_random, run_sparse, watch_run
 from _method_table import METHODS, Entry, Fit, Options, chosen_methods, fit
 from _quality_record import describe_environment
-from evaluate_quality import GRIDS, Variant, open_judges, parse_value, parse_variant
+from _run_arguments import GRIDS, add_run_arguments
+from evaluate_quality import Variant, open_judges, parse_value, parse_variant
 
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset, load_preset
@@ -89,18 +90,13 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder of a Wan model, or a shipped model's name")
+    add_run_arguments(parser)
     parser.add_argument(
         "--preset", default="tiny-wan-fast", help="sampling, and which steps and layers are dense"
     )
     parser.add_argument("--methods", nargs="+", help="instead of every method there is")
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts (64)")
-    parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")
-    parser.add_argument("--grid", choices=GRIDS, default="default")
-    parser.add_argument("--size", type=int, help="side in pixels instead of the grid's")
-    parser.add_argument("--frames", type=int, help="frames instead of the grid's")
-    parser.add_argument("--steps", type=int, help="denoising steps instead of the preset's")
     parser.add_argument(
         "--fit-steps", type=int, default=6, help="steps of the runs that search for options (6)"
     )
@@ -108,18 +104,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a sparse option of every method"
     )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n parts of the variants")
     parser.add_argument("--seconds", type=float, help="begin no variant that would end later than this")
-    parser.add_argument(
-        "--judges", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="processes that judge"
-    )
     parser.add_argument("--out", help="folder for the record")
-    parser.add_argument(
-        "--merge", nargs="+", metavar="RECORD", help="merge the records of all shards and print"
-    )
     parser.add_argument("--report", nargs="+", metavar="RECORD", help="write table and picture of records")
     docs = Path(__file__).resolve().parent.parent / "docs"
     parser.add_argument("--docs", default=str(docs / "methods.md"), help="where --report writes its table")

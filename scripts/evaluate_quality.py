@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -30,6 +29,7 @@ from typing import Any
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import numpy as np
 from _quality_record import describe_environment, merge_records, print_record, summarise
+from _run_arguments import GRIDS, add_run_arguments
 
 import dit_accel
 from dit_accel.methods import method_options
@@ -39,7 +39,6 @@ from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
 from dit_accel.quality.judge import judge_clip, matches
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 
-GRIDS = {"default": (128, 33), "large": (256, 65)}  # side in pixels, frames
 KERNELS = {
     "math": "MATH",
     "flash": "FLASH_ATTENTION",
@@ -83,29 +82,15 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder of a Wan model, or a shipped model's name")
+    add_run_arguments(parser)
     parser.add_argument(
         "--preset", default="tiny-wan-fast", help="sampling and sparse options (tiny-wan-fast)"
     )
     parser.add_argument("--variants", nargs="+", default=["dense", "fast", "random"])
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts over all shards (96)")
-    parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")
-    parser.add_argument("--grid", choices=GRIDS, default="default")
-    parser.add_argument("--size", type=int, help="side in pixels instead of the grid's")
-    parser.add_argument("--frames", type=int, help="frames instead of the grid's")
-    parser.add_argument("--steps", type=int, help="denoising steps instead of the preset's")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt from the i-th on")
     parser.add_argument(
-        "--judges", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="processes that judge"
-    )
-    parser.add_argument(
         "--show", type=int, default=3, help="prompts of this shard drawn on the sheet and kept as clips"
-    )
-    parser.add_argument(
-        "--merge", nargs="+", metavar="RECORD", help="merge the records of all shards and print"
     )
     parser.add_argument("--out", required=True, help="folder for the record, the sheet and the clips")
     return parser.parse_args()
@@ -261,8 +246,10 @@ def run_batch(
             stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=variant.shift)
         if variant.kernel:
-            backend = getattr(torch.nn.attention.SDPBackend, KERNELS[variant.kernel])
-            stack.enter_context(torch.nn.attention.sdpa_kernel(backend))
+            backends = torch.nn.attention.SDPBackend
+            # Attention with a mask, as in the text encoder, is not for all kernels: `math` takes what another cannot.
+            chosen = [getattr(backends, KERNELS[variant.kernel]), backends.MATH]
+            stack.enter_context(torch.nn.attention.sdpa_kernel(chosen))
         wait()
         began = time.perf_counter()
         (video,) = pipe(
