@@ -63,6 +63,8 @@ def print_table(record: dict) -> None:
         print(f"{name:52}" + "".join(f"{cell:>11}" for cell in cells))
     for one in record["unreached"]:
         print(f"{one['method']} cannot keep {one['wanted']:g}; the nearest it can is {one['nearest']:.3f}")
+    for one in record["failed"]:
+        print(f"{one['method'] or one['dense']} at {one['wanted']} failed: {one['problem']}")
     if record["left"]:
         print(f"there was no time for {len(record['left'])} jobs: {record['left']}")
     print(f"\nPSNR against blocks drawn by lot, content-adaptive methods, keep up to {LOW_KEEP:g}:")
@@ -168,6 +170,8 @@ def markdown_of(record: dict) -> str:
             "",
             f"{one['method']} cannot keep {one['wanted']:g}; the nearest it can is {one['nearest']:.3f}.",
         ]
+    if record["failed"]:
+        lines += ["", f"Ended with an error: {len(record['failed'])} jobs, named in the record."]
     if record["left"]:
         lines += ["", f"Not run for want of time: {len(record['left'])} variants."]
     return "\n".join(lines)

@@ -34,9 +34,9 @@ class Entry:
     )
     adaptive: bool = True  # chooses blocks by what the tokens hold
     whole_run: bool = False  # keeps less and less: only a run of all steps tells how much
-    of: str | None = (
-        None  # the method, where the entry's name is not its own; such entries run when they are named
-    )
+    # the method, where the entry's name is not its own; such entries run when they are named or with "all"
+    of: str | None = None
+    keeps: tuple[float, ...] | None = None  # only at these, where they are asked for; none: at all
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ RECTIFIED: tuple[Options, ...] = (
 )
 
 
+FEW = (0.25, 0.15, 0.10)  # of the keeps, for variations of a method
+
+
 def _and(fixed: tuple[Options, ...], **options: Any) -> tuple[Options, ...]:
     return tuple({**one, **options} for one in fixed)
 
@@ -105,24 +108,30 @@ METHODS: Mapping[str, Entry] = {
     "neighborhood": Entry(knob="window", choices=windows, static=True, adaptive=False),
     "clear": Entry(knob="radius", choices=discs, static=True, adaptive=False),
     # What a part of a method is worth, and what a plan that serves longer costs.
-    "rectified, nothing back": Entry(_and(RECTIFIED, compensation="none"), of="rectified"),
-    "rectified, gain back": Entry(_and(RECTIFIED, compensation="gain"), of="rectified"),
-    "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified"),
-    "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified"),
-    "svg2, runs of 128": Entry(_and(({}, {"min_keep": 0.0}), block=128), knob="top_p", of="svg2"),
-    "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled"),
-    "pooled, one plan for both": Entry(({"predict_every": 3, "share_plans": True},), of="pooled"),
-    "pooled, packed": Entry(({"order": "packed"},), of="pooled"),
+    "rectified, nothing back": Entry(_and(RECTIFIED, compensation="none"), of="rectified", keeps=FEW),
+    "rectified, gain back": Entry(_and(RECTIFIED, compensation="gain"), of="rectified", keeps=FEW),
+    "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified", keeps=FEW),
+    "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified", keeps=FEW),
+    "svg2, blocks of 128": Entry(
+        _and(({}, {"min_keep": 0.0}), block=128), knob="top_p", of="svg2", keeps=FEW
+    ),
+    "pooled, packed": Entry(({"order": "packed"},), of="pooled", keeps=FEW),
+    "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled", keeps=FEW),
+    "pooled, one plan for both": Entry(
+        ({"predict_every": 3, "share_plans": True},), of="pooled", keeps=FEW
+    ),
 }
 
 
 def chosen_methods(asked: list[str] | None) -> list[str]:
-    """The entries to compare: those asked for, or every method there is but the control.
+    """The entries to compare: those asked for, every method there is but the control, or with "all" the variations too.
 
     Raises:
         SystemExit: an entry that does not exist, or a method the table says nothing about.
     """
     there = [name for name in method_names() if name != "random"]
+    if asked == ["all"]:
+        asked = list(METHODS)
     for name in asked or there:
         if name not in METHODS and name in there:
             raise SystemExit(f"method {name}: say in scripts/_method_table.py how it is made to keep a share")
@@ -145,16 +154,18 @@ def fit(
     """
     found: list[Fit] = []
     if entry.choices is not None:
-        pairs = [(options, keeps(options)) for options in entry.choices(layout)]
-        found = [Fit(options, keep, reaches(keep, wanted, close)) for options, keep in pairs]
-        close = max(close, 0.05 * wanted)
+        near = max(close, 0.05 * wanted)
+        for options in entry.choices(layout):
+            keep = keeps(options)
+            found.append(Fit(options, keep, reaches(keep, wanted, near)))
+            if abs(keep - wanted) <= near:
+                return found[-1]
     else:
         for fixed in entry.options:
             found.append(_search(entry, fixed, wanted, keeps, close))
             if found[-1].reached:
-                break
-    near = [one for one in found if abs(one.keep - wanted) <= close]
-    return near[0] if near else min(found, key=lambda one: abs(one.keep - wanted))
+                return found[-1]
+    return min(found, key=lambda one: abs(one.keep - wanted))
 
 
 def reaches(keep: float, wanted: float, close: float) -> bool:

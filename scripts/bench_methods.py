@@ -84,6 +84,8 @@ def main() -> None:
         name = "record.json" if shards == 1 else f"record-{shard}of{shards}.json"
         record = compare(options, (shard, shards), out / name, began)
     print_table(record)
+    if record["failed"]:
+        raise SystemExit(f"{len(record['failed'])} jobs failed")
 
 
 def read_options() -> argparse.Namespace:
@@ -94,7 +96,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--preset", default="tiny-wan-fast", help="sampling, and which steps and layers are dense"
     )
-    parser.add_argument("--methods", nargs="+", help="instead of every method there is")
+    parser.add_argument("--methods", nargs="+", help="instead of every method there is; all: variations too")
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts (64)")
     parser.add_argument(
@@ -158,6 +160,7 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
         "set": {key: parse_value(value) for key, value in chosen.items()},
         "shard": list(shard),
         "left": [],  # jobs for which there was no time
+        "failed": [],  # jobs that ended with an error
         "unreached": [],  # keeps that a method cannot have
         "variants": {},
     }
@@ -191,8 +194,12 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
                 record["left"] = [vars(job) for job in mine[number:]]
                 print(f"out of time: {len(record['left'])} of {len(mine)} jobs are left")
                 break
-            for name, told in run_job(bench, job, preset, record):
-                note(record, path, name, told)
+            try:
+                for name, told in run_job(bench, job, preset, record):
+                    note(record, path, name, told)
+            except RuntimeError as problem:  # of one job: the others are still worth their time
+                record["failed"].append({**vars(job), "problem": f"{type(problem).__name__}: {problem}"})
+                print(f"FAILED {job}: {problem}", flush=True)
             longest = max(longest, time.monotonic() - started)
     write_record(path, record)
     return record
@@ -217,7 +224,11 @@ def jobs_of(methods: list[str], keeps: list[float], preset: Preset, bench: Bench
     jobs = [Job(None, dense=f"kernel={kernel}") for kernel in noise_floor(bench, tokens)]
     fewer = {round(bench.steps * share) for share in STEP_SHARES} - {0, bench.steps}
     jobs += [Job(None, dense=f"steps={n}") for n in sorted(fewer, reverse=True)]
-    return jobs + [Job(method, keep) for keep in keeps for method in methods]
+    return jobs + [Job(method, keep) for keep in keeps for method in methods if _is_for(METHODS[method], keep)]
+
+
+def _is_for(entry: Entry, keep: float) -> bool:
+    return entry.keeps is None or keep in entry.keeps
 
 
 def share_out(jobs: list[Job], shards: int) -> list[list[Job]]:
@@ -384,7 +395,7 @@ def merge(records: list[dict]) -> dict:
         for name, told in record["variants"].items():
             # every shard has timed dense attention on its own device
             merged["variants"].setdefault(name, {**told, "dense_seconds": dense})
-    for key in ("left", "unreached"):
+    for key in ("left", "unreached", "failed"):
         merged[key] = [one for record in records for one in record[key]]
     merged["keeps"] = sorted({keep for record in records for keep in record["keeps"]}, reverse=True)
     return merged

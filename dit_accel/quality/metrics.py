@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.errors import UsageError
@@ -56,19 +55,24 @@ def frame_ssim(clip: Clip, reference: Clip) -> list[float]:
     a, b = (x.permute(0, 3, 1, 2) for x in _as_pair(clip, reference))
     if min(a.shape[-2:]) < 11:
         raise UsageError(f"SSIM needs frames of 11x11 pixels or more, not {a.shape[-1]}x{a.shape[-2]}")
-    row = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=a.device) / 1.5) ** 2)
-    row = row / row.sum()
+    down, across = (_gaussian(length, a.device) for length in a.shape[-2:])
     values = []
     for x, y in zip(
         a, b, strict=True
     ):  # one frame at a time: a large clip in float64 would not fit five times
-        planes = torch.cat([x, y, x * x, y * y, x * y])[:, None]
-        planes = F.conv2d(F.conv2d(planes, row.view(1, 1, 1, 11)), row.view(1, 1, 11, 1))[:, 0]
-        mx, my, xx, yy, xy = planes.chunk(5)
+        planes = torch.cat([x, y, x * x, y * y, x * y])
+        mx, my, xx, yy, xy = (down.T @ planes @ across).chunk(5)
         vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
         likeness = (2 * mx * my + 1e-4) * (2 * cov + 9e-4)
         values.append(float((likeness / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))).mean()))
     return values
+
+
+def _gaussian(length: int, device: torch.device) -> Tensor:
+    """The window's weights as a band, float64 `[length, length - 10]`: a product is far faster than a convolution."""
+    offset = torch.arange(length, device=device)[:, None] - torch.arange(length - 10, device=device)
+    weight = torch.exp(-0.5 * ((offset - 5).double() / 1.5) ** 2) * ((offset >= 0) & (offset <= 10))
+    return weight / weight.sum(0)
 
 
 def flicker(clip: Clip, reference: Clip) -> float:

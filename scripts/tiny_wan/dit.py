@@ -41,7 +41,7 @@ from .text import CaptionReader, encode, load_encoder
 
 WEIGHT_DECAY = 0.01
 READ_AFTER = 4  # the block whose output says what each token shows
-READING_WEIGHT = 0.03
+READING_WEIGHT = 0.03  # and that of reading captions; none where a run goes on from a model whose heads are not there
 MUON_RATE = 2.0  # times the rate of AdamW
 OBJECT_WEIGHT = 4.0  # extra weight of latents that show an object, fading out towards pure noise
 
@@ -138,6 +138,7 @@ def train_dit(options: DitOptions) -> None:
             "steps": step,
             "mix": [asdict(mix) for mix in options.mix],
             **{name: getattr(options, name) for name in ("minutes", "rate", "final", "seed")},
+            "reading": learner.reading_weight,
             "gpus": world,
             "resumed": options.resume is not None,
             "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
@@ -158,10 +159,20 @@ def _make_readers(student: _Student, options: DitOptions) -> nn.ModuleDict:
             "words": CaptionReader(student.text_encoder.config.d_model),
         }
     )
-    for name, folder in (("reader", options.resume), ("words", options.text_from)):
-        if folder and (folder / f"{name}-1.safetensors").is_file():  # a pipeline folder has none
-            readers[name].load_state_dict(load_shards(folder, name))
+    for name, head in readers.items():
+        if _has_head(options, name):
+            head.load_state_dict(load_shards(_head_folder(options, name), name))
     return readers
+
+
+def _head_folder(options: DitOptions, name: str) -> Path | None:
+    return options.resume if name == "reader" else options.text_from
+
+
+def _has_head(options: DitOptions, name: str) -> bool:
+    """Whether a head was trained before; a pipeline folder has none."""
+    folder = _head_folder(options, name)
+    return folder is not None and (folder / f"{name}-1.safetensors").is_file()
 
 
 class _Tap:
@@ -180,6 +191,9 @@ class _Learner:
 
     def __init__(self, student: _Student, readers: nn.ModuleDict, tap: _Tap, options: DitOptions, world: int):
         self.student, self.readers, self.tap, self.options, self.world = student, readers, tap, options, world
+        # Heads that know nothing would first of all bend a trained model to themselves.
+        known = options.resume is None or all(_has_head(options, name) for name in readers)
+        self.reading_weight = READING_WEIGHT if known else 0.0
         self.parameters = [*student.parameters(), *readers.parameters()]
         inner = [p for p in student.transformer.blocks.parameters() if p.ndim == 2]
         known = {id(p) for p in inner}
@@ -208,9 +222,8 @@ class _Learner:
         error = (velocity.float() - (noise - latents)).square()
         # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
         weight = 1 + OBJECT_WEIGHT * (1 - blend) * drawn.objects
-        loss = (error * weight).sum() / (weight.sum() * error.shape[1]) + READING_WEIGHT * share * (
-            tokens + words
-        )
+        loss = (error * weight).sum() / (weight.sum() * error.shape[1])
+        loss = loss + self.reading_weight * share * (tokens + words)
         loss.backward()
         self._average_and_clip()
         for optimiser in self.optimisers:
