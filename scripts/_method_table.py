@@ -81,6 +81,9 @@ RECTIFIED: tuple[Options, ...] = (
 )
 
 
+# Blocks under its veto are read whatever the budget; at -1 it never speaks, as in the published code's default.
+SPARGE: tuple[Options, ...] = ({}, {"similarity": -1.0})
+SVG2: tuple[Options, ...] = ({}, {"min_keep": 0.0})
 FEW = (0.25, 0.15, 0.10)  # of the keeps, for variations of a method
 
 
@@ -91,10 +94,9 @@ def _and(fixed: tuple[Options, ...], **options: Any) -> tuple[Options, ...]:
 METHODS: Mapping[str, Entry] = {
     "pooled": Entry(),
     "rectified": Entry(RECTIFIED),
-    # Blocks under its veto are read whatever the budget; at -1 it never speaks, as in the published code's default.
-    "sparge": Entry(options=({}, {"similarity": -1.0})),
+    "sparge": Entry(SPARGE),
     "svg1": Entry(),
-    "svg2": Entry(options=({}, {"min_keep": 0.0}), knob="top_p"),
+    "svg2": Entry(SVG2, knob="top_p"),
     "nabla": Entry(knob="top_p"),
     "lite": Entry(knob="threshold", span=(-24.0, 0.0), log=False, whole_run=True),
     # A band is never narrower than a block, which is a large part of a small frame.
@@ -109,17 +111,25 @@ METHODS: Mapping[str, Entry] = {
     "clear": Entry(knob="radius", choices=discs, static=True, adaptive=False),
     # What a part of a method is worth, and what a plan that serves longer costs.
     "rectified, nothing back": Entry(_and(RECTIFIED, compensation="none"), of="rectified", keeps=FEW),
-    "rectified, gain back": Entry(_and(RECTIFIED, compensation="gain"), of="rectified", keeps=FEW),
+    "rectified, all back": Entry(_and(RECTIFIED, compensation="all"), of="rectified", keeps=FEW),
     "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified", keeps=FEW),
     "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified", keeps=FEW),
-    "svg2, blocks of 128": Entry(
-        _and(({}, {"min_keep": 0.0}), block=128), knob="top_p", of="svg2", keeps=FEW
-    ),
+    "svg2, blocks of 128": Entry(_and(SVG2, block=128), knob="top_p", of="svg2", keeps=FEW),
     "pooled, packed": Entry(({"order": "packed"},), of="pooled", keeps=FEW),
     "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled", keeps=FEW),
-    "pooled, one plan for both": Entry(
+    "pooled, every 3 steps, one plan for both": Entry(
         ({"predict_every": 3, "share_plans": True},), of="pooled", keeps=FEW
     ),
+    **{
+        f"{name}, one plan for both": Entry(_and(options, share_plans=True), knob=knob, of=name, keeps=FEW)
+        for name, options, knob in (
+            ("pooled", ({},), "keep"),
+            ("rectified", RECTIFIED, "keep"),
+            ("sparge", SPARGE, "keep"),
+            ("svg2", SVG2, "top_p"),
+            ("nabla", ({},), "top_p"),
+        )
+    },
 }
 
 
@@ -161,11 +171,24 @@ def fit(
             if abs(keep - wanted) <= near:
                 return found[-1]
     else:
-        for fixed in entry.options:
+        for fixed in _budgets_first(entry, wanted, keeps):
             found.append(_search(entry, fixed, wanted, keeps, close))
             if found[-1].reached:
                 return found[-1]
     return min(found, key=lambda one: abs(one.keep - wanted))
+
+
+def _budgets_first(entry: Entry, wanted: float, keeps: Callable[[Options], float]) -> Iterator[Options]:
+    """Fixed options; where the knob says what to keep, first those with which it does.
+
+    A method that is told to keep less than its forced blocks does keep what was wanted for some value of the knob, but
+    chooses nothing any more.
+    """
+    if entry.knob == "keep":
+        for fixed in entry.options:
+            if reaches(keeps({**fixed, "keep": wanted}), wanted, 0.0):
+                yield fixed
+    yield from entry.options
 
 
 def reaches(keep: float, wanted: float, close: float) -> bool:

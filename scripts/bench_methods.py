@@ -347,8 +347,10 @@ def control_of(bench: Bench, method: str, options: Options, keep: float) -> tupl
     tile = "" if made_for.tile is None else " of " + "x".join(map(str, made_for.tile))
     words = [f"{made_for.order} {made_for.block}{tile}"]
     words += [f"{name} {value}" for name, value in sorted(forced.items()) if value]
+    carried = {name: options[name] for name in ("predict_every", "share_plans") if name in options}
+    words += [f"{name} {value}" for name, value in carried.items()]
     # Rounded down: a share a hair above so many blocks would stand for one more.
-    twin = {"keep": math.floor(1e6 * blocks / layout.n_blocks) / 1e6, **asdict(made_for), **forced}
+    twin = {"keep": math.floor(1e6 * blocks / layout.n_blocks) / 1e6, **asdict(made_for), **forced, **carried}
     return f"random ({', '.join(words)})@{blocks}/{layout.n_blocks}", twin
 
 

@@ -272,14 +272,15 @@ def _check_kmeans(name: str) -> Check:
     order, starts = sort_by_label(labels, 20, impl=impl)
     means = cluster_means(there, order, starts, seeds, impl=impl)
     runs = torch.tensor([0, 128, 301], dtype=torch.int32, device=device)
-    shares = overlaps(starts, runs, "runs", impl=impl)
+    shares = overlaps(starts, runs, impl=impl)
     right = (x[:, :, :, None] - centroids[:, :, None]).square().sum(-1).argmin(-1)
     wrong = int((labels.cpu() != right).sum())
     wrong += int((order.cpu() != right.argsort(dim=-1, stable=True)).sum())
     own = torch.nn.functional.one_hot(right, 20).float()
     sizes = own.sum(2)[..., None]
     exact = torch.where(sizes > 0, own.transpose(2, 3) @ x / sizes.clamp_min(1), centroids)
-    error = max(float((means.cpu() - exact).abs().max()), float((shares.sum(2) - 1).abs().max()))
+    whole = (sizes[..., 0] > 0).float()
+    error = max(float((means.cpu() - exact).abs().max()), float((shares.cpu().sum(3) - whole).abs().max()))
     return _judge(
         name, torch.float32, device, wrong + error, f"{wrong} wrong places, error {error:.1e}", began
     )

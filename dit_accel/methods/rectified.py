@@ -38,7 +38,7 @@ class Method:
     neighbours: int | None = 1  # also read blocks so near; 0 is the own block, none forces nothing
     first_frame: bool = False  # also read every block of the first frame
     anchor: bool = True  # blocks of the first frame read all such blocks
-    compensation: str = "all"  # "all": every block that is not read; "gain": those worth pooling (GAPR); "none"
+    compensation: str = "gain"  # "gain": blocks worth pooling (GAPR); "all": every block that is not read; "none"
     # how means weigh against what is read: "measured", by each row's own scores and what reading finds; or
     # "predicted" for whole blocks, as published
     mass: str = "measured"

@@ -1,4 +1,4 @@
-"""svg2: sort the tokens of each head into clusters, and read the runs of keys whose clusters suit the queries'."""
+"""svg2: sort the tokens of each head into clusters, and let each cluster of queries read the keys that suit it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ class Centroids:
 
 @dataclass(frozen=True)
 class Method:
-    """k-means of queries and of keys, and runs of keys by the attention that their clusters should take.
+    """k-means of queries and of keys, and runs of keys by the attention that each cluster of queries should pay.
 
     Per head, queries and keys are clustered apart, from the centroids of the step before. A query of cluster i and the
     keys of cluster j are taken for their centroids c: keys j together get the share |K_j| exp(c_i c_j / sqrt(D)) of
     i's attention, over its sum. Then the tokens stand cluster by cluster, queries and keys each in an order of their
-    own, and are cut every `block` of them; a block's share of another's attention is the mean over their tokens. The
-    blocks of largest shares are read, up to and including the one that reaches `top_p`.
+    own. A block of queries begins with each cluster, and again every `block` tokens in it; keys are cut every `block`
+    tokens. Each cluster of queries reads the runs of keys of largest shares, up to and including the one that reaches
+    `top_p`.
 
-    The published code picks clusters, and its blocks are the clusters. A GPU computes whole tiles: with top_p 0.9, in a
-    layer of tiny-wan (4352 tokens, 72 and 240 clusters, tiles of 32), that is 0.52 of all tiles to cover 0.86 of the
-    attention, though it reads 0.25 of the tokens. Runs of keys that hold any token of a picked cluster: 0.42 of the
-    tiles, 0.91 covered. Runs of keys by their share, 0.35 and 0.86; runs on both sides, as here, 0.29 and 0.86.
+    The published code's key blocks are clusters too. A GPU computes whole tiles, so clusters of keys that lie beside
+    each other and are read together are better read in full tiles, and a run of keys is chosen by its own share.
+    Queries are another matter: a tile that holds several clusters would choose for their mean, and what few tokens
+    need, a small object, is then left out at every step.
 
     Text is not clustered: it stands at the end in blocks of its own, is always read and reads everything, and shares
     are among the video's keys.
@@ -92,13 +93,16 @@ class Method:
         Returns:
             A plan of its own for every batch row and head, with orders of its own.
         """
+        import torch
+
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.runs import (
+            cluster_forced,
             count_runs,
+            cut_clusters,
             plan_of_runs,
             run_sizes,
             run_starts,
-            text_pairs,
             with_text,
         )
 
@@ -111,16 +115,18 @@ class Method:
         video, text = count_runs(layout)
         starts = run_starts(layout)[0, 0, : video + 1].to(query.device)
         shares = expected_shares(queries, keys, starts, query.shape[3] ** -0.5).float()
-        if text:
-            import torch
-
-            shares = torch.nn.functional.pad(shares, (0, text, 0, text))
-        keep, top_p = self._budget()
+        clusters = shares.shape[2]
+        shares = torch.nn.functional.pad(shares, (0, text, 0, 2))  # rows for no token and for text
         scores = shares / run_sizes(layout).to(query.device)
+        keep, top_p = self._budget()
+        forced = cluster_forced(clusters, layout).to(query.device)
         shares = None if top_p is None else shares
-        chosen = choose_blocks(scores, text_pairs(layout), keep, top_p, shares, text_blocks=text)
-        orders = (with_text(clusters.order, layout) for clusters in (queries, keys))
-        return plan_of_runs(*chosen, layout, *orders)
+        counts, indices = choose_blocks(scores, forced, keep, top_p, shares, text_blocks=text)
+        counts[:, :, clusters] = 0
+        q_starts, owner = cut_clusters(queries.starts, layout)
+        chosen = counts.gather(2, owner), indices.gather(2, owner[..., None].expand(-1, -1, -1, indices.shape[3]))
+        orders = (with_text(one.order, layout) for one in (queries, keys))
+        return plan_of_runs(*chosen, layout, *orders, q_starts)
 
     def _budget(self) -> tuple[float | None, float | None]:
         """`keep` and `top_p` as they hold together."""
@@ -143,26 +149,22 @@ class Method:
 
 
 def expected_shares(queries: Clusters, keys: Clusters, starts: Tensor, scale: float) -> Tensor:
-    """Share of each run's attention that each run of keys should take, every token taken for its centroid.
+    """Share of each query cluster's attention that each run of keys should take, every token taken for its centroid.
 
     Args:
-        starts: int32 `[N + 1]`, offsets of the runs in both orders.
+        starts: int32 `[N + 1]`, offsets of the runs in the keys' order.
         scale: factor of the logits.
 
     Returns:
-        `[B, H, N, N]` in the means' dtype, rows summing to one.
+        `[B, H, K, N]` in the means' dtype, rows summing to one.
     """
     import torch
 
     from dit_accel.kernels.kmeans import overlaps
 
-    batch_heads = queries.means.shape[:2]
     flat = [x.flatten(0, 1) for x in (queries.means, keys.means)]
     sizes = keys.starts.diff(dim=-1).flatten(0, 1)[:, None]
     bias = sizes.log().to(flat[1].dtype)  # log 0 leaves empty ones out
     shares = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), alpha=scale).softmax(dim=-1)  # of clusters
-    of_queries, of_keys = (
-        overlaps(clusters.starts, starts, of).flatten(0, 1).to(shares.dtype)
-        for clusters, of in ((queries, "runs"), (keys, "clusters"))
-    )
-    return (of_queries.transpose(1, 2) @ (shares @ of_keys)).unflatten(0, batch_heads)
+    of_runs = overlaps(keys.starts, starts).flatten(0, 1).to(shares.dtype)
+    return (shares @ of_runs).unflatten(0, queries.means.shape[:2])

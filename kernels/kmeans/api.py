@@ -103,17 +103,16 @@ def cluster_means(
     return average(x, order, starts, previous, impl)
 
 
-def overlaps(starts: Tensor, runs: Tensor, of: str, *, impl: str = "auto") -> Tensor:
-    """How much of each cluster lies in each run, where both are cut from the same places.
+def overlaps(starts: Tensor, runs: Tensor, *, impl: str = "auto") -> Tensor:
+    """The share of each cluster's tokens that lies in each run, where both are cut from the same places.
 
     Args:
         starts: int32 `[B, H, K + 1]`, as of `sort_by_label`.
         runs: int32 `[N + 1]`, contiguous, ascending: where each run begins, and the last one's end.
-        of: "clusters": the share of the cluster's tokens, 0 of one without any; "runs": the share of the run's.
         impl: as in `nearest_centroids`.
 
     Returns:
-        fp32 `[B, H, K, N]`.
+        fp32 `[B, H, K, N]`, 0 for a cluster without tokens.
 
     Raises:
         UsageError, UnknownNameError, KernelUnavailable: as `nearest_centroids`.
@@ -124,13 +123,11 @@ def overlaps(starts: Tensor, runs: Tensor, of: str, *, impl: str = "auto") -> Te
         raise UsageError(
             f"runs must be int32 [N + 1] on {starts.device}, got {runs.dtype} {tuple(runs.shape)} on {runs.device}."
         )
-    if of not in ("clusters", "runs"):
-        raise UsageError(f'of={of!r} is not possible: shares are of "clusters" or "runs".')
     if torch.compiler.is_compiling():
         from .op import overlaps as overlap
     else:
         overlap = run_overlaps
-    return overlap(starts, runs, of, impl)
+    return overlap(starts, runs, impl)
 
 
 def run_nearest(x: Tensor, centroids: Tensor, impl: str) -> Tensor:
@@ -165,14 +162,14 @@ def run_means(x: Tensor, order: Tensor, starts: Tensor, previous: Tensor, impl: 
         return average(x, order, starts, previous)
 
 
-def run_overlaps(starts: Tensor, runs: Tensor, of: str, impl: str) -> Tensor:
+def run_overlaps(starts: Tensor, runs: Tensor, impl: str) -> Tensor:
     """`overlaps` on validated arguments."""
     match choose(starts, starts.shape[2] - 1, impl):
         case "reference":
             from .reference import overlaps as overlap
         case "triton":
             from .triton import overlaps as overlap
-    return overlap(starts, runs, of)
+    return overlap(starts, runs)
 
 
 def choose(x: Tensor, n_clusters: int, impl: str = "auto") -> str:

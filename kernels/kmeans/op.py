@@ -43,12 +43,12 @@ def _means(x, order, starts, previous, impl):
 
 
 @torch.library.custom_op("dit_accel::overlaps", mutates_args=())
-def overlaps(starts: Tensor, runs: Tensor, of: str, impl: str) -> Tensor:
+def overlaps(starts: Tensor, runs: Tensor, impl: str) -> Tensor:
     """As `api.overlaps`, without its checks."""
-    return run_overlaps(starts, runs, of, impl)
+    return run_overlaps(starts, runs, impl)
 
 
 @overlaps.register_fake
-def _shares(starts, runs, of, impl):
+def _shares(starts, runs, impl):
     shape = (*starts.shape[:2], starts.shape[2] - 1, runs.shape[0] - 1)
     return starts.new_empty(shape, dtype=torch.float32)

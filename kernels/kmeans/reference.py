@@ -44,9 +44,8 @@ def cluster_means(x: Tensor, order: Tensor, starts: Tensor, previous: Tensor) ->
     return out
 
 
-def overlaps(starts: Tensor, runs: Tensor, of: str) -> Tensor:
+def overlaps(starts: Tensor, runs: Tensor) -> Tensor:
     """Arguments and result as in `api.overlaps`."""
     first = starts[..., :-1, None].maximum(runs[:-1])
     after = starts[..., 1:, None].minimum(runs[1:])
-    whole = starts.diff(dim=-1)[..., None] if of == "clusters" else runs.diff()
-    return after.sub_(first).clamp_min_(0) / whole.clamp_min(1)
+    return after.sub_(first).clamp_min_(0) / starts.diff(dim=-1)[..., None].clamp_min(1)

@@ -157,7 +157,7 @@ def cluster_means(x: Tensor, order: Tensor, starts: Tensor, previous: Tensor) ->
     return out
 
 
-def overlaps(starts: Tensor, runs: Tensor, of: str) -> Tensor:
+def overlaps(starts: Tensor, runs: Tensor) -> Tensor:
     """One launch on the current stream. Arguments and result as in `api.overlaps`."""
     batch, heads, ends = starts.shape
     starts, runs, n_runs = starts.contiguous(), runs.contiguous(), len(runs) - 1
@@ -165,7 +165,6 @@ def overlaps(starts: Tensor, runs: Tensor, of: str) -> Tensor:
     with _device_of(starts):
         overlaps_kernel[(triton.cdiv(ends - 1, CLUSTERS), heads, batch)](
             *(starts, runs, out, heads, ends - 1, n_runs),
-            OF_CLUSTERS=of == "clusters",
             CLUSTERS=CLUSTERS,
             COLUMNS=128,
             num_warps=4,
@@ -415,7 +414,6 @@ def sum_means_kernel(
 def overlaps_kernel(
     starts, edges, out,
     heads, clusters, n_runs,
-    OF_CLUSTERS: tl.constexpr,
     CLUSTERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -426,12 +424,12 @@ def overlaps_kernel(
     p_start = starts + head * (clusters + 1) + cluster
     low = tl.load(p_start, mask=real, other=0)[:, None]
     high = tl.load(p_start + 1, mask=real, other=0)[:, None]
+    whole = tl.maximum(high - low, 1)
     for first in range(0, n_runs, COLUMNS):
         run = first + tl.arange(0, COLUMNS)
         begin = tl.load(edges + run, mask=run < n_runs, other=0)[None, :]
         end = tl.load(edges + run + 1, mask=run < n_runs, other=0)[None, :]
         shared = tl.maximum(tl.minimum(high, end) - tl.maximum(low, begin), 0)
-        whole = tl.maximum(high - low if OF_CLUSTERS else end - begin, 1)
         p_out = out + (head * clusters + cluster)[:, None] * n_runs + run[None, :]
         share = tl.div_rn(shared.to(tl.float32), whole.to(tl.float32))
         tl.store(p_out, share, mask=real[:, None] & (run < n_runs)[None, :])

@@ -202,7 +202,7 @@ def compile_kmeans(capability):
         "runs": (kmeans.sum_runs_kernel, {**shape, "stride_xd": 1}, runs),
         "overlaps": (
             kmeans.overlaps_kernel,
-            {"OF_CLUSTERS": True, "CLUSTERS": kmeans.CLUSTERS, "COLUMNS": 128},
+            {"CLUSTERS": kmeans.CLUSTERS, "COLUMNS": 128},
             kmeans.OVERLAPS_UNSPECIALIZED,
         ),
         "means": (kmeans.sum_means_kernel, {**shape, "stride_pd": 1}, kmeans.MEANS_UNSPECIALIZED),

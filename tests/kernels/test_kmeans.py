@@ -141,19 +141,18 @@ def test_one_cluster_may_hold_everything(impl: str, device: str):
         assert torch.equal(means[0, 0, empty], previous[0, 0, empty].float())
 
 
-@pytest.mark.parametrize("of", ["clusters", "runs"])
 @pytest.mark.parametrize(("tokens", "clusters", "run"), [(1, 1, 1), (90, 20, 8), (300, 5, 2), (300, 5, 400)])
-def test_overlaps_are_counted_token_by_token(impl: str, device: str, tokens, clusters, run: int, of: str):
+def test_overlaps_are_counted_token_by_token(impl: str, device: str, tokens, clusters, run: int):
     labels = random_labels(tokens, clusters, "unequal")
     starts = sort_by_label(labels, clusters, impl="reference")[1]
     runs = torch.tensor([*range(0, tokens, run), tokens], dtype=torch.int32)
-    found = overlaps(starts.to(device), runs.to(device), of, impl=impl).cpu()
+    found = overlaps(starts.to(device), runs.to(device), impl=impl).cpu()
     count = torch.zeros(1, 2, clusters, len(runs) - 1)
     for h in range(2):
         for place, label in enumerate(labels[0, h].sort().values.tolist()):
             count[0, h, label, place // run] += 1
-    whole = count.sum(3, keepdim=True) if of == "clusters" else runs.diff()
-    assert found.dtype == torch.float32 and torch.equal(found, count / whole.clamp_min(1))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, count / count.sum(3, keepdim=True).clamp_min(1))
 
 
 def test_another_rows_nan_stays_there_and_labels_stay_in_range(impl: str, device: str):
@@ -194,7 +193,7 @@ def test_operators_are_sound(dtype: torch.dtype):
         (ops.nearest_centroids, (x, centroids)),
         (ops.sort_by_label, (labels, 5)),
         (ops.cluster_means, (x, order, starts, centroids)),
-        (ops.overlaps, (starts, torch.tensor([0, 8, 16, 20], dtype=torch.int32), "runs")),
+        (ops.overlaps, (starts, torch.tensor([0, 8, 16, 20], dtype=torch.int32))),
     ):
         torch.library.opcheck(op, (*arguments, "reference"), test_utils=("test_schema", "test_faketensor"))
 
@@ -228,10 +227,8 @@ def test_what_does_not_fit_is_refused():
         cluster_means(x, order, starts, centroids[..., 1:])
     runs = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(UsageError, match="starts must be int32"):
-        overlaps(starts[0], runs, "runs")
+        overlaps(starts[0], runs)
     with pytest.raises(UsageError, match="runs must be int32"):
-        overlaps(starts, runs.long(), "runs")
-    with pytest.raises(UsageError, match="of='run'"):
-        overlaps(starts, runs, "run")
+        overlaps(starts, runs.long())
     with pytest.raises(UnknownNameError, match="triton"):
         nearest_centroids(x, centroids, impl="tritn")

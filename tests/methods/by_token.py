@@ -26,16 +26,19 @@ def token_mask(plan, block, layout):
     batch, heads = plan.lead
     n = layout.n_tokens
     mask = torch.zeros(batch, heads, n, n, dtype=torch.bool)
-    starts = plan.q_starts.view(-1).tolist()
-    assert starts == plan.k_starts.view(-1).tolist()
-    assert max(b - a for a, b in itertools.pairwise(starts)) <= block
     lead = (batch, heads)
     for b, h in itertools.product(range(batch), range(heads)):
         counts, indices = (x.expand(*lead, *x.shape[2:])[b, h] for x in (plan.counts, plan.indices))
         q_order, k_order = (x.expand(*lead, -1)[b, h].long() for x in (plan.q_order, plan.k_order))
+        q_starts, k_starts = (x.expand(*lead, -1)[b, h].tolist() for x in (plan.q_starts, plan.k_starts))
+        for starts in (q_starts, k_starts):
+            assert starts[0] == 0 and starts[-1] == n
+            assert all(0 <= after - first <= block for first, after in itertools.pairwise(starts))
         for i, count in enumerate(counts.tolist()):
+            rows = q_order[q_starts[i] : q_starts[i + 1]]
+            assert bool(count) == bool(len(rows)), "a block without tokens reads nothing, one with tokens something"
             for j in indices[i, :count].tolist():
-                rows, columns = q_order[starts[i] : starts[i + 1]], k_order[starts[j] : starts[j + 1]]
+                columns = k_order[k_starts[j] : k_starts[j + 1]]
                 mask[b, h, rows[:, None], columns] = True
     return mask
 
@@ -49,7 +52,8 @@ def assert_well_formed(plan, layout):
         assert torch.equal(order[..., video:].long(), torch.arange(video, n).expand(*order.shape[:2], -1))
     mask = token_mask(plan, layout.block, layout)
     assert mask[:, :, video:].all() and mask[..., video:].all()
-    assert video in plan.q_starts.view(-1).tolist()
+    for starts in (plan.q_starts, plan.k_starts):
+        assert (starts == video).any(-1).all(), "no block holds both video and text"
     return mask
 
 

@@ -21,6 +21,7 @@ from dit_accel.layout import build_layout
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.budget import blocks_for
 from dit_accel.methods.parts.cluster import cluster_tokens, seed_centroids
+from dit_accel.methods.parts.runs import cut_clusters
 from dit_accel.methods.svg2 import expected_shares
 
 GRIDS = [(3, 5, 7), (4, 9, 10), (1, 8, 11), (5, 1, 3)]
@@ -42,9 +43,31 @@ def test_svg2_plans_are_well_formed_and_give_masked_attention(grid, text):
     out, _ = block_sparse(query, key, value, plan, impl="reference")
     torch.testing.assert_close(out, masked_dense(query, key, value, mask))
     video = math.ceil(layout.n_video_tokens / 8)
-    own = plan.counts[..., :video] == blocks_for(0.4, video) + math.ceil(text / 8)
-    assert own.all()
-    assert plan.even_k == plan.even_q == (not text or layout.n_video_tokens % 8 == 0)
+    of_video = (plan.q_starts.diff(dim=-1) > 0) & (plan.q_starts[..., :-1] < layout.n_video_tokens)
+    assert (plan.counts[of_video] == blocks_for(0.4, video) + math.ceil(text / 8)).all()
+    assert plan.even_k == (not text or layout.n_video_tokens % 8 == 0) and not plan.even_q
+
+
+@pytest.mark.parametrize("text", [0, 11])
+def test_a_block_of_queries_holds_one_cluster(text):
+    """Blocks begin with each cluster and every 8 tokens in it, clusters one behind the other; the rest is empty."""
+    layout = build_layout((4, 9, 10), "raster", 8, text=text)
+    starts = torch.tensor([[[0, 0, 1, 17, 17, 25, 360], [0, 8, 16, 100, 101, 101, 360]]], dtype=torch.int32)
+    q_starts, owner = cut_clusters(starts, layout)
+    for h in range(2):
+        wanted = []
+        for cluster, (first, after) in enumerate(itertools.pairwise(starts[0, h].tolist())):
+            wanted += [(at, min(at + 8, after), cluster) for at in range(first, after, 8)]
+        wanted += [(at, min(at + 8, 360 + text), 7) for at in range(360, 360 + text, 8)]
+        found = [
+            (first, after, own)
+            for (first, after), own in zip(
+                itertools.pairwise(q_starts[0, h].tolist()), owner[0, h].tolist(), strict=True
+            )
+            if first < after
+        ]
+        assert found == wanted
+        assert q_starts[0, h, -1] == 360 + text
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -53,32 +76,29 @@ def test_shares_are_those_of_tokens_that_are_their_centroids(grid):
     query, key = (x.transpose(1, 2).double() for x in inputs(layout))
     queries, keys = (cluster_tokens(x, seed_centroids(x, n), 2) for x, n in ((query, 4), (key, 7)))
     found = expected_shares(queries, keys, layout.starts.view(-1), 0.3)
-    n = layout.n_tokens
     for h in range(2):
-        as_query, as_key = (c.means[0, h][labels_of(c)[0, h]][c.order[0, h].long()] for c in (queries, keys))
-        weights = (as_query @ as_key.T * 0.3).softmax(-1)
-        for i, j in itertools.product(range(math.ceil(n / 8)), repeat=2):
-            true = weights[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].sum(1).mean()
-            torch.testing.assert_close(found[0, h, i, j].double(), true, rtol=1e-5, atol=1e-7)
+        as_key = keys.means[0, h][labels_of(keys)[0, h]][keys.order[0, h].long()]
+        weights = (queries.means[0, h] @ as_key.T * 0.3).softmax(-1)
+        for j in range(layout.n_blocks):
+            true = weights[:, 8 * j : 8 * j + 8].sum(1)
+            torch.testing.assert_close(found[0, h, :, j].double(), true, rtol=1e-5, atol=1e-7)
 
 
 def test_shares_of_clusters_are_weighted_by_size():
-    """Blocks that are clusters get the published share |K_j| exp(c_i c_j s) over its sum; an empty cluster none."""
+    """Runs that are clusters get the published share |K_j| exp(c_i c_j s) over its sum; an empty cluster none."""
     centres = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, 0.0], [50.0, 50.0]])
     sizes = torch.tensor([8, 16, 8])
     x = centres[:3].repeat_interleave(sizes, 0)[None, None]
     clusters = cluster_tokens(x, centres[None, None], 1)
     shares = expected_shares(clusters, clusters, torch.arange(0, 33, 8, dtype=torch.int32), 0.1)
     c = clusters.means[0, 0]
-    true = {}
     full = clusters.starts.diff(dim=-1)[0, 0]
-    for i in range(4):
-        weights = [float(full[j]) * math.exp(float(c[i] @ c[j]) * 0.1) if full[j] else 0.0 for j in range(4)]
-        true[i] = [w / sum(weights) for w in weights]
     owner = [int(j) for j in torch.repeat_interleave(full)[::8]]
     for i, j in itertools.product(range(4), repeat=2):
+        weights = [float(full[m]) * math.exp(float(c[i] @ c[m]) * 0.1) if full[m] else 0.0 for m in range(4)]
         split = int(full[owner[j]]) // 8
-        assert float(shares[0, 0, i, j]) == pytest.approx(true[owner[i]][owner[j]] / split, rel=1e-5)
+        true = weights[owner[j]] / sum(weights) / split
+        assert float(shares[0, 0, i, j]) == pytest.approx(true, rel=1e-5)
 
 
 @pytest.mark.parametrize("text", [0, 12])
@@ -96,15 +116,20 @@ def test_svg2_reads_the_fewest_blocks_that_hold_the_share(top_p, min_keep, text)
     shares = expected_shares(*clusters, layout.starts.view(-1)[:15], 8**-0.5)
     kept = plan.to_mask()
     sizes = layout.sizes.tolist()
-    for h, i in itertools.product(range(2), range(14)):
-        row = shares[0, h, i].double().tolist()
+    _, owner = cut_clusters(clusters[0].starts, layout)
+    for h, i in itertools.product(range(2), range(owner.shape[2])):
+        cluster = int(owner[0, h, i])
+        if cluster >= 5:
+            assert kept[0, h, i].all() if cluster == 6 else not kept[0, h, i].any()
+            continue
+        row = shares[0, h, cluster].double().tolist()
         order = sorted(range(14), key=lambda j: (-row[j] / sizes[j], j))
         count = 1
         while sum(row[j] for j in order[:count]) < top_p and count < 14:
             count += 1
         count = max(count, blocks_for(min_keep, 14))
         assert kept[0, h, i, :14].nonzero().flatten().tolist() == sorted(order[:count])
-    assert kept[..., 14:].all() and kept[:, :, 14:].all()
+        assert kept[0, h, i, 14:].all()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +138,7 @@ def test_svg2_reads_the_fewest_blocks_that_hold_the_share(top_p, min_keep, text)
 def test_svg2_can_read_everything(options):
     layout = build_layout((3, 5, 7), "raster", 8, text=3)
     query, key = (x * 20 for x in inputs(layout))
-    assert svg2(layout, query, key, **options).to_mask().all()
+    assert assert_well_formed(svg2(layout, query, key, **options), layout).all()
 
 
 def test_svg2_takes_its_budget():
@@ -122,8 +147,9 @@ def test_svg2_takes_its_budget():
     p90 = svg2(layout, query, key)
     assert torch.equal(p90.counts, svg2(layout, query, key, top_p=0.9).counts)
     both = svg2(layout, query, key, top_p=0.9, keep=0.3)
-    assert torch.equal(both.counts, p90.counts.clamp_min(blocks_for(0.3, 32)))
-    assert (svg2(layout, query, key, keep=0.05).counts == 2).all(), "min_keep is for top_p alone"
+    there = p90.q_starts.diff(dim=-1) > 0
+    assert torch.equal(both.counts[there], p90.counts[there].clamp_min(blocks_for(0.3, 32)))
+    assert (svg2(layout, query, key, keep=0.05).counts[there] == 2).all(), "min_keep is for top_p alone"
 
 
 def test_svg2_starts_from_the_step_before_and_each_branch_from_its_own():
@@ -197,6 +223,19 @@ def test_svg2_finds_scattered_tokens():
     plan = svg2(layout, query, key, keep=0.3)
     mask = token_mask(plan, 8, layout)
     assert mask[0, 0, ::2][:, liked].float().mean() > 0.95
+
+
+def test_svg2_does_not_drown_a_small_object():
+    """Six queries that alone need certain keys get them, however many other queries stand beside them."""
+    layout = build_layout((4, 8, 8), "raster", 16)
+    query, key = randn(1, 256, 1, 8) * 0.1, randn(1, 256, 1, 8, seed=1) * 0.1
+    few, needed = torch.arange(40, 256, 40), torch.arange(3, 256, 25)
+    query[:, :, :, 1] += 3
+    key[:, :, :, 1] += torch.linspace(0, 3, 256)[:, None]
+    query[:, few, :, 0] += 9
+    key[:, needed, :, 0] += 9
+    mask = token_mask(svg2(layout, query, key, keep=0.15, first_iterations=8), 16, layout)
+    assert mask[0, 0][few][:, needed].all()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Runs: plans over tokens that a method puts in orders of its own, cut every `block` tokens.
 
 Whatever the layout's order and blocks are, the video's tokens are cut into runs of `layout.block` and the text behind
-them into runs of its own, on both sides: blocks of one size are what every executor takes and wastes least of.
+them into runs of its own: blocks of one size are what every executor takes and wastes least of. Queries may also be cut
+where clusters of them begin.
 """
 
 from __future__ import annotations
@@ -39,19 +40,6 @@ def run_sizes(layout: TokenLayout) -> Tensor:
     return layout.memo[key]
 
 
-def text_pairs(layout: TokenLayout) -> Tensor | None:
-    """Pairs of runs of which one holds text, bool `[N, N]`, which are always read; None without text."""
-    video, text = count_runs(layout)
-    if not text:
-        return None
-    key = ("runs", "text")
-    if key not in layout.memo:
-        pairs = torch.ones(video + text, video + text, dtype=torch.bool, device=layout.starts.device)
-        pairs[:video, :video] = False
-        layout.memo[key] = pairs
-    return layout.memo[key]
-
-
 def with_text(order: Tensor, layout: TokenLayout) -> Tensor:
     """An order of the video's tokens with the text's behind it as they came; int32 `[..., V]` to `[..., S]`."""
     if not layout.text:
@@ -60,8 +48,57 @@ def with_text(order: Tensor, layout: TokenLayout) -> Tensor:
     return torch.cat([order, text.expand(*order.shape[:-1], -1)], dim=-1)
 
 
+def cut_clusters(starts: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Blocks of queries that begin with each cluster, and again every `layout.block` tokens in it; then the text's.
+
+    As many blocks as there may be at most: those that are not needed hold no token, and stand before the text's.
+
+    Args:
+        starts: int32 `[B, H, K + 1]`, where each cluster begins.
+
+    Returns:
+        first position of each block and the end, int32 `[B, H, N + 1]`; and the cluster each block is of, int64
+        `[B, H, N]`, K for those without tokens and K + 1 for the text's.
+    """
+    video, clusters = layout.n_video_tokens, starts.shape[2] - 1
+    sizes = starts.diff(dim=-1).long()
+    ends = ((sizes + layout.block - 1) // layout.block).cumsum(-1)  # blocks up to each cluster's end
+    most = clusters + video // layout.block  # each cluster may leave one block short
+    place = torch.arange(most, device=starts.device).expand(*ends.shape[:2], -1).contiguous()
+    owner = torch.searchsorted(ends, place, right=True)
+    last = owner.clamp_max(clusters - 1)
+    left = (ends.gather(2, last) - place) * layout.block  # to the end of its cluster, the last block taken as full
+    whole = (sizes + layout.block - 1) // layout.block * layout.block
+    first = starts.gather(2, last) + whole.gather(2, last) - left
+    first = first.masked_fill(owner == clusters, video)
+    text = torch.arange(video, layout.n_tokens, layout.block, device=starts.device)
+    behind = torch.cat([text, text.new_tensor([layout.n_tokens])]).expand(*ends.shape[:2], -1)
+    owner = torch.cat([owner, torch.full_like(behind[..., 1:], clusters + 1)], dim=-1)
+    return torch.cat([first, behind], dim=-1).int(), owner
+
+
+def cluster_forced(clusters: int, layout: TokenLayout) -> Tensor:
+    """What is read whatever its share, bool `[K + 2, N]`: rows for clusters, for no token and for text.
+
+    Everything reads the text, and text reads everything. The layout remembers it.
+    """
+    key = ("clusters", "forced", clusters)
+    if key not in layout.memo:
+        video, text = count_runs(layout)
+        forced = torch.zeros(clusters + 2, video + text, dtype=torch.bool, device=layout.starts.device)
+        forced[:, video:] = True
+        forced[clusters + 1] = True
+        layout.memo[key] = forced
+    return layout.memo[key]
+
+
 def plan_of_runs(
-    counts: Tensor, indices: Tensor, layout: TokenLayout, q_order: Tensor, k_order: Tensor
+    counts: Tensor,
+    indices: Tensor,
+    layout: TokenLayout,
+    q_order: Tensor,
+    k_order: Tensor,
+    q_starts: Tensor | None = None,
 ) -> BlockPlan:
     """The plan whose blocks are the runs of these orders.
 
@@ -69,6 +106,7 @@ def plan_of_runs(
         counts: int32 `[B|1, H|1, N]`.
         indices: int32 `[B|1, H|1, N, M]`, read up to `counts`.
         q_order: int32 `[B|1, H|1, S]`, which token stands at each position; as is `k_order`.
+        q_starts: int32 `[B|1, H|1, N + 1]`, where blocks of queries begin, if they are other than the runs.
     """
     starts = run_starts(layout).to(counts.device)
     longest = min(layout.block, max(layout.n_video_tokens, layout.text))
@@ -77,14 +115,14 @@ def plan_of_runs(
     return BlockPlan(
         counts=counts,
         indices=indices,
-        q_starts=starts,
+        q_starts=starts if q_starts is None else q_starts,
         k_starts=starts,
         n_q_tokens=layout.n_tokens,
         n_k_tokens=layout.n_tokens,
         max_q_block=longest,
         max_k_block=longest,
         even_k=even,
-        even_q=even,
+        even_q=even and q_starts is None,
         q_order=q_order,
         k_order=k_order,
     )
