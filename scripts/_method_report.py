@@ -165,6 +165,8 @@ def markdown_of(record: dict) -> str:
         ]
         speed = f"{dense / _seconds(told):.2f}"
         lines.append(f"| {' | '.join(['' if cell == '-' else cell for cell in [*cells, *rest, speed]])} |")
+    if "note" in record:
+        lines += ["", record["note"]]
     for one in record["unreached"]:
         lines += [
             "",
@@ -248,7 +250,10 @@ def _draw_by_time(record: dict, styles: dict[str, dict], axis: Any) -> None:
 
 
 def _lines(record: dict) -> dict[str, list[_Point]]:
-    """Methods by name, then controls: blocks drawn by lot, a line for each token order, and fewer steps."""
+    """Methods by name, then controls: blocks drawn by lot, a line for each token order, and fewer steps.
+
+    Variations of methods are for the table alone: with them nobody could tell the lines apart.
+    """
     groups: dict[tuple[int, str], list[_Point]] = {}
     for name, told in record["variants"].items():
         place = {
@@ -257,6 +262,8 @@ def _lines(record: dict) -> dict[str, list[_Point]]:
             "fewer steps": (2, "fewer steps"),
         }.get(told["kind"])
         psnr = told["figures"].get("psnr_mean")  # None: equal to dense
+        if told["kind"] == "method" and told["options"]["method"] != told["method"]:
+            continue  # a variation of a method: in the table
         if place and psnr is not None:
             point = _Point(told["figures"]["achieved_keep"] or 0.0, _seconds(told), psnr)
             groups.setdefault(place, []).append(point)
