@@ -159,16 +159,41 @@ def test_the_search_finds_what_keeps_as_much(table):
     assert found.reached and found.keep == pytest.approx(0.7, abs=0.005) and len(asked) < 16
     assert set(found.options) == {"threshold"}
 
-    # one that keeps what it is told is asked once; one that keeps more than wanted gives its nearest
+    # one that keeps what it is told needs no search; one that keeps more than wanted gives its nearest
     asked.clear()
     assert table.fit(table.Entry(), 0.3, lambda o: asked.append(o) or o["keep"], layout, 0.005).keep == 0.3
-    assert len(asked) == 1
+    assert asked in ([{"keep": 0.3}], [{"keep": 0.3}] * 2)
     found = table.fit(table.Entry(), 0.1, lambda o: max(o["keep"], 0.4), layout, 0.005)
     assert not found.reached and found.keep == 0.4
     # further fixed options are tried only where the first ones cannot
     entry = table.Entry(options=({}, {"loose": True}))
     found = table.fit(entry, 0.1, lambda o: max(o["keep"], 0.0 if "loose" in o else 0.4), layout, 0.005)
     assert found.reached and found.options == {"loose": True, "keep": 0.1}
+    # and where the first ones keep what was wanted only when told to keep next to nothing, and choose nothing
+    found = table.fit(entry, 0.3, lambda o: o["keep"] + (0.0 if "loose" in o else 0.29), layout, 0.005)
+    assert found.options == {"loose": True, "keep": 0.3}
+
+
+def test_work_is_shared_out_evenly_and_controls_are_shared(table):
+    import bench_methods
+
+    jobs = [bench_methods.Job(None, dense="steps=3")]
+    jobs += [bench_methods.Job(name, keep) for keep in (0.25, 0.1) for name in table.METHODS]
+    parts = bench_methods.share_out(jobs, 3)
+    assert sorted(map(jobs.index, (job for part in parts for job in part))) == list(range(len(jobs)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 6
+    for part in parts:
+        assert part == sorted(part, key=jobs.index)
+    where = {job: n for n, part in enumerate(parts) for job in part}
+    for keep in (0.25, 0.1):
+        of = [where[bench_methods.Job(name, keep)] for name in table.METHODS if name.startswith("rectified")]
+        assert len(set(of)) == 1, "entries of one method share their controls"
+
+
+def test_variations_are_for_few_keeps(table):
+    assert table.chosen_methods(["all"]) == list(table.METHODS)
+    for name, entry in table.METHODS.items():
+        assert (entry.keeps is None) == (entry.of is None), name
 
 
 def test_windows_are_whole_tiles(table):
