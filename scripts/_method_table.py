@@ -84,6 +84,7 @@ RECTIFIED: tuple[Options, ...] = (
 # Blocks under its veto are read whatever the budget; at -1 it never speaks, as in the published code's default.
 SPARGE: tuple[Options, ...] = ({}, {"similarity": -1.0})
 SVG2: tuple[Options, ...] = ({}, {"min_keep": 0.0})
+NABLA: tuple[Options, ...] = ({}, {"keep": 0.05}, {"keep": 0.001})  # floors
 FEW = (0.25, 0.15, 0.10)  # of the keeps, for variations of a method
 
 
@@ -97,7 +98,7 @@ METHODS: Mapping[str, Entry] = {
     "sparge": Entry(SPARGE),
     "svg1": Entry(),
     "svg2": Entry(SVG2, knob="top_p"),
-    "nabla": Entry(knob="top_p"),
+    "nabla": Entry(NABLA, knob="top_p"),
     "lite": Entry(knob="threshold", span=(-24.0, 0.0), log=False, whole_run=True),
     # A band is never narrower than a block, which is a large part of a small frame.
     "radial": Entry(
@@ -115,6 +116,7 @@ METHODS: Mapping[str, Entry] = {
     "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified", keeps=FEW),
     "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified", keeps=FEW),
     "svg2, blocks of 128": Entry(_and(SVG2, block=128), knob="top_p", of="svg2", keeps=FEW),
+    "nabla, no floor": Entry(({"keep": 0.001},), knob="top_p", of="nabla", keeps=FEW),
     "pooled, packed": Entry(({"order": "packed"},), of="pooled", keeps=FEW),
     "pooled, every 3 steps": Entry(({"predict_every": 3},), of="pooled", keeps=FEW),
     "pooled, every 3 steps, one plan for both": Entry(
@@ -127,7 +129,7 @@ METHODS: Mapping[str, Entry] = {
             ("rectified", RECTIFIED, "keep"),
             ("sparge", SPARGE, "keep"),
             ("svg2", SVG2, "top_p"),
-            ("nabla", ({},), "top_p"),
+            ("nabla", NABLA, "top_p"),
         )
     },
 }

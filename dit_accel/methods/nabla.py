@@ -27,6 +27,9 @@ class Method:
     digits for a sum over a thousand blocks; here all of it is fp32.) Text blocks are always read and take no part in
     the shares: `top_p` is of the video's.
 
+    Rows whose means foretell a peak would read next to nothing, and lose what the means hide, at every step; hence
+    `keep`, a floor that the published method does not have.
+
     `window` adds all tiles so near, after the choice by share: the window's own share does not count towards `top_p`.
     It is not moved inward at the edges of the grid, and needs order "tiles"; without a window any order will do.
 
@@ -36,7 +39,8 @@ class Method:
     arrangement: ClassVar[Arrangement] = Arrangement("tiles", 64, (1, 8, 8))
 
     top_p: float = 0.7  # share of the predicted attention that is read
-    keep: float | None = None  # read at least this share of the video's key blocks
+    # read at least this share of the video's key blocks; .001 for the published rule, which has no floor
+    keep: float | None = 0.1
     # also read this window: so many tiles in time, from top to bottom, across; an even number as the odd one above
     window: tuple[int, int, int] | None = None
 

@@ -59,6 +59,7 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "lite": lambda keep: load_method("lite", threshold=-1e4 if keep == 1 else -0.5),
     "rectified": lambda keep: load_method("rectified", keep=keep, top_p=0.1, neighbours=None, anchor=False),
     "sparge": lambda keep: load_method("sparge", keep=keep),
+    "sparge-l1": lambda keep: load_method("sparge", l1=0.4, keep=1.0 if keep == 1 else None),
     "svg1": lambda keep: load_method("svg1", keep=keep),
     "svg2": lambda keep: load_method("svg2", keep=keep),
     "nabla": lambda keep: load_method("nabla", top_p=keep, keep=keep),

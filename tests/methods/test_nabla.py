@@ -11,6 +11,7 @@ from dit_accel.layout import ORDERS, build_layout
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.budget import blocks_for
 
+FLOORLESS = 0.001  # as published: one block at least
 GRIDS = [(3, 5, 7), (4, 9, 10), (1, 17, 20)]
 
 
@@ -54,7 +55,7 @@ def test_nabla_reads_the_smallest_set_that_holds_the_share(grid, top_p, dtype):
         *(build_layout(grid, order, 8) for order in ORDERS),
     ):
         query, key = tokens(layout, dtype=dtype)
-        plan = load_method("nabla", top_p=top_p).predict(query, key, layout, None, None)
+        plan = load_method("nabla", keep=FLOORLESS, top_p=top_p).predict(query, key, layout, None, None)
         assert plan.lead == (2, 3) and plan.key_means is not None
         true = shares_of(query, key, layout)
         kept = plan.to_mask()
@@ -65,6 +66,19 @@ def test_nabla_reads_the_smallest_set_that_holds_the_share(grid, top_p, dtype):
         assert (mass - least < top_p + 1e-6).all()
 
 
+def test_every_row_reads_a_tenth_at_least():
+    """The floor is ours: rows that foretell a peak read the best blocks beside it."""
+    layout = build_layout((4, 9, 10), "raster", 8)
+    query, key = tokens(layout)
+    shares = shares_of(query, key, layout)
+    plan = load_method("nabla", top_p=0.05).predict(query, key, layout, None, None)
+    floor = blocks_for(0.1, layout.n_blocks)
+    needed = smallest_set(shares, 0.05).sum(-1)
+    assert torch.equal(plan.counts.long(), needed.clamp_min(floor)) and (needed < floor).any()
+    best = shares.topk(floor, dim=-1).indices
+    assert plan.to_mask().gather(-1, best).all()
+
+
 def test_a_border_tile_counts_for_the_tokens_it_has():
     """All keys alike: shares are those of the tokens, and a mean is not diluted by what a tile lacks."""
     layout = build_layout((1, 10, 16), "tiles", 64, tile=(1, 8, 8))
@@ -72,7 +86,7 @@ def test_a_border_tile_counts_for_the_tokens_it_has():
     query = torch.randn(1, layout.n_tokens, 1, 8)
     key = torch.ones_like(query)
     for top_p, read in ((0.39, [0]), (0.7, [0, 1]), (0.85, [0, 1, 2]), (0.95, [0, 1, 2, 3])):
-        plan = load_method("nabla", top_p=top_p).predict(query, key, layout, None, None)
+        plan = load_method("nabla", keep=FLOORLESS, top_p=top_p).predict(query, key, layout, None, None)
         assert (plan.counts == len(read)).all() and plan.indices[0, 0, 0, : len(read)].tolist() == read
 
 
@@ -103,8 +117,8 @@ def test_a_window_is_added_to_what_was_chosen(grid, window):
     tile = (1, 2, 3)
     layout = build_layout(grid, "tiles", 6, tile=tile)
     query, key = tokens(layout)
-    alone = load_method("nabla", top_p=0.5).predict(query, key, layout, None, None)
-    plan = load_method("nabla", top_p=0.5, window=window).predict(query, key, layout, None, None)
+    alone = load_method("nabla", keep=FLOORLESS, top_p=0.5).predict(query, key, layout, None, None)
+    plan = load_method("nabla", keep=FLOORLESS, top_p=0.5, window=window).predict(query, key, layout, None, None)
     assert torch.equal(plan.to_mask(), alone.to_mask() | window_mask(grid, tile, window))
     assert plan.key_means is not None
     plan.check_values()
@@ -113,7 +127,7 @@ def test_a_window_is_added_to_what_was_chosen(grid, window):
 def test_the_window_is_not_moved_inward():
     layout = build_layout((3, 10, 15), "tiles", 6, tile=(1, 2, 3))
     query = torch.zeros(1, layout.n_tokens, 1, 8)
-    near = load_method("nabla", top_p=0.01, window=(3, 3, 3)).predict(query, query, layout, None, None)
+    near = load_method("nabla", keep=FLOORLESS, top_p=0.01, window=(3, 3, 3)).predict(query, query, layout, None, None)
     assert (
         int(near.counts[0, 0, 0]) == 8 and int(near.counts[0, 0, 25 + 12]) == 27 + 1
     )  # a corner; the middle
@@ -122,7 +136,7 @@ def test_the_window_is_not_moved_inward():
 def test_balanced_tiles_have_windows_too():
     layout = build_layout((5, 7, 9), "tiles", 16)
     query, key = tokens(layout)
-    plan = load_method("nabla", top_p=0.1, window=(99, 99, 99)).predict(query, key, layout, None, None)
+    plan = load_method("nabla", keep=FLOORLESS, top_p=0.1, window=(99, 99, 99)).predict(query, key, layout, None, None)
     assert (plan.counts == layout.n_blocks).all()
 
 
@@ -133,7 +147,7 @@ def test_text_is_read_by_all_reads_all_and_takes_no_share(window):
     n = layout.n_video_blocks
     assert layout.n_blocks == n + 3
     key[:, layout.n_video_tokens :] *= 10  # would take the whole share
-    mask = load_method("nabla", window=window).predict(query, key, layout, None, None).to_mask()
+    mask = load_method("nabla", keep=FLOORLESS, window=window).predict(query, key, layout, None, None).to_mask()
     assert mask[:, :, n:].all() and mask[..., n:].all()
     true = smallest_set(shares_of(query, key, layout), 0.7)[:, :, :n]
     if window:
@@ -144,7 +158,7 @@ def test_text_is_read_by_all_reads_all_and_takes_no_share(window):
 def test_rows_and_heads_do_not_see_one_another():
     layout = build_layout((3, 9, 10), "tiles", 6, tile=(1, 2, 3))
     query, key = tokens(layout)
-    method = load_method("nabla", window=[1, 3, 3])
+    method = load_method("nabla", keep=FLOORLESS, window=[1, 3, 3])
     both = method.predict(query, key, layout, None, None).to_mask()
     for row, head in itertools.product(range(2), range(3)):
         one = [x[row : row + 1, :, head : head + 1] for x in (query, key)]
@@ -155,18 +169,18 @@ def test_a_thousand_small_shares_add_up():
     """In bfloat16 the numbers from 1/2 to 1 are 1/256 apart, four of these shares."""
     layout = build_layout((16, 8, 8), "raster", 1)
     query = torch.zeros(1, layout.n_tokens, 1, 8, dtype=torch.bfloat16)
-    plan = load_method("nabla", top_p=0.75).predict(query, query, layout, None, None)
+    plan = load_method("nabla", keep=FLOORLESS, top_p=0.75).predict(query, query, layout, None, None)
     assert (plan.counts - 768).abs().max() <= 1
 
 
 def test_options():
     table = tomllib.loads("top_p = 0.6\nwindow = [11, 3, 3]")
-    method = load_method("nabla", **table)
-    assert method == load_method("nabla", top_p=0.6, window=(11, 3, 3)) and hash(method)
+    method = load_method("nabla", keep=FLOORLESS, **table)
+    assert method == load_method("nabla", keep=FLOORLESS, top_p=0.6, window=(11, 3, 3)) and hash(method)
     assert load_method("nabla").top_p == 0.7
     for window in ([3, 3], 3, [0, 3, 3], [1.0, 3, 3], [True, 1, 1]):
         with pytest.raises(UsageError, match="window=.*list of three.*whole number of tiles from 1"):
-            load_method("nabla", window=window)
+            load_method("nabla", keep=FLOORLESS, window=window)
 
 
 @pytest.mark.parametrize("order", ["raster", "packed", "gilbert"])
@@ -175,4 +189,4 @@ def test_a_window_needs_tiles(order):
     query, key = tokens(layout)
     load_method("nabla").predict(query, key, layout, None, None)
     with pytest.raises(UsageError, match=rf"window=\(1, 3, 3\).*counts tiles, and order '{order}' has none"):
-        load_method("nabla", window=(1, 3, 3)).predict(query, key, layout, None, None)
+        load_method("nabla", keep=FLOORLESS, window=(1, 3, 3)).predict(query, key, layout, None, None)
