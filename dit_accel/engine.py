@@ -79,6 +79,7 @@ class Engine:
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
+        self.text_ahead = 0  # text tokens that the model has before the others; a layout has them behind
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._layouts: dict[tuple, TokenLayout] = {}
@@ -184,7 +185,8 @@ class Engine:
             if order != "raster":
                 why_raster = self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
-            self.layout = self._layout_for(facts.grid, order, hidden.device)
+            self.layout = self._layout_for(facts.grid, order, hidden.device, facts.text)
+            self.text_ahead = facts.text if facts.text_first else 0
             self.order = None if order == "raster" else self.layout
             self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
 
@@ -233,13 +235,16 @@ class Engine:
             return "context parallelism is on", False
         return None
 
-    def _layout_for(self, grid: tuple[int, int, int], order: str, device: torch.device) -> TokenLayout:
-        key = (grid, order, device)
+    def _layout_for(
+        self, grid: tuple[int, int, int], order: str, device: torch.device, text: int
+    ) -> TokenLayout:
+        key = (grid, order, device, text)
         if key not in self._layouts:
             if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
                 self._layouts.clear()
             tile = self.arrangement.tile if order == "tiles" else None
-            self._layouts[key] = build_layout(grid, order, self.arrangement.block, device, tile=tile)
+            made = build_layout(grid, order, self.arrangement.block, device, tile=tile, text=text)
+            self._layouts[key] = made
         return self._layouts[key]
 
     # -- one attention
@@ -266,7 +271,9 @@ class Engine:
         now = self.call.at(seat.layer)
         layout = self.layout
         if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
-            layout = self._layout_for(layout.grid, layout.order, query.device)
+            layout = self._layout_for(layout.grid, layout.order, query.device, layout.text)
+        ahead = self.text_ahead
+        query, key, value = (_text_behind(x, ahead) for x in (query, key, value))
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
             self.observer(now, layout, query, key, value, plan)
@@ -275,7 +282,7 @@ class Engine:
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
-        return out.transpose(1, 2)
+        return _text_behind(out.transpose(1, 2), query.shape[1] - ahead) if ahead else out.transpose(1, 2)
 
     def _attend_sparsely(
         self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
@@ -394,6 +401,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
+        new.text_ahead = 0
         new._configs, new._full = dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)
@@ -405,6 +413,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.planner!r})"
+
+
+def _text_behind(x: Tensor, ahead: int) -> Tensor:
+    """`[B, S, H, D]` with its first tokens at its end."""
+    return torch.cat([x[:, ahead:], x[:, :ahead]], dim=1) if ahead else x
 
 
 def _arrange(method: Method, options: SparseOptions) -> Arrangement:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Facts:
     grid: tuple[int, int, int]
     shape: tuple[int, ...]  # of the latents
     condition: Tensor | None  # text embeddings; None if this model has none
+    text: int = 0  # text tokens that take part in self-attention
+    text_first: bool = False  # whether they stand before the others
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Trajectory:
             step=step,
             noise=noise,
             grid=facts.grid,
-            segments=(("video", 0, facts.grid[0] * facts.grid[1] * facts.grid[2]),),
+            segments=_segments(facts),
             role=role,
             n_layers=n_layers,
         )
@@ -250,6 +253,16 @@ class StateTable:
         new = memo[id(self)] = object.__new__(type(self))
         new._entries = {}
         return new
+
+
+def _segments(facts: Facts) -> tuple[tuple[str, int, int], ...]:
+    video = math.prod(facts.grid)
+    kinds = [("video", video), ("text", facts.text)] if facts.text else [("video", video)]
+    segments, first = [], 0
+    for kind, tokens in reversed(kinds) if facts.text_first else kinds:
+        segments.append((kind, first, first + tokens))
+        first += tokens
+    return tuple(segments)
 
 
 def _identity(condition: Tensor | None) -> tuple | None:

@@ -18,12 +18,15 @@ def forced_blocks(
         neighbours: key blocks at most so many steps away, from block to block through the faces they share (in
             raster order along the sequence); 0 is the query's own block, None forces none.
         first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
-        anchor: also, for query blocks with tokens of the first frame, all such key blocks.
+        anchor: also, for query blocks with tokens of the first frame, all such key blocks. An image has no first frame:
+            where the grid has one frame alone, neither this nor `first_frame` forces anything.
 
     Returns:
         bool `[N, N]`, query block by key block, or None if nothing is forced. The layout remembers it: do not write
         into it. Text blocks are always read, and read everything: dropping text changes the prompt, not the speed.
     """
+    if layout.grid[0] == 1:
+        first_frame = anchor = False
     if neighbours is None and not first_frame and not anchor and not layout.text:
         return None
     key = ("forced", neighbours, first_frame, anchor)

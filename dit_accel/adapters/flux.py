@@ -1,0 +1,95 @@
+"""FLUX.1: text to image, also Fill, Control and image to image, which send the same tokens through it.
+
+Every attention is joint: text tokens stand before the image's, in dual blocks and in single ones. The flat order of the
+image is row, column of the packed latents, which `img_ids` tell. Kontext's reference tokens stand behind the image's;
+a forward with them stays in the model's own order and runs dense, with a reason.
+
+Image tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
+behind the output projection. The text keeps its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.errors import LayoutError
+from dit_accel.layout import TokenLayout
+from dit_accel.trajectory import Facts
+
+TRAIN_TIMESTEPS = 1000  # the pipelines divide the scheduler's timesteps by it
+# classes that pass the permutation test of tests/adapters
+_REORDERED = ("FluxTransformer2DModel",)
+
+OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
+
+
+def self_attentions(transformer: nn.Module) -> list[tuple[str, int]]:
+    """Module path and layer of every attention, dual blocks first."""
+    paths = [f"transformer_blocks.{i}.attn" for i in range(len(transformer.transformer_blocks))]
+    paths += [f"single_transformer_blocks.{i}.attn" for i in range(len(transformer.single_transformer_blocks))]
+    return [(path, layer) for layer, path in enumerate(paths)]
+
+
+def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
+    """Facts of one forward. Reading the grid from `img_ids` waits for the device once per forward.
+
+    Raises:
+        LayoutError: no `img_ids`, or not a row and a column for each token.
+    """
+    hidden, ids = arguments["hidden_states"], arguments.get("img_ids")
+    if ids is None or ids.shape[-1] != 3 or ids.shape[-2] != hidden.shape[1]:
+        raise LayoutError(
+            f"{type(transformer).__name__} got img_ids of shape {None if ids is None else tuple(ids.shape)}; they must "
+            f"be [{hidden.shape[1]}, 3], a row and a column for each of its image tokens."
+        )
+    ids = ids.reshape(-1, hidden.shape[1], 3)[0]
+    own = ids[:, :1] == ids[:1, :1]  # Kontext numbers its reference tokens in the first column
+    rows, columns = (int(n) + 1 for n in torch.where(own, ids, 0).amax(0)[1:].tolist())
+    text = arguments["encoder_hidden_states"]
+    return Facts(
+        timestep=float(arguments["timestep"].max()) * TRAIN_TIMESTEPS,
+        grid=(1, rows, columns),
+        shape=tuple(hidden.shape),
+        condition=text,
+        text=text.shape[1],
+        text_first=True,
+    )
+
+
+def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
+    if type(transformer).__name__ not in _REORDERED:
+        return f"reordering is not proven for {type(transformer).__name__}"
+    _, rows, columns = read(transformer, arguments).grid
+    if rows * columns != arguments["hidden_states"].shape[1]:
+        return "reference tokens beside the image"
+    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        if arguments.get(name) is not None:
+            return "a ControlNet adds its tokens in the model's order"
+    return None
+
+
+def order_hooks(transformer: nn.Module) -> list[OrderHook]:
+    """Modules whose output carries tokens into the block loop or out of it, and how to reorder it."""
+    return [
+        (transformer.x_embedder, _order_tokens),
+        (transformer.pos_embed, _order_rotary),
+        (transformer.proj_out, _restore),
+    ]
+
+
+def _order_tokens(output: Tensor, layout: TokenLayout) -> Tensor:
+    return layout.apply(output, 1)  # [B, N, C]
+
+
+def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
+    text = output[0].shape[0] - layout.n_video_tokens  # each [L + N, D], the text's rows first
+    return tuple(torch.cat([table[:text], layout.apply(table[text:], 0)]) for table in output)
+
+
+def _restore(output: Tensor, layout: TokenLayout) -> Tensor:
+    return layout.undo(output, 1)  # [B, N, patch]

@@ -1,0 +1,175 @@
+"""What the FLUX adapter says about FLUX's tokens, held against FLUX itself. Text stands first, images are odd grids."""
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import SparseProcessor
+from dit_accel.adapters import find_adapter, flux
+from dit_accel.errors import FallbackError, LayoutError
+from dit_accel.methods import load_method
+from dit_accel.testing import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
+
+ORDERS = ("raster", "tiles", "packed", "gilbert")
+# everything, through each method that says how to read it
+FULL = {
+    "pooled": {"keep": 1.0},
+    "rectified": {"keep": 1.0},
+    "sparge": {"keep": 1.0},
+    "lite": {"threshold": -1e4},
+    "svg1": {"keep": 1.0},
+    "svg2": {"keep": 1.0},
+    "nabla": {"top_p": 1.0, "keep": 1.0},
+    "neighborhood": {"window": [1.0, 1.0, 1.0]},
+    "clear": {"radius": 100},
+    "radial": {"decay_factor": 100, "vote": 0},
+}
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def sparse(transformer, method="pooled", **options):
+    options = {"block": 16, "min_tokens": 0, "strict": True, **options}
+    made = load_method(method, **FULL[method]) if "keep" not in options else method
+    if made == "sparge":
+        options["similarity"] = -1.0  # tokens of random weights are unlike one another
+    transformer.set_attn_processor(SparseProcessor(transformer, made, **options))
+    return transformer.transformer_blocks[0].attn.processor
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("text", [1, 19, 32])
+def test_keeping_everything_is_stock_diffusers_in_every_order(order, batch, text):
+    transformer = tiny_flux_transformer(guidance_embeds=text == 19)
+    inputs = tiny_flux_inputs(transformer, text=text, batch=batch)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order=order)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    report = processor.report
+    assert report.sparse_calls == 3 and report.dense_calls == 0 and report.keep_achieved == 1
+    assert set(report.token_orders) == {order}
+
+
+@pytest.mark.parametrize("method", FULL)
+def test_keeping_everything_is_stock_diffusers_with_every_method(method):
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer, (13, 9), batch=2)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, method)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert processor.report.dense_calls == 0
+
+
+def test_tokens_really_are_reordered():
+    """Without the rotary hook the result is wrong, so the parity test can tell."""
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer)
+    true = run(transformer, inputs)
+    sparse(transformer, order="tiles")
+    transformer.pos_embed._forward_hooks.clear()
+    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
+
+
+@pytest.mark.parametrize("method", ["pooled", "rectified", "sparge", "svg1", "svg2"])
+def test_text_reads_all_and_is_read_by_all(method):
+    """Little is kept of the image; the text's part of every plan is whole."""
+    transformer = tiny_flux_transformer()
+    pipe_input = tiny_flux_inputs(transformer, text=19)
+    engine = sparse(transformer, method, keep=0.3).engine
+    seen = []
+    engine.observer = lambda call, layout, q, k, v, plan: seen.append((call, layout, plan.to_token_mask()))
+    run(transformer, pipe_input)
+    assert [call.layer for call, _, _ in seen] == [0, 1, 2]
+    for call, layout, mask in seen:
+        assert call.segments == (("text", 0, 19), ("video", 19, 118)) and layout.text == 19
+        assert mask[..., 99:].all() and mask[..., 99:, :].all(), "behind the image, in the layout's order"
+        assert 0.1 < mask[..., :99, :99].float().mean() < 0.8
+
+
+def test_a_batch_row_is_the_same_in_other_company():
+    transformer = tiny_flux_transformer()
+    sparse(transformer, keep=0.3)
+    pair, other = (tiny_flux_inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
+    shared = ("img_ids", "txt_ids")
+    mixed = {k: pair[k] if k in shared else torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
+    first, second = run(transformer, pair), run(transformer, mixed)
+    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
+    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
+
+
+def test_kontexts_reference_tokens_run_dense_and_say_so():
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer, (9, 11))
+    reference = tiny_flux_inputs(transformer, (5, 14), seed=1)
+    reference["img_ids"][:, 0] = 1
+    for name, dim in (("hidden_states", 1), ("img_ids", 0)):
+        inputs[name] = torch.cat([inputs[name], reference[name]], dim)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, strict=False)
+    torch.testing.assert_close(run(transformer, inputs), true)
+    report = processor.report
+    assert report.sparse_calls == 0 and dict(report.fallbacks) == {"188 tokens where the grid has 118": 3}
+    assert list(report.token_orders) == ["raster: reference tokens beside the image"]
+    sparse(transformer)
+    with pytest.raises(FallbackError, match="188 tokens"):
+        run(transformer, inputs)
+
+
+def test_a_controlnet_keeps_the_models_order():
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer)
+    inputs["controlnet_block_samples"] = [torch.randn(1, 99, 32, generator=torch.Generator().manual_seed(3))]
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order="tiles")
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert list(processor.report.token_orders) == ["raster: a ControlNet adds its tokens in the model's order"]
+
+
+def test_facts():
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer, (9, 11), text=19)
+    facts = flux.read(transformer, inputs)
+    assert facts.grid == (1, 9, 11) and facts.timestep == 500 and facts.text == 19 and facts.text_first
+    assert facts.condition is inputs["encoder_hidden_states"] and find_adapter(transformer) is flux
+    with pytest.raises(LayoutError, match=r"\[99, 3\]"):
+        flux.read(transformer, {**inputs, "img_ids": inputs["img_ids"][:5]})
+
+
+def call_of(batch=1, seed=0, **more):
+    generator = torch.Generator().manual_seed(7)
+    embeddings = {
+        "prompt_embeds": torch.randn(batch, 19, 32, generator=generator),
+        "pooled_prompt_embeds": torch.randn(batch, 24, generator=generator),
+    }
+    noise = torch.Generator().manual_seed(seed)
+    size = {"height": 18, "width": 22, "num_inference_steps": 3, "output_type": "latent"}
+    return {**embeddings, **size, "generator": noise, **more}
+
+
+@pytest.mark.parametrize("method", ["pooled", "lite", "svg2"])
+def test_a_pipeline_runs_sparse_again_and_again_and_is_as_it_was_afterwards(method):
+    pipe = tiny_flux_pipeline()
+    true = pipe(**call_of()).images
+    options = {"threshold": -0.5} if method == "lite" else {"keep": 0.4}
+    with dit_accel.accelerate(pipe, None, method=load_method(method, **options), block=16, min_tokens=0) as handle:
+        first = pipe(**call_of()).images
+        pipe(**call_of(seed=1, num_images_per_prompt=2))
+        again = pipe(**call_of()).images
+        report = handle.report()
+    assert torch.equal(first, again) and not torch.equal(first, true)
+    assert report.runs == 3 and report.sparse_calls == 27 and report.dense_calls == 0
+    assert torch.equal(pipe(**call_of()).images, true)
+
+
+def test_guidance_with_a_negative_prompt_has_branches():
+    pipe = tiny_flux_pipeline()
+    other = {f"negative_{k}": -v for k, v in call_of().items() if k.endswith("embeds")}
+    with dit_accel.accelerate(pipe, None, method="lite", threshold=-0.5, block=16, min_tokens=0) as handle:
+        first = pipe(**call_of(true_cfg_scale=3.0, **other)).images
+        assert torch.equal(pipe(**call_of(true_cfg_scale=3.0, **other)).images, first)
+        report = handle.report()
+    assert report.sparse_calls == 2 * 3 * 3 * 2 and not report.stateless
