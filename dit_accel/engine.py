@@ -25,7 +25,7 @@ from dit_accel.options import SparseOptions
 from dit_accel.plan import BlockPlan
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
-from dit_accel.trajectory import Call, Trajectory
+from dit_accel.trajectory import Call, Facts, Trajectory
 
 logger = logging.getLogger("dit_accel")
 # Told of each sparse call before it runs: where it is, its layout, query, key and value [B, S, H, D], and its plan.
@@ -79,6 +79,7 @@ class Engine:
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
+        self.padding: int | None = None  # tokens at the end that a mask keeps out; None: calls have no mask
         self.text_ahead = 0  # text tokens that the model has before the others; a layout has them behind
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
@@ -179,14 +180,16 @@ class Engine:
         if not self._in_use():
             return
         hidden = given["hidden_states"]
-        self._dense_reason = self._why_all_dense(hidden)
+        self._dense_reason = self._why_all_dense(hidden, facts)
         if self._dense_reason is None:
             order, why_raster = self.arrangement.order, None
             if order != "raster":
                 why_raster = self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
-            self.layout = self._layout_for(facts.grid, order, hidden.device, facts.text)
-            self.text_ahead = facts.text if facts.text_first else 0
+            text = facts.text if facts.text_valid is None else facts.text_valid[0]
+            self.layout = self._layout_for(facts.grid, order, hidden.device, text)
+            self.text_ahead = text if facts.text_first else 0
+            self.padding = None if facts.text_valid is None else facts.text - text
             self.order = None if order == "raster" else self.layout
             self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
 
@@ -213,7 +216,7 @@ class Engine:
             self._count_dense("its processor was replaced after installation", False, replaced)
         return in_use > 0
 
-    def _why_all_dense(self, hidden: Tensor) -> tuple[str, bool] | None:
+    def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
         call, options = self.call, self.options
         assert call is not None
         if call.noise > options.dense_above:
@@ -233,6 +236,8 @@ class Engine:
             return _GRADIENTS, False
         if any(getattr(seat.stock, "_parallel_config", None) is not None for seat in self.seats):
             return "context parallelism is on", False
+        if facts.text_valid is not None and len(set(facts.text_valid)) > 1:
+            return "prompts of different lengths in one batch", False
         return None
 
     def _layout_for(
@@ -272,8 +277,8 @@ class Engine:
         layout = self.layout
         if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
             layout = self._layout_for(layout.grid, layout.order, query.device, layout.text)
-        ahead = self.text_ahead
-        query, key, value = (_text_behind(x, ahead) for x in (query, key, value))
+        ahead, padding = self.text_ahead, self.padding or 0
+        query, key, value = (_text_behind(x[:, : layout.n_tokens], ahead) for x in (query, key, value))
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
             self.observer(now, layout, query, key, value, plan)
@@ -282,7 +287,9 @@ class Engine:
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
-        return _text_behind(out.transpose(1, 2), query.shape[1] - ahead) if ahead else out.transpose(1, 2)
+        out = _text_behind(out.transpose(1, 2), layout.n_tokens - ahead if ahead else 0)
+        # Padding attends to nothing, and nothing attends to it.
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def _attend_sparsely(
         self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
@@ -362,15 +369,20 @@ class Engine:
             return "dense layer", True
         if self.planner.is_dense(self.call.at(seat.layer)):
             return "a rule", True
-        if call["attn_mask"] is not None:
+        if call["attn_mask"] is not None and not self._is_padding(call["attn_mask"], query):
             return "an attention mask", False
         if call["is_causal"] or call["dropout_p"]:
             return "causal attention or dropout", False
         if query.shape != key.shape:
             return "queries and keys of different shape", False
-        if query.shape[1] != self.layout.n_tokens:
+        if query.shape[1] != self.layout.n_tokens + (self.padding or 0):
             return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
         return None
+
+    def _is_padding(self, mask: Tensor, query: Tensor) -> bool:
+        """Whether a call's mask is the one that keeps out the padding the adapter told of. Its numbers are not read."""
+        shape = (query.shape[0], 1, 1, query.shape[1])
+        return self.padding is not None and mask.dtype == torch.bool and mask.shape == shape
 
     def _count_dense(self, reason: str, planned: bool, calls: int) -> None:
         if not planned and self.options.strict:
@@ -401,7 +413,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
-        new.text_ahead = 0
+        new.text_ahead, new.padding = 0, None
         new._configs, new._full = dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)

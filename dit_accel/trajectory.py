@@ -59,8 +59,10 @@ class Facts:
     grid: tuple[int, int, int]
     shape: tuple[int, ...]  # of the latents
     condition: Tensor | None  # text embeddings; None if this model has none
-    text: int = 0  # text tokens that take part in self-attention
+    text: int = 0  # text tokens that take part in self-attention, padding included
     text_first: bool = False  # whether they stand before the others
+    # of each batch row, how many of these are no padding, which stands last; None: all
+    text_valid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,11 +258,14 @@ class StateTable:
 
 
 def _segments(facts: Facts) -> tuple[tuple[str, int, int], ...]:
-    video = math.prod(facts.grid)
-    kinds = [("video", video), ("text", facts.text)] if facts.text else [("video", video)]
+    valid = facts.text if facts.text_valid is None else max(facts.text_valid)
+    kinds = [("video", math.prod(facts.grid)), ("text", valid), ("pad", facts.text - valid)]
+    if facts.text_first:
+        kinds[:2] = reversed(kinds[:2])
     segments, first = [], 0
-    for kind, tokens in reversed(kinds) if facts.text_first else kinds:
-        segments.append((kind, first, first + tokens))
+    for kind, tokens in kinds:
+        if tokens:
+            segments.append((kind, first, first + tokens))
         first += tokens
     return tuple(segments)
 

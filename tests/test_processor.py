@@ -168,10 +168,11 @@ def test_context_parallelism_runs_dense_in_the_models_order(transformer):
     processor._parallel_config = None
     run(transformer)
     processor._parallel_config = config
+    facts = transformer_facts(transformer)
     processor.engine.call = processor.engine.trajectory.enter(
-        "transformer", transformer_facts(transformer), processor.engine._listener.context(), 2
+        "transformer", facts, processor.engine._listener.context(), 2
     )
-    assert processor.engine._why_all_dense(hidden) == ("context parallelism is on", False)
+    assert processor.engine._why_all_dense(hidden, facts) == ("context parallelism is on", False)
 
 
 def transformer_facts(transformer):

@@ -19,6 +19,7 @@ from dit_accel.errors import UnknownModelError
 # transformer class -> module that describes it
 FAMILIES = {
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
+    "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",

@@ -1,0 +1,90 @@
+"""HunyuanVideo: text to video, and image to video that gives the image as channels or as its first frame's tokens.
+
+Every attention of the blocks is joint: video tokens first, then text, of which the last ones may be padding that a mask
+keeps out. Padding is trimmed, which is exact: nothing reads it, and what it would read reaches no output. The token
+refiner's attentions are among text alone and stay stock.
+
+Video tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
+behind the output projection. With `token_replace` the first frame has a modulation of its own, told apart by its place,
+so that such a model keeps its own order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_accel.errors import LayoutError
+from dit_accel.layout import TokenLayout
+from dit_accel.trajectory import Facts
+
+# classes that pass the permutation test of tests/adapters
+_REORDERED = ("HunyuanVideoTransformer3DModel",)
+
+OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
+
+
+def self_attentions(transformer: nn.Module) -> list[tuple[str, int]]:
+    """Module path and layer of every joint attention, dual blocks first."""
+    paths = [f"transformer_blocks.{i}.attn" for i in range(len(transformer.transformer_blocks))]
+    paths += [f"single_transformer_blocks.{i}.attn" for i in range(len(transformer.single_transformer_blocks))]
+    return [(path, layer) for layer, path in enumerate(paths)]
+
+
+def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
+    """Facts of one forward. Reading the lengths of the prompts waits for the device once per forward.
+
+    Raises:
+        LayoutError: latents without a single patch each way.
+    """
+    latents, config = arguments["hidden_states"], transformer.config
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=True))
+    if len(grid) != 3 or min(grid) < 1:
+        raise LayoutError(
+            f"{type(transformer).__name__} got latents of shape {tuple(latents.shape)}; with patches of {patch} they "
+            "must be [batch, channels, frames, rows, columns] and hold at least one patch each way."
+        )
+    text = arguments["encoder_hidden_states"]
+    return Facts(
+        timestep=float(arguments["timestep"].max()),
+        grid=grid,
+        shape=tuple(latents.shape),
+        condition=text,
+        text=text.shape[1],
+        text_valid=tuple(int(n) for n in arguments["encoder_attention_mask"].sum(1).tolist()),
+    )
+
+
+def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
+    if type(transformer).__name__ not in _REORDERED:
+        return f"reordering is not proven for {type(transformer).__name__}"
+    if transformer.config.image_condition_type == "token_replace":
+        return "the first frame's tokens are modulated by their place"
+    return None
+
+
+def order_hooks(transformer: nn.Module) -> list[OrderHook]:
+    """Modules whose output carries tokens into the block loop or out of it, and how to reorder it."""
+    return [
+        (transformer.x_embedder, _order_tokens),
+        (transformer.rope, _order_rotary),
+        (transformer.proj_out, _restore),
+    ]
+
+
+def _order_tokens(output: Tensor, layout: TokenLayout) -> Tensor:
+    return layout.apply(output, 1)  # [B, N, C]
+
+
+def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
+    return tuple(layout.apply(table, 0) for table in output)  # each [N, D]
+
+
+def _restore(output: Tensor, layout: TokenLayout) -> Tensor:
+    assert output.shape[1] == math.prod(layout.grid)
+    return layout.undo(output, 1)  # [B, N, patch]

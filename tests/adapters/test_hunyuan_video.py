@@ -1,0 +1,136 @@
+"""What the HunyuanVideo adapter says about its tokens, held against the model itself. Odd grids, text with padding."""
+
+import pytest
+import torch
+
+from dit_accel import SparseProcessor
+from dit_accel.adapters import find_adapter, hunyuan_video
+from dit_accel.errors import FallbackError, LayoutError
+from dit_accel.methods import load_method
+from dit_accel.testing import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
+
+ORDERS = ("raster", "tiles", "packed", "gilbert")
+# everything, through each method that says how to read it
+FULL = {
+    "pooled": {"keep": 1.0},
+    "rectified": {"keep": 1.0},
+    "sparge": {"keep": 1.0},
+    "lite": {"threshold": -1e4},
+    "svg1": {"keep": 1.0},
+    "svg2": {"keep": 1.0},
+    "nabla": {"top_p": 1.0, "keep": 1.0},
+    "neighborhood": {"window": [1.0, 1.0, 1.0]},
+    "clear": {"radius": 100},
+    "radial": {"decay_factor": 100, "vote": 0},
+}
+# every configuration that may be reordered
+REORDERED = {"t2v": {}, "no guidance": {"guidance_embeds": False}, "latents beside": {"in_channels": 9}}
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def sparse(transformer, method="pooled", **options):
+    options = {"block": 16, "min_tokens": 0, "strict": True, **options}
+    made = load_method(method, **FULL[method]) if "keep" not in options else method
+    transformer.set_attn_processor(SparseProcessor(transformer, made, **options))
+    return transformer.transformer_blocks[0].attn.processor
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("valid", [1, 11, 19])
+@pytest.mark.parametrize("config", REORDERED.values(), ids=REORDERED)
+def test_keeping_everything_is_stock_diffusers_in_every_order(config, order, batch, valid):
+    transformer = tiny_hunyuan_video_transformer(**config)
+    inputs = tiny_hunyuan_video_inputs(transformer, valid=valid, batch=batch)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order=order)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    report = processor.report
+    assert report.sparse_calls == 2 and report.dense_calls == 0 and report.keep_achieved == 1
+    assert set(report.token_orders) == {order}
+
+
+@pytest.mark.parametrize("method", FULL)
+def test_keeping_everything_is_stock_diffusers_with_every_method(method):
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, (3, 5, 6), valid=13, batch=2)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, method)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert processor.report.dense_calls == 0
+
+
+@pytest.mark.parametrize("part", ["rope", "x_embedder"])
+def test_tokens_really_are_reordered(part):
+    """Without one of the hooks the result is wrong, so the parity test can tell."""
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer)
+    true = run(transformer, inputs)
+    sparse(transformer, order="tiles")
+    getattr(transformer, part)._forward_hooks.clear()
+    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
+
+
+def test_padding_is_not_read():
+    """Other numbers in the padding change nothing, bit for bit; the plan covers the video and the valid text."""
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, valid=11)
+    engine = sparse(transformer, keep=0.3).engine
+    seen = []
+    engine.observer = lambda call, layout, q, k, v, plan: seen.append((call, q.shape[1], plan.to_token_mask()))
+    first = run(transformer, inputs)
+    text = inputs["encoder_hidden_states"].clone()
+    text[:, 11:] = 7.0
+    assert torch.equal(run(transformer, {**inputs, "encoder_hidden_states": text}), first)
+    call, tokens, mask = seen[0]
+    assert call.segments == (("video", 0, 105), ("text", 105, 116), ("pad", 116, 124)) and tokens == 116
+    assert mask[..., 105:].all() and mask[..., 105:, :].all() and not mask.all()
+
+
+def test_prompts_of_different_lengths_run_dense_and_say_so():
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, valid=(11, 19), batch=2)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, strict=False)
+    torch.testing.assert_close(run(transformer, inputs), true)
+    assert dict(processor.report.fallbacks) == {"prompts of different lengths in one batch": 2}
+    sparse(transformer)
+    with pytest.raises(FallbackError, match="different lengths"):
+        run(transformer, inputs)
+
+
+def test_a_first_frame_by_tokens_keeps_the_models_order():
+    transformer = tiny_hunyuan_video_transformer(image_condition_type="token_replace")
+    inputs = tiny_hunyuan_video_inputs(transformer, valid=11)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order="tiles")
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert list(processor.report.token_orders) == ["raster: the first frame's tokens are modulated by their place"]
+
+
+def test_a_batch_row_is_the_same_in_other_company():
+    transformer = tiny_hunyuan_video_transformer()
+    sparse(transformer, keep=0.3)
+    pair, other = (tiny_hunyuan_video_inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
+    mixed = {k: torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
+    first, second = run(transformer, pair), run(transformer, mixed)
+    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
+    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
+
+
+def test_facts_and_attentions():
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, valid=(11, 19), batch=2)
+    facts = hunyuan_video.read(transformer, inputs)
+    assert facts.grid == (3, 5, 7) and facts.timestep == 500 and facts.text == 19
+    assert facts.text_valid == (11, 19) and not facts.text_first
+    assert facts.condition is inputs["encoder_hidden_states"] and find_adapter(transformer) is hunyuan_video
+    with pytest.raises(LayoutError, match="at least one patch"):
+        hunyuan_video.read(transformer, {**inputs, "hidden_states": torch.zeros(1, 4, 3, 1, 8)})
+    paths = dict(hunyuan_video.self_attentions(transformer))
+    assert paths == {"transformer_blocks.0.attn": 0, "single_transformer_blocks.0.attn": 1}
+    assert any("token_refiner" in path for path in transformer.attn_processors), "which stays stock"
