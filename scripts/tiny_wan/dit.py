@@ -43,6 +43,7 @@ WEIGHT_DECAY = 0.01
 READ_AFTER = 4  # the block whose output says what each token shows
 READING_WEIGHT = 0.03  # and that of reading captions; none where a run goes on from a model whose heads are not there
 MUON_RATE = 2.0  # times the rate of AdamW
+GIVEN_TIME, DIVERGED = 300, 4.0  # from this step on, a loss so many times the least one ends a run
 OBJECT_WEIGHT = 4.0  # extra weight of latents that show an object, fading out towards pure noise
 
 
@@ -110,7 +111,7 @@ def train_dit(options: DitOptions) -> None:
     torch.manual_seed(options.seed * 1000 + rank + 1)
     learner = _Learner(student, readers, tap, options, world)
     order = random.Random(options.seed)  # the same kinds of batches in the same order on every rank
-    history, losses, step, progress, saved = [], [[] for _ in pools], 0, 0.0, time.time()
+    history, losses, step, progress, saved, best = [], [[] for _ in pools], 0, 0.0, time.time(), math.inf
     with attention:
         while progress < 1:
             kind = order.choices(range(len(pools)), [mix.share for mix in options.mix])[0]
@@ -126,6 +127,13 @@ def train_dit(options: DitOptions) -> None:
                 losses = [[] for _ in pools]
                 seconds = round(time.time() - started, 1)
                 history.append({"step": step, "seconds": seconds, "loss": [m[0] for m in means]})
+                now = _agree(sum(m[0] or 0.0 for m in means), device)
+                best = min(best, now)
+                if step >= GIVEN_TIME and now > DIVERGED * best:
+                    raise SystemExit(
+                        f"the run diverges: by step {step} the loss has risen from {best:.3f} to {now:.3f}. Give a "
+                        "smaller --rate, or larger batches in --mix."
+                    )
                 if rank == 0:
                     told = ", ".join(f"{m[0]:.4f} ({m[1]:.2f} {m[2]:.3f})" if m[0] else "-" for m in means)
                     print(f"dit step {step} {seconds} s, loss (reading tokens, words): {told}", flush=True)
