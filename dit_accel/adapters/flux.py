@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.adapters.joint import joint_attentions, order_tokens, restore_tokens
 from dit_accel.errors import LayoutError
 from dit_accel.layout import TokenLayout
 from dit_accel.trajectory import Facts
@@ -24,14 +25,8 @@ TRAIN_TIMESTEPS = 1000  # the pipelines divide the scheduler's timesteps by it
 # classes that pass the permutation test of tests/adapters
 _REORDERED = ("FluxTransformer2DModel",)
 
+self_attentions = joint_attentions
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
-
-
-def self_attentions(transformer: nn.Module) -> list[tuple[str, int]]:
-    """Module path and layer of every attention, dual blocks first."""
-    paths = [f"transformer_blocks.{i}.attn" for i in range(len(transformer.transformer_blocks))]
-    paths += [f"single_transformer_blocks.{i}.attn" for i in range(len(transformer.single_transformer_blocks))]
-    return [(path, layer) for layer, path in enumerate(paths)]
 
 
 def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
@@ -76,20 +71,12 @@ def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
 def order_hooks(transformer: nn.Module) -> list[OrderHook]:
     """Modules whose output carries tokens into the block loop or out of it, and how to reorder it."""
     return [
-        (transformer.x_embedder, _order_tokens),
+        (transformer.x_embedder, order_tokens),
         (transformer.pos_embed, _order_rotary),
-        (transformer.proj_out, _restore),
+        (transformer.proj_out, restore_tokens),
     ]
-
-
-def _order_tokens(output: Tensor, layout: TokenLayout) -> Tensor:
-    return layout.apply(output, 1)  # [B, N, C]
 
 
 def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
     text = output[0].shape[0] - layout.n_video_tokens  # each [L + N, D], the text's rows first
     return tuple(torch.cat([table[:text], layout.apply(table[text:], 0)]) for table in output)
-
-
-def _restore(output: Tensor, layout: TokenLayout) -> Tensor:
-    return layout.undo(output, 1)  # [B, N, patch]

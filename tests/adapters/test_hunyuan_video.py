@@ -2,41 +2,14 @@
 
 import pytest
 import torch
+from joint_models import FULL, ORDERS, run, sparse
 
-from dit_accel import SparseProcessor
 from dit_accel.adapters import find_adapter, hunyuan_video
 from dit_accel.errors import FallbackError, LayoutError
-from dit_accel.methods import load_method
 from dit_accel.testing import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 
-ORDERS = ("raster", "tiles", "packed", "gilbert")
-# everything, through each method that says how to read it
-FULL = {
-    "pooled": {"keep": 1.0},
-    "rectified": {"keep": 1.0},
-    "sparge": {"keep": 1.0},
-    "lite": {"threshold": -1e4},
-    "svg1": {"keep": 1.0},
-    "svg2": {"keep": 1.0},
-    "nabla": {"top_p": 1.0, "keep": 1.0},
-    "neighborhood": {"window": [1.0, 1.0, 1.0]},
-    "clear": {"radius": 100},
-    "radial": {"decay_factor": 100, "vote": 0},
-}
 # every configuration that may be reordered
 REORDERED = {"t2v": {}, "no guidance": {"guidance_embeds": False}, "latents beside": {"in_channels": 9}}
-
-
-def run(transformer, inputs):
-    with torch.no_grad():
-        return transformer(**inputs, return_dict=False)[0]
-
-
-def sparse(transformer, method="pooled", **options):
-    options = {"block": 16, "min_tokens": 0, "strict": True, **options}
-    made = load_method(method, **FULL[method]) if "keep" not in options else method
-    transformer.set_attn_processor(SparseProcessor(transformer, made, **options))
-    return transformer.transformer_blocks[0].attn.processor
 
 
 @pytest.mark.parametrize("order", ORDERS)
