@@ -6,8 +6,8 @@
 #     bash scripts/compare_on_gpus.sh presets/models/tiny-wan out 280 default --prompts 16 --batch 16 --methods all
 #
 # No variant is begun that would end after SECONDS. Shards share the processor's cores: each gets its part, or small
-# operations of one would keep the others waiting. Measured on H100s, with 16 prompts: a variant of 33,792 tokens takes
-# about 25 s of a GPU, one of 4,352 tokens 5 s, and a shard 50 s or 30 s until it begins. Runs that differ in methods or
+# operations of one would keep the others waiting. To plan with, on an H100 and 16 prompts: a variant of 33,792 tokens takes
+# about 25 s of a GPU, one of 4,352 tokens 5 s, and a shard 50 s or 30 s until it begins (estimates, in no record). Runs that differ in methods or
 # keeps alone can be merged: python scripts/bench_methods.py --merge OUT/*/record-*.json --out OUT
 set -uo pipefail
 [ $# -ge 4 ] || { sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
