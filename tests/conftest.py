@@ -18,6 +18,14 @@ Cli = Callable[..., subprocess.CompletedProcess]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    """A test that draws tensors draws the same ones in every run, alone or among others."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many small operations: torch's threads would wait for one another at each, longest on a busy machine."""
