@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters import find_adapter
+from dit_accel.adapters import dispatch, find_adapter
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import FallbackError, UsageError
@@ -98,8 +98,10 @@ class Engine:
     def _wire(self, transformer: nn.Module, layers: dict[str, int]) -> None:
         attentions = {path: m for path, m in transformer.named_modules() if hasattr(m, "get_processor")}
         stocks = {path: _stock_of(path, attn) for path, attn in attentions.items()}
+        dispatching = getattr(self.adapter, "dispatching", dispatch.dispatching)
+        inner = {path: dispatching(stocks[path]) for path in layers}
         for path in layers:
-            if not hasattr(stocks[path], "_attention_backend"):
+            if inner[path] is None:
                 raise UsageError(
                     f"{path} has a {type(stocks[path]).__name__}, which does not use diffusers' attention "
                     "dispatcher. Set the stock processors again before making the attention sparse."
@@ -110,7 +112,7 @@ class Engine:
         self._paths, self._attentions = list(attentions), None
         self.seats: list[Seat] = []
         for path, attn in attentions.items():
-            attn._dit_accel = Seat(self, stocks[path], layers.get(path))
+            attn._dit_accel = Seat(self, stocks[path], layers.get(path), inner.get(path))
             self.seats.append(attn._dit_accel)
         self._handles = [
             transformer.register_forward_pre_hook(Enter(self), with_kwargs=True),

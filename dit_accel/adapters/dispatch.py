@@ -41,15 +41,17 @@ class Seat:
         owner: attends for this seat (an `Engine`).
         stock: the processor that was there before us; never changed.
         layer: which self-attention this is, or None if it is not one (the stock processor then runs).
+        inner: for a self-attention, a processor like the stock one whose calls go through diffusers' dispatcher; it
+            becomes this seat's own.
     """
 
-    def __init__(self, owner: Any, stock: Any, layer: int | None) -> None:
+    def __init__(self, owner: Any, stock: Any, layer: int | None, inner: Any = None) -> None:
         self.owner, self.stock, self.layer = owner, stock, layer
         self.accepts = frozenset(inspect.signature(stock.__call__).parameters)
-        # The processor that runs: for a self-attention a copy of the stock one with our function in its slot.
+        # The processor that runs: for a self-attention the one with our function in its slot.
         self.inner = stock
         if layer is not None:
-            self.inner = copy.copy(stock)
+            self.inner = inner
             self.inner._attention_backend = slot()
             self.inner._parallel_config = self
         # A tensor, because torch.compile would make one graph per layer out of Python numbers. Always on the
@@ -62,7 +64,7 @@ class Seat:
             query,
             key,
             value,
-            backend=getattr(self.stock, "_attention_backend", None),
+            backend=self._chosen(),
             parallel_config=getattr(self.stock, "_parallel_config", None),
             **call,
         )
@@ -70,12 +72,18 @@ class Seat:
     @property
     def backend(self) -> str:
         """The name of the backend by which `dense` runs."""
-        chosen = _host_backend(getattr(self.stock, "_attention_backend", None))
+        chosen = _host_backend(self._chosen())
         return str(getattr(chosen, "value", chosen))
+
+    def _chosen(self) -> Any:
+        # A stock processor without the attribute calls torch's own attention, whatever was chosen for the process.
+        return getattr(self.stock, "_attention_backend", host.AttentionBackendName.NATIVE)
 
     def __deepcopy__(self, memo: dict) -> Seat:
         new = memo[id(self)] = object.__new__(type(self))
-        new.__init__(copy.deepcopy(self.owner, memo), copy.deepcopy(self.stock, memo), self.layer)
+        stock = copy.deepcopy(self.stock, memo)
+        inner = None if self.layer is None else copy.copy(self.inner)
+        new.__init__(copy.deepcopy(self.owner, memo), stock, self.layer, inner)
         return new
 
 
@@ -105,6 +113,11 @@ def slot() -> host.AttentionBackendName:
     member._name_, member._value_ = NAME.upper(), NAME
     registry.register(member)(_function_for(_Entry()))
     return member
+
+
+def dispatching(stock: Any) -> Any | None:
+    """A copy of a stock processor that goes through diffusers' dispatcher; None for one that does not."""
+    return copy.copy(stock) if hasattr(stock, "_attention_backend") else None
 
 
 def dense(
