@@ -1,0 +1,76 @@
+"""Tiny FLUX.1 models: one dual and two single blocks, two heads of 16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tiny_flux_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
+    """A `FluxTransformer2DModel` of one dual and two single blocks, two heads of 16.
+
+    Args:
+        seed: of its random weights; the global generator is left as it was.
+        config: any of the class's arguments.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    own: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FluxTransformer2DModel(**{**own, **config}).eval().requires_grad_(False)
+
+
+def tiny_flux_inputs(
+    transformer: nn.Module, grid: tuple[int, int] = (9, 11), *, text: int = 19, batch: int = 1, seed: int = 0
+) -> dict[str, Any]:
+    """Arguments for one forward of such a transformer: rows and columns of image tokens, and so many of text."""
+    generator = torch.Generator().manual_seed(seed)
+    config = transformer.config
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in grid))
+    inputs: dict[str, Any] = {
+        "hidden_states": randn(batch, len(places), config.in_channels),
+        "encoder_hidden_states": randn(batch, text, config.joint_attention_dim),
+        "pooled_projections": randn(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": places,
+        "txt_ids": torch.zeros(text, 3),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 3.5)
+    return inputs
+
+
+def tiny_flux_pipeline(*, seed: int = 0) -> Any:
+    """A `FluxPipeline` without text encoders: call it with `prompt_embeds` and `pooled_prompt_embeds`.
+
+    Its autoencoder does not compress, so an image of 18 x 22 pixels is 9 x 11 tokens.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1, scaling_factor=1.5,
+            use_quant_conv=False, use_post_quant_conv=False,
+        ).eval()  # fmt: skip
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FluxPipeline(scheduler, vae, transformer=tiny_flux_transformer(seed=seed + 1), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,73 @@
+"""Tiny HunyuanVideo models: one dual and one single block, two heads of 16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tiny_hunyuan_video_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
+    """A `HunyuanVideoTransformer3DModel` of one dual and one single block, two heads of 16.
+
+    Args:
+        seed: of its random weights; the global generator is left as it was.
+        config: any of the class's arguments.
+    """
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    own: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": 24,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HunyuanVideoTransformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+
+
+def tiny_hunyuan_video_inputs(
+    transformer: nn.Module,
+    grid: tuple[int, int, int] = (3, 5, 7),
+    *,
+    text: int = 19,
+    valid: int | tuple[int, ...] | None = None,
+    batch: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments for one forward of such a transformer on a grid of so many tokens.
+
+    Args:
+        text: text tokens.
+        valid: how many of them are no padding, for all batch rows or each; None: all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = transformer.config
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    sizes = [tokens * edge for tokens, edge in zip(grid, patch, strict=True)]
+    lengths = torch.as_tensor(text if valid is None else valid).expand(batch)
+    inputs: dict[str, Any] = {
+        "hidden_states": randn(batch, config.in_channels, *sizes),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": randn(batch, text, config.text_embed_dim),
+        "encoder_attention_mask": (torch.arange(text) < lengths[:, None]).long(),
+        "pooled_projections": randn(batch, config.pooled_projection_dim),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 6000.0)
+    return inputs
