@@ -80,7 +80,6 @@ class Engine:
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
         self.padding: int | None = None  # tokens at the end that a mask keeps out; None: calls have no mask
-        self.text_ahead = 0  # text tokens that the model has before the others; a layout has them behind
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._layouts: dict[tuple, TokenLayout] = {}
@@ -189,8 +188,7 @@ class Engine:
                 why_raster = self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
             text = facts.text if facts.text_valid is None else facts.text_valid[0]
-            self.layout = self._layout_for(facts.grid, order, hidden.device, text)
-            self.text_ahead = text if facts.text_first else 0
+            self.layout = self._layout_for(facts.grid, order, hidden.device, text, facts.text_first)
             self.padding = None if facts.text_valid is None else facts.text - text
             self.order = None if order == "raster" else self.layout
             self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
@@ -243,15 +241,15 @@ class Engine:
         return None
 
     def _layout_for(
-        self, grid: tuple[int, int, int], order: str, device: torch.device, text: int
+        self, grid: tuple[int, int, int], order: str, device: torch.device, text: int, text_first: bool
     ) -> TokenLayout:
-        key = (grid, order, device, text)
+        key = (grid, order, device, text, text_first)
         if key not in self._layouts:
             if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
                 self._layouts.clear()
             tile = self.arrangement.tile if order == "tiles" else None
-            made = build_layout(grid, order, self.arrangement.block, device, tile=tile, text=text)
-            self._layouts[key] = made
+            options = dict(tile=tile, text=text, text_first=text_first)
+            self._layouts[key] = build_layout(grid, order, self.arrangement.block, device, **options)
         return self._layouts[key]
 
     # -- one attention
@@ -278,9 +276,10 @@ class Engine:
         now = self.call.at(seat.layer)
         layout = self.layout
         if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
-            layout = self._layout_for(layout.grid, layout.order, query.device, layout.text)
-        ahead, padding = self.text_ahead, self.padding or 0
-        query, key, value = (_text_behind(x[:, : layout.n_tokens], ahead) for x in (query, key, value))
+            text = layout.text, layout.text_first
+            layout = self._layout_for(layout.grid, layout.order, query.device, *text)
+        padding = self.padding or 0
+        query, key, value = (x[:, : layout.n_tokens] for x in (query, key, value))
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
             self.observer(now, layout, query, key, value, plan)
@@ -289,7 +288,7 @@ class Engine:
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
-        out = _text_behind(out.transpose(1, 2), layout.n_tokens - ahead if ahead else 0)
+        out = out.transpose(1, 2)
         # Padding attends to nothing, and nothing attends to it.
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
@@ -415,8 +414,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once = {}, set(), False
-        new.text_ahead, new.padding = 0, None
-        new._configs, new._full = dict(self._configs), None
+        new.padding, new._configs, new._full = None, dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)
         new.planner = copy.deepcopy(self.planner, memo)
@@ -427,11 +425,6 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.role}, {self.method!r}, {len(self.seats)} attentions, {self.planner!r})"
-
-
-def _text_behind(x: Tensor, ahead: int) -> Tensor:
-    """`[B, S, H, D]` with its first tokens at its end."""
-    return torch.cat([x[:, ahead:], x[:, :ahead]], dim=1) if ahead else x
 
 
 def _arrange(method: Method, options: SparseOptions) -> Arrangement:

@@ -8,7 +8,8 @@ price of borders with a step in them: GPU kernels compute whole blocks, so what 
 1.7 times the work (33x32x32 tokens: 343 tiles, or 264 packed blocks). `gilbert` walks the grid along a generalised
 Hilbert curve and cuts the walk every `block` tokens.
 
-Text tokens of joint attention stand behind the video's, in blocks of their own, in the order they came in.
+Text tokens of joint attention stand behind the video's or before them, as the model has them, in blocks of their own
+and in the order they came in.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class TokenLayout:
     backward: Tensor | None  # int64 [S], position of each raster token
     max_block: int  # tokens of the largest block
     even: bool  # every block but the last holds that many
-    text: int = 0  # text tokens behind the video's, in blocks of their own
+    text: int = 0  # text tokens, in blocks of their own
+    text_first: bool = False  # whether they stand before the video's
     memo: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what methods derive from it alone
 
     @property
@@ -53,21 +55,43 @@ class TokenLayout:
         return self.n_video_tokens + self.text
 
     @property
-    def n_video_blocks(self) -> int:
-        return self.n_blocks - math.ceil(self.text / self.block)
-
-    @property
     def n_blocks(self) -> int:
         return self.sizes.shape[0]
 
     @property
-    def segments(self) -> tuple[tuple[str, int, int], ...]:
-        """Kinds of tokens as (name, first, after the last)."""
-        video = ("video", 0, self.n_video_tokens)
-        return (video, ("text", self.n_video_tokens, self.n_tokens)) if self.text else (video,)
+    def n_text_blocks(self) -> int:
+        return math.ceil(self.text / self.block)
+
+    @property
+    def n_video_blocks(self) -> int:
+        return self.n_blocks - self.n_text_blocks
+
+    @property
+    def video_tokens(self) -> slice:
+        """Where the video stands among the tokens."""
+        first = self.text if self.text_first else 0
+        return slice(first, first + self.n_video_tokens)
+
+    @property
+    def text_tokens(self) -> slice:
+        """Where the text stands among the tokens; an empty run where there is none."""
+        first = 0 if self.text_first else self.n_video_tokens
+        return slice(first, first + self.text)
+
+    @property
+    def video_blocks(self) -> slice:
+        """Which blocks hold video."""
+        first = self.n_text_blocks if self.text_first else 0
+        return slice(first, first + self.n_video_blocks)
+
+    @property
+    def text_blocks(self) -> slice:
+        """Which blocks hold text; an empty run where there is none."""
+        first = 0 if self.text_first else self.n_video_blocks
+        return slice(first, first + self.n_text_blocks)
 
     def coordinates(self) -> Tensor:
-        """Frame, row and column of the video token at each position, int64 `[n_video_tokens, 3]`."""
+        """Frame, row and column of each video token in turn, int64 `[n_video_tokens, 3]`."""
         raster = torch.arange(self.n_video_tokens, device=self.starts.device)
         order = raster if self.forward is None else self.forward
         return torch.stack(torch.unravel_index(order, self.grid), dim=-1)
@@ -94,6 +118,7 @@ def build_layout(
     *,
     tile: Grid | None = None,
     text: int = 0,
+    text_first: bool = False,
 ) -> TokenLayout:
     """Lay out `grid` in the given order.
 
@@ -103,7 +128,8 @@ def build_layout(
         block: most tokens in one block.
         device: where the index tensors live.
         tile: with order "tiles", exact edges of a tile; None chooses edges that waste little.
-        text: text tokens behind the video's.
+        text: text tokens.
+        text_first: whether they stand before the video's; else behind.
 
     Raises:
         LayoutError: an empty grid or block, or a tile that is larger than a block or not for this order.
@@ -132,7 +158,7 @@ def build_layout(
             parts = _runs(grid, block, forward)
         case "gilbert":
             parts = _runs(grid, block, _gilbert(grid))
-    return _layout(grid, order, block, parts, text, torch.device(device))
+    return _layout(grid, order, block, parts, (text, text_first), torch.device(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,14 +353,18 @@ def _even_starts(tokens: int, block: int) -> Tensor:
 
 
 def _layout(
-    grid: Grid, order: str, block: int, parts: _Parts, text: int, device: torch.device
+    grid: Grid, order: str, block: int, parts: _Parts, text: tuple[int, bool], device: torch.device
 ) -> TokenLayout:
     starts, near, first_frame, forward = parts.starts, parts.near, parts.first_frame, parts.forward
-    if text:
-        starts = torch.cat([starts[:-1], starts[-1] + _even_starts(text, block)])
+    if text[0]:
+        one, other = starts, _even_starts(text[0], block)
+        if text[1]:
+            one, other = other, one
+        starts = torch.cat([one[:-1], one[-1] + other])
         more = len(starts) - 1 - len(near)
-        near = torch.nn.functional.pad(near, (0, more, 0, more))
-        first_frame = torch.nn.functional.pad(first_frame, (0, more))
+        sides = (more, 0) if text[1] else (0, more)
+        near = torch.nn.functional.pad(near, sides * 2)
+        first_frame = torch.nn.functional.pad(first_frame, sides)
     sizes = starts.diff()
     backward = None
     if forward is not None:
@@ -352,5 +382,6 @@ def _layout(
         backward=None if backward is None else backward.to(device),
         max_block=int(sizes.max()),
         even=bool((sizes[:-1] == sizes.max()).all()),
-        text=text,
+        text=text[0],
+        text_first=text[1],
     )

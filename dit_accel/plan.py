@@ -77,6 +77,7 @@ class BlockPlan:
     # int32 [B|1, H|1, S], which token stands at each position that the offsets count; None: as they come
     q_order: Tensor | None = None
     k_order: Tensor | None = None
+    longest_first: bool = False  # the query blocks that read most (text) are the first, not the last: begin with them
 
     def __post_init__(self) -> None:
         fields = {name: getattr(self, name) for name in ("counts", "indices", "q_starts", "k_starts")}

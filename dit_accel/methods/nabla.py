@@ -79,7 +79,7 @@ class Method:
         # A block's share is that of all its tokens: the fewest blocks are those of the largest shares.
         scores = mean_scores(query, key_means, layout) + layout.sizes.to(query.device).log()
         shares = torch.zeros_like(scores)
-        shares[..., : layout.n_video_blocks] = scores[..., : layout.n_video_blocks].softmax(-1)
+        shares[..., layout.video_blocks] = scores[..., layout.video_blocks].softmax(-1)
         forced = forced_blocks(layout, None, False)
         chosen = choose_blocks(
             scores,
@@ -87,7 +87,7 @@ class Method:
             self.keep,
             self.top_p,
             shares,
-            text_blocks=layout.n_blocks - layout.n_video_blocks,
+            text_blocks=layout.n_text_blocks,
         )
         plan = plan_of(*chosen, layout, key_means)
         if self.window is None:
@@ -107,6 +107,6 @@ class Method:
             reach = place.new_tensor([edge // 2 for edge in self.window])
             near = layout.near.new_zeros(layout.n_blocks, layout.n_blocks)
             within = ((place[:, None] - place).abs() <= reach).all(-1)
-            near[: len(place), : len(place)] = within.to(near.device)
+            near[layout.video_blocks, layout.video_blocks] = within.to(near.device)
             layout.memo[name] = near
         return layout.memo[name]

@@ -65,6 +65,5 @@ class Method:
         if self.top_p is not None:
             shares = expected_attention(scores, layout, text_scores(query_means, key, layout))
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
-        text = layout.n_blocks - layout.n_video_blocks
-        chosen = choose_blocks(scores, forced, self.keep, self.top_p, shares, text_blocks=text)
+        chosen = choose_blocks(scores, forced, self.keep, self.top_p, shares, text_blocks=layout.n_text_blocks)
         return plan_of(*chosen, layout, key_means)

@@ -88,7 +88,8 @@ class Method:
         from dit_accel.methods.parts.windows import pairs_with
 
         frames, per_frame = layout.grid[0], layout.grid[1] * layout.grid[2]
-        starts = layout.starts.view(-1)[: layout.n_video_blocks + 1].long().cpu()
+        blocks, text = layout.video_blocks, layout.video_tokens.start
+        starts = layout.starts.view(-1)[blocks.start : blocks.stop + 1].long().cpu() - text
         cuts = torch.cat([starts, torch.arange(frames) * per_frame]).unique()
         first, after = cuts[:-1], cuts[1:]
         frame = first // per_frame

@@ -35,8 +35,8 @@ class Method:
         generator = torch.Generator().manual_seed(int.from_bytes(_digest(place), "little"))
         scores = torch.rand(1, query.shape[2], layout.n_blocks, layout.n_blocks, generator=generator)
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
-        text = layout.n_blocks - layout.n_video_blocks
-        return plan_of(*choose_blocks(scores.to(query.device), forced, self.keep, text_blocks=text), layout)
+        scores = scores.to(query.device)
+        return plan_of(*choose_blocks(scores, forced, self.keep, text_blocks=layout.n_text_blocks), layout)
 
 
 def _digest(text: str) -> bytes:

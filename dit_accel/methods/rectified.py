@@ -82,8 +82,7 @@ class Method:
         logits = attention_logits(scores, layout, text_scores(query_means, key, layout))
         forced = forced_blocks(layout, self.neighbours, self.first_frame, self.anchor)
         by_mass = None if self.top_p is None else logits.softmax(-1)
-        text = layout.n_blocks - layout.n_video_blocks
-        chosen = choose_blocks(scores, forced, self.keep, self.top_p, by_mass, text_blocks=text)
+        chosen = choose_blocks(scores, forced, self.keep, self.top_p, by_mass, text_blocks=layout.n_text_blocks)
         plan = plan_of(*chosen, layout, key_means)
         pooled = (logits, query, key, query_means, key_means, layout)
         return with_compensation(plan, self.compensation, self.mass, *pooled)

@@ -45,7 +45,7 @@ class Method:
     )
     similarity: float = 0.1  # blocks of a mean cosine up to this are not pooled; -1 pools all
     neighbours: int | None = 0  # also read blocks so near; 0 is the own block, none forces nothing
-    sink: bool = False  # also read the first block
+    sink: bool = False  # also read the first block of the video
     # The second stage, in powers of two: -10 leaves out tiles of weights below a thousandth; none leaves out nothing.
     pv_threshold: float | None = None
 
@@ -85,7 +85,6 @@ class Method:
         Returns:
             A plan of its own for every batch row and head.
         """
-        import torch
 
         from dit_accel.methods.parts.budget import choose_blocks
         from dit_accel.methods.parts.force import forced_blocks
@@ -110,7 +109,7 @@ class Method:
         )
         scores = scores.masked_fill(mixed_keys | mixed_queries, _ALWAYS)
         if self.sink:
-            scores = torch.cat([torch.full_like(scores[..., :1], _ALWAYS), scores[..., 1:]], dim=-1)
+            scores[..., layout.video_blocks.start] = _ALWAYS
         forced = forced_blocks(layout, self.neighbours, False)
         top_p = self.top_p
         if self.l1 is not None:
@@ -120,6 +119,6 @@ class Method:
             # One budget for all heads, of shares that are larger for those that need less.
             shares, top_p = shares / tuned["top_p"][:, :, None, None], 1.0
         by_mass = None if top_p is None else shares
-        text = layout.n_blocks - layout.n_video_blocks
-        chosen = choose_blocks(scores, forced, self.keep, top_p, by_mass, above=_ALWAYS, text_blocks=text)
+        budget = dict(above=_ALWAYS, text_blocks=layout.n_text_blocks)
+        chosen = choose_blocks(scores, forced, self.keep, top_p, by_mass, **budget)
         return plan_of(*chosen, layout, key_means)

@@ -93,7 +93,7 @@ class Method:
 
         from dit_accel.methods.parts.cluster import spread_tokens
 
-        sampled = spread_tokens(layout.n_video_tokens, len(gain), query.device)
+        sampled = layout.video_tokens.start + spread_tokens(layout.n_video_tokens, len(gain), query.device)
         rows = query.index_select(1, sampled).transpose(1, 2) * query.shape[3] ** -0.5
         keys = key.transpose(1, 2)
         gain = gain.to(query.device, torch.float32)
@@ -128,6 +128,7 @@ class Method:
         from dit_accel.methods.parts.runs import with_text
 
         sampled = spread_tokens(layout.n_video_tokens, self.rows, layout.starts.device)
+        sampled = sampled + layout.video_tokens.start
         stacks: tuple[list[Tensor], ...] = ([], [], [], [])
         reads = []
         for kind in KINDS:

@@ -107,9 +107,10 @@ class Method:
         )
 
         before = Centroids() if state is None else state
-        tokens = layout.n_video_tokens
-        queries = self._cluster(query[:, :tokens], before.query, self.q_clusters or round(1.1 * tokens**0.5))
-        keys = self._cluster(key[:, :tokens], before.key, self.k_clusters or round(3.64 * tokens**0.5))
+        root = layout.n_video_tokens**0.5
+        videos = (x[:, layout.video_tokens] for x in (query, key))
+        queries = self._cluster(next(videos), before.query, self.q_clusters or round(1.1 * root))
+        keys = self._cluster(next(videos), before.key, self.k_clusters or round(3.64 * root))
         before.query, before.key = queries.means.to(query.dtype), keys.means.to(key.dtype)
 
         video, text = count_runs(layout)

@@ -64,7 +64,7 @@ class Recorder:
         recall = None
         if self.rows and (self.wanted is None or self.wanted(call)):
             # text queries read everything: they would only flatter
-            rows = sample_rows(layout.n_video_tokens, self.rows, query.device)
+            rows = layout.video_tokens.start + sample_rows(layout.n_video_tokens, self.rows, query.device)
             recall = tuple(attention_recall(query, key, plan, rows).mean((0, 2)).tolist())
         keep = keep_by_head(plan).mean(0).expand(heads)
         self.seen.append(

@@ -165,7 +165,7 @@ def _launch(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     drawn = torch.zeros(1, dtype=torch.int32, device=q.device)  # how many tiles the programs have drawn
     places = plan.n_q * pieces
-    tiles, ahead = batch * heads * places, min(AHEAD, places // 4)
+    tiles, ahead = batch * heads * places, min(AHEAD, places // 4) * (-1 if plan.longest_first else 1)
     programs = min(tiles if groups == 2 else -(-tiles // 2), processors)
     needed, threshold = lse, 0.0  # not read
     if feedback is not None:

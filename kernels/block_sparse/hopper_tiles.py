@@ -87,12 +87,16 @@ def find_tile(tile, places, heads, n_heads, ahead):
     """Place within its head, head and batch row of a tile.
 
     First the last places, `ahead` of them, of all heads: text that reads everything stands there, and a tile that
-    takes long must not begin last. Then heads one after another, so that the keys of few are in use at a time.
+    takes long must not begin last. Then heads one after another, so that the keys of few are in use at a time. Where
+    text stands first `ahead` is negative, and places count from the other end.
     """
+    turned = ahead < 0
+    ahead = gl.where(turned, -ahead, ahead)
     first = tile < ahead * n_heads
     tile = gl.where(first, tile, tile - ahead * n_heads)
     rest = places - ahead
     place = gl.where(first, places - 1 - tile // n_heads, rest - 1 - tile % rest)
+    place = gl.where(turned, places - 1 - place, place)
     i_bh = gl.where(first, tile % n_heads, tile // rest)
     return place, i_bh % heads, i_bh // heads
 

@@ -57,8 +57,8 @@ def test_text_reads_all_and_is_read_by_all(method):
     assert [call.layer for call, _, _ in seen] == [0, 1, 2]
     for call, layout, mask in seen:
         assert call.segments == (("text", 0, 19), ("video", 19, 118)) and layout.text == 19
-        assert mask[..., 99:].all() and mask[..., 99:, :].all(), "behind the image, in the layout's order"
-        assert 0.1 < mask[..., :99, :99].float().mean() < 0.8
+        assert layout.text_first and mask[..., :19].all() and mask[..., :19, :].all()
+        assert 0.1 < mask[..., 19:, 19:].float().mean() < 0.8
 
 
 def test_a_batch_row_is_the_same_in_other_company():

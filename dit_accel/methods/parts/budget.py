@@ -38,7 +38,7 @@ def choose_blocks(
         top_p: read the first blocks that together reach this much of `shares`.
         shares: fp32 like scores, the attention each key block is expected to take; `top_p` needs it.
         above: also read every block of at least this score.
-        text_blocks: how many of the key blocks, the last ones, hold text; they are read beside the budget.
+        text_blocks: how many of the key blocks hold text; they are read beside the budget.
 
     Returns:
         counts int32 `[B, H, Nq]` and indices int32 `[B, H, Nq, M]`, ascending up to the count; what stands

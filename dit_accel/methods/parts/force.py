@@ -48,6 +48,6 @@ def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool, ancho
     if anchor:
         forced |= layout.first_frame[None] & layout.first_frame[:, None]
     if layout.text:
-        forced[layout.n_video_blocks :] = True
-        forced[:, layout.n_video_blocks :] = True
+        forced[layout.text_blocks] = True
+        forced[:, layout.text_blocks] = True
     return forced

@@ -29,6 +29,7 @@ def plan_of(
         even_k=layout.even,
         even_q=layout.even,
         key_means=key_means,
+        longest_first=layout.text_first,
     )
 
 

@@ -1,8 +1,8 @@
 """Runs: plans over tokens that a method puts in orders of its own, cut every `block` tokens.
 
-Whatever the layout's order and blocks are, the video's tokens are cut into runs of `layout.block` and the text behind
-them into runs of its own: blocks of one size are what every executor takes and wastes least of. Queries may also be cut
-where clusters of them begin.
+Whatever the layout's order and blocks are, the video's tokens come first and are cut into runs of `layout.block`, the
+text's behind them into runs of their own: blocks of one size are what every executor takes and wastes least of.
+Queries may also be cut where clusters of them begin.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ def run_sizes(layout: TokenLayout) -> Tensor:
 
 
 def with_text(order: Tensor, layout: TokenLayout) -> Tensor:
-    """An order of the video's tokens with the text's behind it as they came; int32 `[..., V]` to `[..., S]`."""
+    """An order of the video's tokens among themselves, as one of all tokens with the text's behind as they came.
+
+    int32 `[..., V]` to `[..., S]`.
+    """
     if not layout.text:
         return order
-    text = torch.arange(layout.n_video_tokens, layout.n_tokens, dtype=order.dtype, device=order.device)
-    return torch.cat([order, text.expand(*order.shape[:-1], -1)], dim=-1)
+    places = layout.text_tokens
+    text = torch.arange(places.start, places.stop, dtype=order.dtype, device=order.device)
+    return torch.cat([order + layout.video_tokens.start, text.expand(*order.shape[:-1], -1)], dim=-1)
 
 
 def cut_clusters(starts: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ def attention_logits(scores: Tensor, layout: TokenLayout, text: Tensor | None = 
     """
     logits = scores + layout.sizes.to(scores.device).log()
     if text is not None:
-        logits = torch.cat([logits[..., : layout.n_video_blocks], text], dim=-1)
+        video = logits[..., layout.video_blocks]
+        logits = torch.cat([text, video] if layout.text_first else [video, text], dim=-1)
     return logits
 
 
@@ -76,7 +77,7 @@ def text_scores(query_means: Tensor, key: Tensor, layout: TokenLayout) -> Tensor
     """
     if not layout.text:
         return None
-    keys = key[:, layout.n_video_tokens :].transpose(1, 2).to(query_means.dtype)
+    keys = key[:, layout.text_tokens].transpose(1, 2).to(query_means.dtype)
     logits = query_means @ keys.transpose(-1, -2) * query_means.shape[-1] ** -0.5
     return torch.stack([part.logsumexp(-1) for part in logits.split(layout.block, dim=-1)], dim=-1)
 

@@ -34,7 +34,7 @@ def fit_top_p(
     Source: SpargeAttn (arXiv:2502.18137, section 3.6) tunes each head to a relative L1 distance of outputs, which needs
     the values; this is the same of weights.
     """
-    rows = spread_tokens(layout.n_video_tokens, ROWS, query.device)
+    rows = layout.video_tokens.start + spread_tokens(layout.n_video_tokens, ROWS, query.device)
     ends = layout.starts[0, 0, 1:].to(query.device)
     block = torch.searchsorted(ends, rows.to(torch.int32), right=True)
     order = scores[:, :, block].argsort(dim=-1, descending=True, stable=True)

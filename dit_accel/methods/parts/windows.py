@@ -39,7 +39,7 @@ def block_boxes(layout: TokenLayout) -> Boxes:
     one box.
     """
     where = layout.coordinates().cpu()
-    sizes = layout.sizes[: layout.n_video_blocks].long().cpu()
+    sizes = layout.sizes[layout.video_blocks].long().cpu()
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     first = last = where
     for axis in (2, 1, 0):
@@ -135,7 +135,7 @@ def plan_once(
     names = [(*key, str(device), part) for part in ("counts", "indices")]
     if names[0] not in layout.memo:
         mask = torch.ones(layout.n_blocks, layout.n_blocks, dtype=torch.bool)
-        mask[: layout.n_video_blocks, : layout.n_video_blocks] = build()
+        mask[layout.video_blocks, layout.video_blocks] = build()
         starts = layout.starts.cpu()
         plan = BlockPlan.from_mask(mask[None, None], starts, starts)
         lists = plan.indices[..., : int(plan.counts.max())].contiguous()
