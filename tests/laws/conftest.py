@@ -1,125 +1,71 @@
-"""The table behind the laws: every method and every family has a row, and each law runs for all of them.
-
-A new method adds a line to `METHODS`, a new family one to `FAMILIES`.
-"""
+"""The table behind the laws: each runs for families and methods, of which each has a row in a file beside this one."""
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import dit_accel
-from dit_accel.methods import load_method
-from dit_accel.testing import tiny_wan_pipeline
+from dit_accel.adapters import find_adapter
 
-FRAMES, HEIGHT, WIDTH = (
-    9,
-    96,
-    112,
-)  # 3 x 6 x 7 = 126 tokens: an odd number of columns, 8 blocks of 16 and a tail
-
-
-@dataclass(frozen=True)
-class Remember:
-    """A method with memory, to catch state that leaks: half of each score is that of the step before."""
-
-    keep: float
-
-    def init_state(self, query: torch.Tensor, layout: Any) -> dict[str, Any]:
-        return {"scores": None, "owner": None}
-
-    def predict(self, query: torch.Tensor, key: torch.Tensor, layout: Any, call: Any, state: Any) -> Any:
-        from dit_accel.methods.parts.budget import choose_blocks
-        from dit_accel.methods.parts.plans import plan_of
-        from dit_accel.methods.parts.score import block_means, mean_scores
-
-        scores = mean_scores(query, block_means(key, layout), layout)
-        if state is not None:
-            owner = (call.run, call.role, call.branch, call.layer)
-            assert state["owner"] in (None, owner), (
-                "this state was made by another run, role, branch or layer"
-            )
-            state["owner"] = owner
-            if state["scores"] is not None:
-                scores = (scores + state["scores"]) / 2
-            state["scores"] = scores
-        return plan_of(*choose_blocks(scores, None, self.keep), layout)
-
-
-# `random` is a control: it draws anew for each branch name. At 1.0 each reads everything; below, about as much as the
-# number says.
-METHODS: dict[str, Callable[[float], Any]] = {
-    "pooled": lambda keep: load_method("pooled", keep=keep),
-    "remember": Remember,
-    "lite": lambda keep: load_method("lite", threshold=-1e4 if keep == 1 else -0.5),
-    "rectified": lambda keep: load_method("rectified", keep=keep, top_p=0.1, neighbours=None, anchor=False),
-    "sparge": lambda keep: load_method("sparge", keep=keep),
-    "sparge-l1": lambda keep: load_method("sparge", l1=0.4, keep=1.0 if keep == 1 else None),
-    "svg1": lambda keep: load_method("svg1", keep=keep),
-    "svg2": lambda keep: load_method("svg2", keep=keep),
-    "nabla": lambda keep: load_method("nabla", top_p=keep, keep=keep),
-    "radial": lambda keep: load_method("radial", **({"decay_factor": 100, "vote": 0} if keep == 1 else {})),
-    "neighborhood": lambda keep: load_method("neighborhood", window=[1.0 if keep == 1 else 0.6] * 3),
-    "clear": lambda keep: load_method("clear", radius=100 if keep == 1 else 3),
-}
-# On every family; the others on the first. What differs between families is the host, not the method.
-EVERYWHERE = ("pooled", "remember", "lite", "svg2")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A tiny pipeline and how to call it."""
-
-    make: Callable[[], Any]
-    inputs: Callable[[], dict[str, Any]]
-
-
-def _video() -> dict[str, Any]:
-    return {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
-
-
-def _image() -> dict[str, Any]:
-    gradient = torch.arange(HEIGHT * WIDTH * 3).remainder(251).to(torch.uint8).view(HEIGHT, WIDTH, 3)
-    return {**_video(), "image": Image.fromarray(gradient.numpy())}
-
-
-FAMILIES: dict[str, Family] = {
-    "wan-t2v": Family(tiny_wan_pipeline, _video),
-    "wan-i2v": Family(lambda: tiny_wan_pipeline(i2v=True), _image),
-    "wan-two-experts": Family(lambda: tiny_wan_pipeline(two_experts=True), _video),
-}
+sys.path.insert(0, str(Path(__file__).parent))
+from families import FAMILIES, MODELS, Family, Model, Request
+from methods_table import EVERYWHERE, METHODS
 
 
 @dataclass
 class Bench:
     """One family's pipeline, ready to be sampled again and again."""
 
+    family: Family
     pipe: Any
-    inputs: dict[str, Any]
+    kept: dict[Request, dict[str, Any]] = field(default_factory=dict)  # embeddings
 
-    def sample(self, *, batch: int = 1, guidance: bool = True, steps: int = 3, seed: int = 0, **call: Any):
-        """Latents `[batch, ...]` of a short run."""
-        arguments = {
-            "prompt": ["a red star moves left", "a small blue circle spins"][:batch],
-            "negative_prompt": ["blurry"] * batch,
-            "guidance_scale": 5.0 if guidance else 1.0,
+    def sample(
+        self,
+        *,
+        batch: int = 1,
+        guidance: bool = True,
+        other: bool = False,
+        steps: int = 3,
+        seed: int = 0,
+        embedded: bool = False,
+        **call: Any,
+    ) -> torch.Tensor:
+        """Latents `[batch, ...]` of a short run.
+
+        embedded: the prompts are the very same tensors at every call; else new ones.
+        """
+        request = Request(batch, guidance, other)
+        arguments = self.family.call(request)
+        if embedded or "prompt" not in arguments:
+            if not embedded or request not in self.kept:
+                self.kept[request] = self.family.embed(self.pipe, request)
+            arguments |= self.kept[request]
+        arguments |= {
             "num_inference_steps": steps,
             "generator": torch.Generator().manual_seed(seed),
             "output_type": "latent",
-            **self.inputs,
             **call,
         }
-        return self.pipe(**arguments).frames
+        return getattr(self.pipe(**arguments), self.family.output)
 
     def transformers(self) -> list[torch.nn.Module]:
-        return [
-            t for t in (self.pipe.transformer, getattr(self.pipe, "transformer_2", None)) if t is not None
-        ]
+        found = (getattr(self.pipe, name, None) for name in ("transformer", "transformer_2"))
+        return [transformer for transformer in found if transformer is not None]
+
+    def attentions(self) -> list[torch.nn.Module]:
+        """Self-attentions of the first transformer, in order of use."""
+        first = self.transformers()[0]
+        return [first.get_submodule(path) for path, _ in find_adapter(first).self_attentions(first)]
 
 
 @pytest.fixture(autouse=True)
@@ -128,21 +74,43 @@ def _one_thread(one_thread: None) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Rows of the table for a law: pairs of a family and a method, or either alone."""
-    families, methods = list(FAMILIES), list(METHODS)
-    if {"bench", "method"} <= set(metafunc.fixturenames):
-        pairs = [(f, m) for f in families for m in methods if f == families[0] or m in EVERYWHERE]
-        metafunc.parametrize(("bench", "method"), pairs, indirect=True)
-    elif "bench" in metafunc.fixturenames:
-        metafunc.parametrize("bench", families, indirect=True)
-    elif "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", methods, indirect=True)
+    """Rows of the table for a law: pairs of a family or a model and a method, or either alone."""
+    rows = {"bench": list(FAMILIES), "model": list(MODELS), "method": list(METHODS)}
+    asked = [name for name in rows if name in metafunc.fixturenames]
+    if "method" not in asked or len(asked) == 1:
+        for name in asked:
+            metafunc.parametrize(name, rows[name], indirect=True)
+        return
+    host = asked[0]
+    everything = metafunc.definition.get_closest_marker("every_pair") is not None
+    chosen = [
+        (row, method)
+        for row, method in itertools.product(rows[host], METHODS)
+        if everything or row == rows[host][0] or method in EVERYWHERE
+    ]
+    metafunc.parametrize((host, "method"), chosen, indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many cases each row of the table has been through."""
+    ids = [r.nodeid.partition("[")[2] for r in terminalreporter.stats.get("passed", []) if "tests/laws/" in r.nodeid]
+    rows = sorted((*FAMILIES, *MODELS), key=len, reverse=True)  # "wan-i2v" before "wan"
+    found = Counter(next((row for row in rows if name.startswith(f"{row}-")), "no family") for name in ids)
+    terminalreporter.write_line(
+        f"laws: {len(ids)} cases passed, {len(METHODS)} methods; "
+        + ", ".join(f"{row} {count}" for row, count in sorted(found.items()))
+    )
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Bench:
     family = FAMILIES[request.param]
-    return Bench(family.make(), family.inputs())
+    return Bench(family, family.make())
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Model:
+    return MODELS[request.param]
 
 
 @pytest.fixture

@@ -4,21 +4,18 @@ import pytest
 import torch
 
 from dit_accel import SparseProcessor
-from dit_accel.testing import tiny_wan_inputs, tiny_wan_transformer
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
-def test_a_branch_is_the_same_with_and_without_the_other(method, named):
+def test_a_branch_is_the_same_with_and_without_the_other(model, method, named):
     def run(branches):
-        transformer = tiny_wan_transformer()
+        transformer = model.make()
         transformer.set_attn_processor(SparseProcessor(transformer, method(0.4), block=16, min_tokens=0))
-        inputs = {
-            name: tiny_wan_inputs(transformer, (3, 5, 7), seed=seed) for seed, name in enumerate(("c", "u"))
-        }
+        inputs = {name: model.inputs(transformer, seed=seed) for seed, name in enumerate(("c", "u"))}
         outputs = []
-        for step, timestep in enumerate((900, 600, 300)):
+        for step, noise in enumerate((1.8, 1.2, 0.6)):  # of the half that these inputs are at
             for name in branches:
-                call = {**inputs[name], "timestep": torch.tensor([timestep]), "return_dict": False}
+                call = {**inputs[name], "timestep": inputs[name]["timestep"] * noise, "return_dict": False}
                 call["hidden_states"] = call["hidden_states"] * (1 + step)
                 with torch.no_grad():
                     if named:
@@ -67,12 +64,12 @@ def test_a_pipeline_that_names_no_branch(method, install):
     assert list(report.keep_per_step) == [0, 1]  # strength 0.7 leaves two of four steps
 
 
-def test_a_batch_row_is_the_same_in_other_company(method, relative):
-    transformer = tiny_wan_transformer()
+def test_a_batch_row_is_the_same_in_other_company(model, method, relative):
+    transformer = model.make()
     transformer.set_attn_processor(SparseProcessor(transformer, method(0.4), block=16, min_tokens=0))
-    pair = tiny_wan_inputs(transformer, (3, 5, 7), batch=2)
-    other = tiny_wan_inputs(transformer, (3, 5, 7), batch=2, seed=1)
-    mixed = {k: torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
+    pair, other = (model.inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
+    by_row = [name for name, x in pair.items() if isinstance(x, torch.Tensor) and len(x) == 2]
+    mixed = pair | {name: torch.cat([pair[name][:1], other[name][1:]]) for name in by_row}
     with torch.no_grad():
         first = transformer(**pair, return_dict=False)[0]
         second = transformer(**mixed, return_dict=False)[0]

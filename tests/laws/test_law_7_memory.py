@@ -3,13 +3,12 @@
 import torch
 
 from dit_accel import SparseProcessor
-from dit_accel.testing import peak_bytes, tiny_wan_inputs, tiny_wan_transformer
+from dit_accel.testing import peak_bytes
 
 
-def test_peak_memory(method):
-    transformer = tiny_wan_transformer(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024)
-    inputs = tiny_wan_inputs(transformer, (9, 16, 15))
-    tokens = 9 * 16 * 15
+def test_peak_memory(model, method):
+    transformer = model.make(**model.large)
+    inputs = model.inputs(transformer, **model.large_inputs)
 
     @torch.no_grad()
     def forward():
@@ -23,7 +22,7 @@ def test_peak_memory(method):
     sparse, largest = peak_bytes(forward)
     assert processor.report.dense_calls == 0
     assert sparse <= (dense + processor.report.bytes_held) * 1.02
-    assert largest < tokens * tokens * 4  # nothing N x N, not even for one head
+    assert largest < model.tokens**2 * 4  # nothing N x N, not even for one head
 
 
 def test_peak_memory_sees_a_mask():

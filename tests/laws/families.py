@@ -1,0 +1,135 @@
+"""Families under the laws: tiny pipelines and models of diffusers. A new family adds a row to `FAMILIES` and `MODELS`.
+
+Every grid has at least eight blocks of 16 tokens and a ragged tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dit_accel import testing
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a law asks a pipeline for."""
+
+    batch: int = 1
+    guidance: bool = True
+    other: bool = False  # another prompt
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny pipeline and how to call it."""
+
+    make: Callable[[], Any]
+    # the prompts of a request as embeddings: arguments of the pipeline's call
+    embed: Callable[[Any, Request], dict[str, Any]]
+    call: Callable[[Request], dict[str, Any]]  # all other arguments, and the prompts in words if they can be
+    output: str = "frames"
+    forwards: int = 2  # of a step with guidance
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny transformer, and its arguments for one forward."""
+
+    make: Callable[..., nn.Module]
+    inputs: Callable[..., dict[str, Any]]
+    large: dict[str, Any]  # what makes it large enough to measure memory
+    large_inputs: dict[str, Any]
+    tokens: int  # that these inputs are
+
+
+def _words(request: Request) -> dict[str, Any]:
+    prompts = ["a red star moves left", "a small blue circle spins"]
+    prompts = ["something else"] * 2 if request.other else prompts
+    guidance = 5.0 if request.guidance else 1.0
+    return {
+        "prompt": prompts[: request.batch],
+        "negative_prompt": ["blurry"] * request.batch,
+        "guidance_scale": guidance,
+    }
+
+
+def _wan_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    words = _words(request)
+    cond, uncond = pipe.encode_prompt(words["prompt"], words["negative_prompt"], True)
+    return {"prompt": None, "negative_prompt": None, "prompt_embeds": cond, "negative_prompt_embeds": uncond}
+
+
+_VIDEO = {"height": 96, "width": 112, "num_frames": 9}  # 3 x 6 x 7 tokens
+
+
+def _wan_video(request: Request) -> dict[str, Any]:
+    return {**_VIDEO, **_words(request)}
+
+
+def _wan_image(request: Request) -> dict[str, Any]:
+    rows, columns = _VIDEO["height"], _VIDEO["width"]
+    gradient = torch.arange(rows * columns * 3).remainder(251).to(torch.uint8).view(rows, columns, 3)
+    return {**_wan_video(request), "image": Image.fromarray(gradient.numpy())}
+
+
+def _randn(request: Request, *shape: int, seed: int = 0) -> Tensor:
+    """Rows that stay the same in a larger batch."""
+    generator = torch.Generator().manual_seed(seed + 10 * request.other)
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(request.batch)])
+
+
+def _flux_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    config = pipe.transformer.config
+    made = {
+        "prompt_embeds": _randn(request, 19, config.joint_attention_dim),
+        "pooled_prompt_embeds": _randn(request, config.pooled_projection_dim, seed=1),
+    }
+    if request.guidance:
+        made["negative_prompt_embeds"] = _randn(request, 19, config.joint_attention_dim, seed=2)
+        made["negative_pooled_prompt_embeds"] = _randn(request, config.pooled_projection_dim, seed=3)
+    return made
+
+
+def _flux_image(request: Request) -> dict[str, Any]:
+    # 11 x 13 tokens; guidance on velocities that large would leave noise alone
+    return {"height": 22, "width": 26, "true_cfg_scale": 1.5 if request.guidance else 1.0}
+
+
+FAMILIES: dict[str, Family] = {
+    "wan-t2v": Family(testing.tiny_wan_pipeline, _wan_embeddings, _wan_video),
+    "wan-i2v": Family(lambda: testing.tiny_wan_pipeline(i2v=True), _wan_embeddings, _wan_image),
+    "wan-two-experts": Family(
+        lambda: testing.tiny_wan_pipeline(two_experts=True), _wan_embeddings, _wan_video
+    ),
+    "flux": Family(testing.tiny_flux_pipeline, _flux_embeddings, _flux_image, "images"),
+}
+_HEADS = {"num_attention_heads": 4, "attention_head_dim": 64}
+MODELS: dict[str, Model] = {
+    "wan": Model(
+        testing.tiny_wan_transformer,
+        testing.tiny_wan_inputs,
+        {**_HEADS, "ffn_dim": 1024},
+        {"grid": (9, 16, 15)},
+        2160,
+    ),
+    "flux": Model(
+        testing.tiny_flux_transformer,
+        testing.tiny_flux_inputs,
+        {**_HEADS, "axes_dims_rope": (16, 24, 24)},
+        {"grid": (48, 45), "text": 100},
+        2260,
+    ),
+    "hunyuan-video": Model(
+        testing.tiny_hunyuan_video_transformer,
+        testing.tiny_hunyuan_video_inputs,
+        {**_HEADS, "rope_axes_dim": (16, 24, 24)},
+        {"grid": (9, 16, 15), "text": 100, "valid": 77},
+        2237,
+    ),
+}
