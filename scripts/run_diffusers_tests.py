@@ -1,4 +1,4 @@
-"""Run diffusers' own Wan model tests with sparse attention in every model they build.
+"""Run diffusers' own model tests with sparse attention in every model they build.
 
     python scripts/run_diffusers_tests.py CHECKOUT [pytest arguments]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 PLUGINS = Path(__file__).resolve().parent.parent / "tests" / "conformance"
 TESTS = "tests/models/transformers"
+FILES = ("wan*", "hunyuan_video*", "flux")  # of the families that dit_accel describes
 
 
 def main(arguments: list[str]) -> int:
@@ -26,10 +27,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0 if arguments else 2
     checkout = Path(arguments[0])
-    files = sorted((checkout / TESTS).glob("test_models_transformer_wan*.py"))
-    if not files:
+    found = [sorted((checkout / TESTS).glob(f"test_models_transformer_{name}.py")) for name in FILES]
+    files = [file for some in found for file in some]
+    if not all(found):
         print(
-            f"{checkout} holds no {TESTS}/test_models_transformer_wan*.py; see --help for how to make a checkout."
+            f"{checkout} does not hold {TESTS}/test_models_transformer_*.py of {', '.join(FILES)}; see --help for how to "
+            "make a checkout."
         )
         return 2
     paths = [str(PLUGINS), os.environ.get("PYTHONPATH")]
