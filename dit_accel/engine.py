@@ -185,7 +185,7 @@ class Engine:
         if self._dense_reason is None:
             order, why_raster = self.arrangement.order, None
             if order != "raster":
-                why_raster = self.adapter.why_raster(self._module(), given)
+                why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
             text = facts.text if facts.text_valid is None else facts.text_valid[0]
             self.layout = self._layout_for(facts.grid, order, hidden.device, text, facts.text_first)
@@ -236,6 +236,8 @@ class Engine:
             return _GRADIENTS, False
         if any(getattr(seat.stock, "_parallel_config", None) is not None for seat in self.seats):
             return "context parallelism is on", False
+        if facts.loose and getattr(self.method, "needs_grid", False):
+            return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
         if facts.text_valid is not None and len(set(facts.text_valid)) > 1:
             return "prompts of different lengths in one batch", False
         return None

@@ -59,6 +59,8 @@ class Facts:
     grid: tuple[int, int, int]
     shape: tuple[int, ...]  # of the latents
     condition: Tensor | None  # text embeddings; None if this model has none
+    # what the tokens are if they are no one grid, in words; `grid` is then (1, 1, tokens), a line
+    loose: str | None = None
     text: int = 0  # text tokens that take part in self-attention, padding included
     text_first: bool = False  # whether they stand before the others
     # of each batch row, how many of these are no padding, which stands last; None: all

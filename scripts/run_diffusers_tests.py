@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
     files = [file for some in found for file in some]
     if not all(found):
         print(
-            f"{checkout} does not hold {TESTS}/test_models_transformer_*.py of {', '.join(FILES)}; see --help for how to "
-            "make a checkout."
+            f"{checkout} does not hold {TESTS}/test_models_transformer_*.py of {', '.join(FILES)}; see --help for how "
+            "to make a checkout."
         )
         return 2
     paths = [str(PLUGINS), os.environ.get("PYTHONPATH")]

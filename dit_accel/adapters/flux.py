@@ -1,8 +1,9 @@
 """FLUX.1: text to image, also Fill, Control and image to image, which send the same tokens through it.
 
 Every attention is joint: text tokens stand before the image's, in dual blocks and in single ones. The flat order of the
-image is row, column of the packed latents, which `img_ids` tell. Kontext's reference tokens stand behind the image's;
-a forward with them stays in the model's own order and runs dense, with a reason.
+image is row, column of the packed latents, which `img_ids` tell. Where they tell of no one grid, as with Kontext's
+reference tokens behind the image's, the tokens are taken as a line and stay in the model's own order: blocks are then
+runs of rows, and methods that look at places run dense, with a reason.
 
 Image tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
 behind the output projection. The text keeps its place.
@@ -33,7 +34,7 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
     """Facts of one forward. Reading the grid from `img_ids` waits for the device once per forward.
 
     Raises:
-        LayoutError: no `img_ids`, or not a row and a column for each token.
+        LayoutError: no `img_ids`, or not three numbers for each token.
     """
     hidden, ids = arguments["hidden_states"], arguments.get("img_ids")
     if ids is None or ids.shape[-1] != 3 or ids.shape[-2] != hidden.shape[1]:
@@ -42,26 +43,36 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
             f"be [{hidden.shape[1]}, 3], a row and a column for each of its image tokens."
         )
     ids = ids.reshape(-1, hidden.shape[1], 3)[0]
-    own = ids[:, :1] == ids[:1, :1]  # Kontext numbers its reference tokens in the first column
-    rows, columns = (int(n) + 1 for n in torch.where(own, ids, 0).amax(0)[1:].tolist())
+    grid, loose = _read_grid(ids.float())
     text = arguments["encoder_hidden_states"]
     return Facts(
         timestep=float(arguments["timestep"].max()) * TRAIN_TIMESTEPS,
-        grid=(1, rows, columns),
+        grid=grid,
         shape=tuple(hidden.shape),
         condition=text,
+        loose=loose,
         text=text.shape[1],
         text_first=True,
     )
+
+
+def _read_grid(ids: Tensor) -> tuple[tuple[int, int, int], str | None]:
+    """Rows and columns of an image, and why the tokens are no such grid. ids: fp32 `[N, 3]`."""
+    kind, row, column = ids.unbind(1)
+    place = row * (column.amax() + 1) + column
+    alike = (kind == kind[0]).all()
+    in_order = (place == torch.arange(len(ids), device=ids.device)).all()
+    alike, in_order, rows, columns = torch.stack([alike, in_order, row.amax() + 1, column.amax() + 1]).tolist()
+    if alike and in_order and rows * columns == len(ids):
+        return (1, int(rows), int(columns)), None
+    reason = "places that are not row by row" if alike else "reference tokens beside the image"
+    return (1, 1, len(ids)), reason
 
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
     if type(transformer).__name__ not in _REORDERED:
         return f"reordering is not proven for {type(transformer).__name__}"
-    _, rows, columns = read(transformer, arguments).grid
-    if rows * columns != arguments["hidden_states"].shape[1]:
-        return "reference tokens beside the image"
     for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
         if arguments.get(name) is not None:
             return "a ControlNet adds its tokens in the model's order"

@@ -7,6 +7,8 @@ A method is a frozen dataclass `Method` with
 for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may also have:
 
 - `arrangement`, a class attribute: the token order and block size it was made for, unless others are asked for.
+- `needs_grid`, true if it looks at where tokens stand in frame, row and column; where a model's tokens are no one grid
+  such a method cannot be used.
 - `init_state(query, layout) -> state`, if it remembers something between steps: it is given that state back for the
   same transformer, branch and layer until the run ends, and None where the branch is not known.
 - `threshold_at(call)` and `learn(needed, plan, layout, call, state)`, if the kernel shall tell which entries of the

@@ -50,6 +50,11 @@ class Method:
             window = per_axis("window", self.window, lambda n: is_whole(n, 1), rule)
             object.__setattr__(self, "window", window)
 
+    @property
+    def needs_grid(self) -> bool:
+        """A window counts tiles."""
+        return self.window is not None
+
     def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
         """Predict which key blocks hold the attention of each query block.
 

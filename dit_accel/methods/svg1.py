@@ -48,6 +48,7 @@ class Method:
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
+    needs_grid: ClassVar[bool] = True
 
     keep: float  # share of the video's keys that a video token reads, first frame included
     first_frame: bool = False  # also read every token of the first frame

@@ -10,6 +10,8 @@ from dit_accel.errors import FallbackError, LayoutError
 from dit_accel.methods import load_method
 from dit_accel.testing import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
 
+NEEDS_GRID = ["svg1", "neighborhood", "clear", "radial"]
+
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("batch", [1, 2])
@@ -72,22 +74,51 @@ def test_a_batch_row_is_the_same_in_other_company():
     assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
 
 
-def test_kontexts_reference_tokens_run_dense_and_say_so():
-    transformer = tiny_flux_transformer()
+def kontext_inputs(transformer):
+    """Reference tokens of another size behind the image's: 99 and 70."""
     inputs = tiny_flux_inputs(transformer, (9, 11))
     reference = tiny_flux_inputs(transformer, (5, 14), seed=1)
     reference["img_ids"][:, 0] = 1
     for name, dim in (("hidden_states", 1), ("img_ids", 0)):
         inputs[name] = torch.cat([inputs[name], reference[name]], dim)
+    return inputs
+
+
+@pytest.mark.parametrize("method", [name for name in FULL if name not in NEEDS_GRID])
+def test_kontexts_reference_tokens_are_a_line_of_tokens_like_the_others(method):
+    transformer = tiny_flux_transformer()
+    inputs = kontext_inputs(transformer)
     true = run(transformer, inputs)
-    processor = sparse(transformer, strict=False)
-    torch.testing.assert_close(run(transformer, inputs), true)
+    processor = sparse(transformer, method)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
     report = processor.report
-    assert report.sparse_calls == 0 and dict(report.fallbacks) == {"188 tokens where the grid has 118": 3}
-    assert list(report.token_orders) == ["raster: reference tokens beside the image"]
-    sparse(transformer)
-    with pytest.raises(FallbackError, match="188 tokens"):
+    assert report.sparse_calls == 3 and report.dense_calls == 0
+    assert list(report.token_orders) in (["raster"], ["raster: reference tokens beside the image"])
+    sparse(transformer, "pooled", keep=0.3)
+    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("method", NEEDS_GRID)
+def test_a_method_that_looks_at_places_runs_dense_where_there_is_no_one_grid(method):
+    transformer = tiny_flux_transformer()
+    inputs = kontext_inputs(transformer)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, method, strict=False)
+    assert torch.equal(run(transformer, inputs), true)
+    (reason,) = processor.report.fallbacks
+    assert "looks at places" in reason and "reference tokens beside the image" in reason
+    sparse(transformer, method)
+    with pytest.raises(FallbackError, match="looks at places"):
         run(transformer, inputs)
+
+
+def test_places_in_disorder_are_a_line():
+    transformer = tiny_flux_transformer()
+    inputs = tiny_flux_inputs(transformer, (9, 11))
+    inputs["img_ids"] = inputs["img_ids"].roll(3, 0)
+    facts = flux.read(transformer, inputs)
+    assert facts.grid == (1, 1, 99) and facts.loose == "places that are not row by row"
+    assert flux.read(transformer, inputs | {"img_ids": torch.randn(99, 3)}).grid == (1, 1, 99)
 
 
 def test_a_controlnet_keeps_the_models_order():

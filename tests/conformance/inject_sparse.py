@@ -1,4 +1,4 @@
-"""A pytest plugin for diffusers' own test-suite: every model of a known family that it builds attends through our sparse kernel.
+"""A pytest plugin for diffusers' own test-suite: every model of a known family attends through our sparse kernel.
 
 `scripts/run_diffusers_tests.py` runs it. With everything kept in blocks of 16 tokens and no auto-dense, each
 model must still do all that its tests ask: save and load, change type, fuse, take LoRA, be cast layer by layer.
