@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import math
@@ -276,10 +277,14 @@ class Engine:
         from dit_accel.kernels.counting import count_pairs
 
         now = self.call.at(seat.layer)
-        layout = self.layout
-        if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
-            layout = self._layout_for(layout.grid, layout.order, query.device, layout.text)
-        ahead, padding = self.text_ahead, self.padding or 0
+        layout, ahead, padding = self.layout, self.text_ahead, self.padding or 0
+        text = layout.text
+        if query.shape[1] == layout.n_video_tokens:  # an attention that the text takes no part in
+            text = ahead = padding = 0
+        # offloading moves the tokens after the root hook saw them
+        if layout.starts.device != query.device or layout.text != text:
+            layout = self._layout_for(layout.grid, layout.order, query.device, text)
+            now = dataclasses.replace(now, segments=now.segments if text else layout.segments)
         query, key, value = (_text_behind(x[:, : layout.n_tokens], ahead) for x in (query, key, value))
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
@@ -377,7 +382,7 @@ class Engine:
             return "causal attention or dropout", False
         if query.shape != key.shape:
             return "queries and keys of different shape", False
-        if query.shape[1] != self.layout.n_tokens + (self.padding or 0):
+        if query.shape[1] not in (self.layout.n_tokens + (self.padding or 0), self.layout.n_video_tokens):
             return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
         return None
 
