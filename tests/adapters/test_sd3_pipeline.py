@@ -4,7 +4,13 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3PAGPipeline,
+    StableDiffusion3Pipeline,
+)
 from joint_models import run
 from sd3_models import MEDIUM
 
@@ -152,6 +158,41 @@ def test_image_to_image():
         report = handle.report()
     assert report.runs == 2 and set(report.keep_per_step) == {0, 1} and report.dense_calls == 0
     assert torch.equal(sample(), true)
+
+
+def test_a_real_controlnet():
+    """Its own transformer is not ours and runs as it did."""
+    pipe = medium()
+    control = SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_extra_conditioning_channels=0)
+    torch.nn.init.normal_(control.controlnet_blocks[0].weight, 0, 0.3)  # made as zeros, which would change nothing
+    pipe = StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=control.eval())
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(2))
+    call = {"control_image": image, "height": 24, "width": 32}  # this pipeline wants multiples of 8
+    true = pipe(**call_of(**call)).images
+    plain = pipe(**call_of(**call, controlnet_conditioning_scale=0.0)).images
+    assert float((true - plain).norm() / plain.norm()) > 1e-2
+    with dit_accel.accelerate(pipe, None, keep=1.0, block=16, min_tokens=0, strict=True) as handle:
+        torch.testing.assert_close(pipe(**call_of(**call)).images, true, rtol=1e-3, atol=1e-4)
+    report = handle.report()
+    assert report.sparse_calls == 9 and list(report.token_orders) == [
+        "raster: a ControlNet adds its tokens in the model's order"
+    ]
+
+
+def test_perturbed_guidance_puts_its_processors_in_our_place_and_that_is_counted():
+    parts = tiny_sd3_pipeline().components
+    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    pipe.set_progress_bar_config(disable=True)
+    true = pipe(**call_of(pag_scale=2.0)).images
+    with dit_accel.accelerate(pipe, None, keep=1.0, block=16, min_tokens=0) as handle:
+        torch.testing.assert_close(pipe(**call_of(pag_scale=2.0)).images, true, rtol=1e-3, atol=1e-4)
+        pipe(**call_of(pag_scale=0.0))
+        report = handle.report()
+    assert report.sparse_calls == 3 + 6
+    assert dict(report.fallbacks) == {"its processor was replaced after installation": 3}
+    assert torch.equal(pipe(**call_of(pag_scale=2.0)).images, true)
 
 
 def test_saved_while_sparse_it_loads_as_stock(tmp_path):

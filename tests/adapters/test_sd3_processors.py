@@ -41,6 +41,20 @@ def test_a_processor_that_is_not_known_is_refused(stock):
 
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="diffusers' dispatcher cannot be one graph with torch 2.6")
+def test_each_block_is_one_graph():
+    """SD3 names no repeated blocks, so that its blocks are compiled by hand."""
+    transformer = tiny(**MEDIUM)
+    inputs = tiny_sd3_inputs(transformer)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order="tiles")
+    torch._dynamo.reset()
+    for block in transformer.transformer_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert processor.report.sparse_calls == 3 and not processor.report.dense_calls
+
+
 def fused(**config):
     transformer = tiny(**config)
     transformer.fuse_qkv_projections()
