@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import math
@@ -276,11 +277,8 @@ class Engine:
         from dit_accel.kernels.counting import count_pairs
 
         now = self.call.at(seat.layer)
-        layout = self.layout
-        if layout.starts.device != query.device:  # offloading moves the tokens after the root hook saw them
-            text = layout.text, layout.text_first
-            layout = self._layout_for(layout.grid, layout.order, query.device, *text)
-        padding = self.padding or 0
+        layout, now = self._layout_of(query, now)
+        seen = query.shape[1]
         query, key, value = (x[:, : layout.n_tokens] for x in (query, key, value))
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
@@ -290,9 +288,23 @@ class Engine:
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
+        copied = (plan.q_order is not None) + 2 * (plan.k_order is not None)
+        self.tally.bytes_working = max(self.tally.bytes_working, copied * query.numel() * query.element_size())
         out = out.transpose(1, 2)
         # Padding attends to nothing, and nothing attends to it.
+        padding = seen - layout.n_tokens
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+    def _layout_of(self, query: Tensor, now: Call) -> tuple[TokenLayout, Call]:
+        """The layout of one call's tokens, where they are, and the call as it is with them."""
+        layout, text = self.layout, self.layout.text
+        if text and query.shape[1] == layout.n_video_tokens:  # an attention that the text takes no part in
+            text = 0
+            now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
+        # offloading moves the tokens after the root hook saw them
+        if layout.starts.device != query.device or layout.text != text:
+            layout = self._layout_for(layout.grid, layout.order, query.device, text, layout.text_first)
+        return layout, now
 
     def _attend_sparsely(
         self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
@@ -378,7 +390,7 @@ class Engine:
             return "causal attention or dropout", False
         if query.shape != key.shape:
             return "queries and keys of different shape", False
-        if query.shape[1] != self.layout.n_tokens + (self.padding or 0):
+        if query.shape[1] not in (self.layout.n_tokens + (self.padding or 0), self.layout.n_video_tokens):
             return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
         return None
 

@@ -33,7 +33,8 @@ class Report:
     ]  # of sparse calls: how many were predicted, how many carried over from an earlier one
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     runs: int
-    bytes_held: int
+    bytes_held: int  # between forwards
+    bytes_working: int  # for a while in a call, beside what dense attention takes: copies in orders of the heads' own
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -55,6 +56,7 @@ class Report:
             "fallbacks": dict(self.fallbacks),
             "runs": self.runs,
             "bytes_held": self.bytes_held,
+            "bytes_working": self.bytes_working,
         }
 
     @property
@@ -89,7 +91,9 @@ class Report:
         ):
             lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
         lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
-        lines.append(f"  runs: {self.runs}, memory held: {self.bytes_held / 2**20:.2f} MiB")
+        held, working = (size / 2**20 for size in (self.bytes_held, self.bytes_working))
+        more = f", in a call for a while: {working:.2f} MiB" if working else ""
+        lines.append(f"  runs: {self.runs}, memory held: {held:.2f} MiB{more}")
         return "\n".join(lines)
 
 
@@ -101,6 +105,7 @@ class Tally:
     dense: int = 0
     cross: int = 0
     runs: int = 0
+    bytes_working: int = 0  # the most of any call
     dense_reasons: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
@@ -156,6 +161,7 @@ class Tally:
             stateless=dict(self.stateless),
             runs=self.runs,
             bytes_held=bytes_held,
+            bytes_working=self.bytes_working,
         )
 
     def clear(self) -> None:

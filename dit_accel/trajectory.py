@@ -65,6 +65,9 @@ class Facts:
     text_first: bool = False  # whether they stand before the others
     # of each batch row, how many of these are no padding, which stands last; None: all
     text_valid: tuple[int, ...] | None = None
+    # set where a step adds a forward that computes less than the others (skip-layer guidance): a branch of its own,
+    # though its conditioning may be another's
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,11 @@ class Trajectory:
         """Note the start of a transformer forward and say what it is part of."""
         noise = facts.timestep / self._steps_of_training()
         identity = _identity(facts.condition)
-        if self._starts_a_run(role, noise, facts.shape, context, identity):
+        if facts.variant:
+            identity = (*(identity or ()), facts.variant)
+            if context.name is not None:
+                context = dataclasses.replace(context, name=f"{context.name}, {facts.variant}")
+        if self._starts_a_run(role, noise, facts.shape, context, identity, bool(facts.variant)):
             self.run += 1
             self._forget()
             for listener in self._listeners:
@@ -142,7 +149,13 @@ class Trajectory:
         self._branch_steps: dict[str, int] = {}
 
     def _starts_a_run(
-        self, role: str, noise: float, shape: tuple[int, ...], context: Context, identity: tuple | None
+        self,
+        role: str,
+        noise: float,
+        shape: tuple[int, ...],
+        context: Context,
+        identity: tuple | None,
+        is_variant: bool,
     ) -> bool:
         if self._over or self._open or self._timesteps_now() is not self._timesteps:
             return True
@@ -158,6 +171,8 @@ class Trajectory:
         if context.name is not None:
             known = self._branches.get(context.name)
             return known is not None and known[0] != identity
+        if is_variant:
+            return False  # it comes behind the forwards of its step
         # No context: a conditioning tensor never seen may be the second branch of the first step, not later.
         unseen = identity is not None and all(identity != known for known, _ in self._branches.values())
         return unseen and self._noise is not None and (noise < self._noise or self._step > 0)

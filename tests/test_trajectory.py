@@ -24,9 +24,10 @@ class Clock:
         shape=(1, 4, 2, 8, 8),
         role="transformer",
         ends=True,
+        variant="",
     ):
         tensor = self.conditions.get(condition)
-        facts = Facts(timestep=timestep, grid=(2, 4, 4), shape=shape, condition=tensor)
+        facts = Facts(timestep=timestep, grid=(2, 4, 4), shape=shape, condition=tensor, variant=variant)
         call = self.trajectory.enter(role, facts, Context(name, step), n_layers=2)
         if ends:
             self.trajectory.leave(role)
@@ -48,6 +49,17 @@ def test_one_run(clock):
     assert [call.branch for call in calls] == ["#0", "#1"] * 3
     assert [call.step for call in calls] == [0, 0, 1, 1, 2, 2]
     assert [call.noise for call in calls] == [0.9, 0.9, 0.5, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("name", [None, "cond"])
+def test_a_variant_is_a_branch_of_its_own_and_starts_no_run(clock, name):
+    """Also with the same conditioning, and with one that is first seen late."""
+    for condition in ("c", "other"):
+        places = [(900, ""), (500, ""), (500, "skip"), (100, ""), (100, "skip")]
+        calls = [clock(t, condition if v else "c", name=name, variant=v) for t, v in places]
+        whole, without = ("#0", "#1") if name is None else ("cond", "cond, skip")
+        assert [call.branch for call in calls] == [whole, whole, without, whole, without]
+        assert len(set(runs(calls))) == 1 and [call.step for call in calls] == [0, 1, 1, 2, 2]
 
 
 def test_equal_noise_is_no_signal(clock):

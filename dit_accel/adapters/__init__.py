@@ -22,6 +22,7 @@ from dit_accel.errors import UnknownModelError
 FAMILIES = {
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
+    "SD3Transformer2DModel": "dit_accel.adapters.sd3",
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",

@@ -82,7 +82,9 @@ class Seat:
     def __deepcopy__(self, memo: dict) -> Seat:
         new = memo[id(self)] = object.__new__(type(self))
         stock = copy.deepcopy(self.stock, memo)
-        inner = None if self.layer is None else copy.copy(self.inner)
+        memo[id(slot())] = slot()  # an unlisted member cannot be looked up again
+        # Copied behind the stock processor, so that what the two share is shared by their copies too.
+        inner = None if self.layer is None else copy.deepcopy(self.inner, memo)
         new.__init__(copy.deepcopy(self.owner, memo), stock, self.layer, inner)
         return new
 

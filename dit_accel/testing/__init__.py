@@ -3,6 +3,7 @@
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 from dit_accel.testing.memory import peak_bytes
+from dit_accel.testing.sd3 import tiny_sd3_inputs, tiny_sd3_pipeline, tiny_sd3_transformer
 from dit_accel.testing.text import byte_tokenizer
 from dit_accel.testing.wan import tiny_wan_inputs, tiny_wan_pipeline, tiny_wan_transformer
 
@@ -14,6 +15,9 @@ __all__ = [
     "tiny_flux_transformer",
     "tiny_hunyuan_video_inputs",
     "tiny_hunyuan_video_transformer",
+    "tiny_sd3_inputs",
+    "tiny_sd3_pipeline",
+    "tiny_sd3_transformer",
     "tiny_wan_inputs",
     "tiny_wan_pipeline",
     "tiny_wan_transformer",

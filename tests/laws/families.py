@@ -101,6 +101,20 @@ def _flux_image(request: Request) -> dict[str, Any]:
     return {"height": 22, "width": 26, "true_cfg_scale": 1.5 if request.guidance else 1.0}
 
 
+def _sd3_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    config = pipe.transformer.config
+    shapes = {
+        "prompt_embeds": (19, config.joint_attention_dim),
+        "pooled_prompt_embeds": (config.pooled_projection_dim,),
+    }
+    made = {name: _randn(request, *shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    return made | {f"negative_{name}": -x for name, x in made.items()}
+
+
+def _sd3_image(request: Request) -> dict[str, Any]:
+    return {"height": 22, "width": 26, "guidance_scale": 4.0 if request.guidance else 1.0}
+
+
 FAMILIES: dict[str, Family] = {
     "wan-t2v": Family(testing.tiny_wan_pipeline, _wan_embeddings, _wan_video),
     "wan-i2v": Family(lambda: testing.tiny_wan_pipeline(i2v=True), _wan_embeddings, _wan_image),
@@ -108,6 +122,7 @@ FAMILIES: dict[str, Family] = {
         lambda: testing.tiny_wan_pipeline(two_experts=True), _wan_embeddings, _wan_video
     ),
     "flux": Family(testing.tiny_flux_pipeline, _flux_embeddings, _flux_image, "images"),
+    "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
 }
 _HEADS = {"num_attention_heads": 4, "attention_head_dim": 64}
 MODELS: dict[str, Model] = {
@@ -131,5 +146,12 @@ MODELS: dict[str, Model] = {
         {**_HEADS, "rope_axes_dim": (16, 24, 24)},
         {"grid": (9, 16, 15), "text": 100, "valid": 77},
         2237,
+    ),
+    "sd3": Model(
+        testing.tiny_sd3_transformer,
+        testing.tiny_sd3_inputs,
+        {**_HEADS, "caption_projection_dim": 256, "pos_embed_max_size": 48, "dual_attention_layers": (0,)},
+        {"grid": (48, 45), "text": 100},
+        2260,
     ),
 }

@@ -8,6 +8,9 @@ from dit_accel import SparseProcessor
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
 def test_a_branch_is_the_same_with_and_without_the_other(model, method, named):
+    if named and not hasattr(model.make(), "cache_context"):
+        pytest.skip("this class has no cache contexts")
+
     def run(branches):
         transformer = model.make()
         transformer.set_attn_processor(SparseProcessor(transformer, method(0.4), block=16, min_tokens=0))

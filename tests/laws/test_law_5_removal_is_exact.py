@@ -32,7 +32,8 @@ def anatomy(pipe):
 
 def test_remove_restores_by_identity(bench, method, install):
     for transformer in bench.transformers():
-        transformer._reset_stateful_cache()  # a pipeline's end makes this registry anyway
+        if hasattr(transformer, "_reset_stateful_cache"):
+            transformer._reset_stateful_cache()  # a pipeline's end makes this registry anyway
     before, dense = anatomy(bench.pipe), bench.sample(steps=1)
     handle = install(bench.pipe, method(0.4))
     bench.sample(steps=1)

@@ -21,7 +21,8 @@ def test_peak_memory(model, method):
     forward()
     sparse, largest = peak_bytes(forward)
     assert processor.report.dense_calls == 0
-    assert sparse <= (dense + processor.report.bytes_held) * 1.02
+    report = processor.report
+    assert sparse <= (dense + report.bytes_held + report.bytes_working) * 1.02
     assert largest < model.tokens**2 * 4  # nothing N x N, not even for one head
 
 
