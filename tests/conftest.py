@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import termios
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,30 @@ Cli = Callable[..., subprocess.CompletedProcess]
 
 # Nothing in a test may reach for the hub; a test that wants the answer of an unreachable hub unsets it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run in as many processes as there are cores; threads within them would only wait for one another."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in child processes
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many cases of the laws each row of their table has been through."""
+    passed = terminalreporter.stats.get("passed", [])
+    ids = [report.nodeid.partition("[")[2] for report in passed if "tests/laws/" in report.nodeid]
+    if not ids:
+        return
+    sys.path.insert(0, str(Path(__file__).parent / "laws"))
+    from families import FAMILIES, MODELS
+    from methods_table import METHODS
+
+    rows = sorted((*FAMILIES, *MODELS), key=len, reverse=True)  # "wan-i2v" before "wan"
+    found = Counter(next((row for row in rows if name.startswith(f"{row}-")), "no family") for name in ids)
+    terminalreporter.write_line(
+        f"laws: {len(ids)} cases passed, {len(METHODS)} methods; "
+        + ", ".join(f"{row} {count}" for row, count in sorted(found.items()))
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from dit_accel.kernels.quantize import MODES, quantize_blocks
 from dit_accel.plan import BlockPlan
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gluon_model
 from gluon_model import NAMED, modelled
 
 hopper = pytest.importorskip("dit_accel.kernels.block_sparse.hopper", exc_type=ImportError)
@@ -149,8 +150,9 @@ TRIES = 200  # threads of an idle machine may happen to come in the right order 
         *((128, "Q_FREE"), (128, "FREE"), (64, "LONE_Q_FREE"), (64, "LONE_FREE")),
     ],
 )
-def test_a_broken_protocol_shows(size, barrier):
+def test_a_broken_protocol_shows(size, barrier, monkeypatch):
     """The model can fail: where nobody waits for one kind of barrier, numbers are missing or wrong."""
+    monkeypatch.setattr(gluon_model, "PATIENCE", 3.0)
     rings = ["q_full", "k_full", "v_full"]  # as the kernel allocates them
     deaf = rings.index(barrier) if barrier in rings else NAMED + getattr(hopper_barriers, barrier).value
     starts = [*range(0, 10 * size + 1, size)]
@@ -162,8 +164,8 @@ def test_a_broken_protocol_shows(size, barrier):
     for _ in range(TRIES):
         try:
             out, _ = run(q, k, v, plan, 1, deaf)
-        except AssertionError:
-            return  # something arrived twice
+        except Exception:
+            return  # something arrived twice or never, or numbers that nobody had written led astray
         if not torch.allclose(out, exact, atol=0.1):
             return
     pytest.fail(f"{TRIES} runs that did not wait for {barrier} were right")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,17 +88,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if everything or row == rows[host][0] or method in EVERYWHERE
     ]
     metafunc.parametrize((host, "method"), chosen, indirect=True)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many cases each row of the table has been through."""
-    ids = [r.nodeid.partition("[")[2] for r in terminalreporter.stats.get("passed", []) if "tests/laws/" in r.nodeid]
-    rows = sorted((*FAMILIES, *MODELS), key=len, reverse=True)  # "wan-i2v" before "wan"
-    found = Counter(next((row for row in rows if name.startswith(f"{row}-")), "no family") for name in ids)
-    terminalreporter.write_line(
-        f"laws: {len(ids)} cases passed, {len(METHODS)} methods; "
-        + ", ".join(f"{row} {count}" for row, count in sorted(found.items()))
-    )
 
 
 @pytest.fixture
