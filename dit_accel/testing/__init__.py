@@ -1,6 +1,7 @@
 """Tiny real models with random weights, a file per family: diffusers' own classes, nothing is downloaded."""
 
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
+from dit_accel.testing.flux2 import tiny_flux2_inputs, tiny_flux2_pipeline, tiny_flux2_transformer
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 from dit_accel.testing.memory import peak_bytes
 from dit_accel.testing.text import byte_tokenizer
@@ -9,6 +10,9 @@ from dit_accel.testing.wan import tiny_wan_inputs, tiny_wan_pipeline, tiny_wan_t
 __all__ = [
     "byte_tokenizer",
     "peak_bytes",
+    "tiny_flux2_inputs",
+    "tiny_flux2_pipeline",
+    "tiny_flux2_transformer",
     "tiny_flux_inputs",
     "tiny_flux_pipeline",
     "tiny_flux_transformer",
