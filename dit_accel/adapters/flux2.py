@@ -25,7 +25,13 @@ from diffusers.models.transformers.transformer_flux2 import (
 from torch import Tensor, nn
 
 from dit_accel.adapters import dispatch
-from dit_accel.adapters.joint import joint_attentions, order_tokens, restore_tokens
+from dit_accel.adapters.joint import (
+    grid_of_images,
+    joint_attentions,
+    order_tokens,
+    restore_tokens,
+    why_images_are_dense,
+)
 from dit_accel.errors import LayoutError
 from dit_accel.layout import Grid, TokenLayout
 from dit_accel.trajectory import Facts
@@ -51,7 +57,7 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
         images, own = images[-1:], own - arguments["num_ref_tokens"]
     return Facts(
         timestep=float(arguments["timestep"].max()) * TRAIN_TIMESTEPS,
-        grid=_grid_of(images),
+        grid=grid_of_images(images),
         shape=(hidden.shape[0], own, *hidden.shape[2:]),
         condition=text,
         text=text.shape[1],
@@ -65,11 +71,7 @@ def why_dense(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
         return "reference tokens fill a key-value cache"
     if _reads_cache(arguments):
         return "keys and values of reference tokens come from a cache"
-    images = _images(transformer, arguments)
-    if len(set(images)) > 1:
-        sizes = ", ".join(f"{rows}x{columns}" for rows, columns in images)
-        return f"reference images of another size than the image ({sizes} tokens)"
-    return None
+    return why_images_are_dense(_images(transformer, arguments))
 
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
@@ -125,8 +127,8 @@ def _reads_cache(arguments: dict[str, Any]) -> bool:
     return arguments.get("kv_cache_mode") == "cached" and arguments.get("kv_cache") is not None
 
 
-def _images(transformer: nn.Module, arguments: dict[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns of each image that the tokens make up, in the order of the tokens."""
+def _images(transformer: nn.Module, arguments: dict[str, Any]) -> list[Grid]:
+    """One frame, rows and columns of each image that the tokens make up, in the order of the tokens."""
     tokens, ids = arguments["hidden_states"].shape[1], arguments.get("img_ids")
     if ids is None or ids.shape[-1] != 4 or ids.shape[-2] != tokens:
         raise LayoutError(
@@ -136,13 +138,7 @@ def _images(transformer: nn.Module, arguments: dict[str, Any]) -> list[tuple[int
     ids = ids.reshape(-1, tokens, 4)[0].cpu()
     counts = torch.unique_consecutive(ids[:, 0], return_counts=True)[1].tolist()
     ends = [part[:, 1:3].amax(0) + 1 for part in ids.split(counts)]
-    return [(int(rows), int(columns)) for rows, columns in ends]
-
-
-def _grid_of(images: list[tuple[int, int]]) -> Grid:
-    """All images as frames where they are of one size, else the first alone."""
-    alike = len(set(images)) == 1
-    return (len(images) if alike else 1, *images[0])
+    return [(1, int(rows), int(columns)) for rows, columns in ends]
 
 
 def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
