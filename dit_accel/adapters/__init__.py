@@ -25,6 +25,7 @@ FAMILIES = {
     "Flux2Transformer2DModel": "dit_accel.adapters.flux2",
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
+    "LTXVideoTransformer3DModel": "dit_accel.adapters.ltx",
     "QwenImageTransformer2DModel": "dit_accel.adapters.qwen_image",
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",

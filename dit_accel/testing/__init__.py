@@ -3,6 +3,7 @@
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
 from dit_accel.testing.flux2 import tiny_flux2_inputs, tiny_flux2_pipeline, tiny_flux2_transformer
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
+from dit_accel.testing.ltx import tiny_ltx_inputs, tiny_ltx_pipeline, tiny_ltx_transformer
 from dit_accel.testing.memory import peak_bytes
 from dit_accel.testing.qwen_image import (
     tiny_qwen_image_inputs,
@@ -23,6 +24,9 @@ __all__ = [
     "tiny_flux_transformer",
     "tiny_hunyuan_video_inputs",
     "tiny_hunyuan_video_transformer",
+    "tiny_ltx_inputs",
+    "tiny_ltx_pipeline",
+    "tiny_ltx_transformer",
     "tiny_qwen_image_inputs",
     "tiny_qwen_image_pipeline",
     "tiny_qwen_image_transformer",

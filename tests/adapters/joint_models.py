@@ -32,5 +32,6 @@ def sparse(transformer, method="pooled", **options):
     made = load_method(method, **FULL[method]) if "keep" not in options else method
     if made == "sparge":
         options["similarity"] = -1.0  # tokens of random weights are unlike one another
-    transformer.set_attn_processor(SparseProcessor(transformer, made, **options))
-    return transformer.transformer_blocks[0].attn.processor
+    processor = SparseProcessor(transformer, made, **options)
+    transformer.set_attn_processor(processor)
+    return processor
