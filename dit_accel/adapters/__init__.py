@@ -26,6 +26,7 @@ FAMILIES = {
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
     "LTXVideoTransformer3DModel": "dit_accel.adapters.ltx",
+    "MiniMaxH3Transformer3DModel": "dit_accel.adapters.minimax_h3",
     "QwenImageTransformer2DModel": "dit_accel.adapters.qwen_image",
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",

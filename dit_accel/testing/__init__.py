@@ -5,6 +5,7 @@ from dit_accel.testing.flux2 import tiny_flux2_inputs, tiny_flux2_pipeline, tiny
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 from dit_accel.testing.ltx import tiny_ltx_inputs, tiny_ltx_pipeline, tiny_ltx_transformer
 from dit_accel.testing.memory import peak_bytes
+from dit_accel.testing.minimax_h3 import tiny_minimax_h3_inputs, tiny_minimax_h3_transformer
 from dit_accel.testing.qwen_image import (
     tiny_qwen_image_inputs,
     tiny_qwen_image_pipeline,
@@ -27,6 +28,8 @@ __all__ = [
     "tiny_ltx_inputs",
     "tiny_ltx_pipeline",
     "tiny_ltx_transformer",
+    "tiny_minimax_h3_inputs",
+    "tiny_minimax_h3_transformer",
     "tiny_qwen_image_inputs",
     "tiny_qwen_image_pipeline",
     "tiny_qwen_image_transformer",
