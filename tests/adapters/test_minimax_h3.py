@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import MiniMaxH3Scheduler
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference, MiniMaxH3VideoReference
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
 from joint_models import FULL, ORDERS, sparse
 
@@ -12,6 +14,7 @@ from dit_accel.errors import FallbackError, LayoutError
 from dit_accel.methods import load_method
 from dit_accel.testing import tiny_minimax_h3_inputs, tiny_minimax_h3_transformer
 
+LAYOUT = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
 # what may be reordered
 REORDERED = {"text": {}, "key frames": {"keyframes": ("first", "last")}, "no sound": {"audio": 0}}
 
@@ -70,6 +73,29 @@ def test_all_before_the_video_reads_all_and_is_read_by_all():
         assert call.segments == (("text", 0, 62), ("video", 62, 167))
         assert mask[..., 105:].all() and mask[..., 105:, :].all(), "behind the video, in the layout's order"
         assert 0.1 < mask[..., :105, :105].float().mean() < 0.8
+
+
+def test_references_with_their_sound_count_as_text():
+    """A video of 2 x 4 x 4 tokens with 6 of sound, and an image of 3 x 5, packed by the pipeline's own block."""
+    transformer = tiny_minimax_h3_transformer()
+    references = [MiniMaxH3VideoReference(None, audio=torch.zeros(1, 1)), MiniMaxH3ImageReference(None)]
+    latents = [torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 4, 1, 6, 10)]
+    packed = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        torch.ones(19, dtype=torch.long), references, latents, [torch.zeros(6, 6)], 3, 10, 14, 4, (1, 2, 2), 2, 2, 0
+    )
+    inputs = tiny_minimax_h3_inputs(transformer)
+    inputs |= dict(zip(LAYOUT, packed, strict=False))
+    numbers = torch.Generator().manual_seed(1)
+    for name, rows in (("hidden_states", 105 + 32 + 15), ("audio_hidden_states", 8 + 6)):
+        inputs[name] = torch.randn(1, rows, inputs[name].shape[-1], generator=numbers)
+    inputs["timestep_indices"] = torch.ones(len(packed[1]), dtype=torch.long)
+    inputs["timestep_indices"][19:-113] = 0  # references are cleaner than the sound and the video behind them
+    true = run(transformer, inputs)
+    processor = sparse(transformer, order="tiles")
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    facts = minimax_h3.read(transformer, inputs)
+    assert facts.grid == (3, 5, 7) and facts.text == 19 + 32 + 6 + 15 + 8
+    assert processor.report.dense_calls == 0 and list(processor.report.token_orders) == ["tiles"]
 
 
 def test_a_batch_row_is_the_same_in_other_company():
@@ -141,7 +167,6 @@ def sample(pipe, seed=0, **kind):
     for scheduler in (pipe.scheduler, pipe.audio_scheduler):
         scheduler.set_timesteps(4)
     times = pipe.scheduler.timesteps
-    layout = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
     state = pipe(
         latents=inputs["hidden_states"][0].clone(),
         audio_latents=inputs["audio_hidden_states"][0].clone(),
@@ -150,7 +175,7 @@ def sample(pipe, seed=0, **kind):
         timesteps=times,
         audio_timesteps=pipe.audio_scheduler.timesteps,
         num_condition_video_rows=len(kind.get("keyframes", ())) * 35,
-        denoiser_input_fields={name: inputs[name] for name in layout},
+        denoiser_input_fields={name: inputs[name] for name in LAYOUT},
     )
     return state.get("latents")
 
