@@ -83,6 +83,7 @@ class Engine:
         self.padding: int | None = None  # tokens at the end that a mask keeps out; None: calls have no mask
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
+        self._counted = False  # whether these dense calls were counted when the forward began
         self._layouts: dict[tuple, TokenLayout] = {}
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
@@ -182,7 +183,8 @@ class Engine:
         if not self._in_use():
             return
         hidden = given["hidden_states"]
-        self._dense_reason = self._why_all_dense(hidden, facts)
+        self._counted = False
+        self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
         if self._dense_reason is None:
             order, why_raster = self.arrangement.order, None
             if order != "raster":
@@ -217,6 +219,16 @@ class Engine:
             self._count_dense("its processor was replaced after installation", False, replaced)
         return in_use > 0
 
+    def _why_adapter_dense(self, given: dict[str, Any]) -> tuple[str, bool] | None:
+        why = getattr(self.adapter, "why_dense", None)
+        reason = None if why is None else why(self._module(), given)
+        return None if reason is None else self._counted_now(reason)  # not all such calls reach `attend`
+
+    def _counted_now(self, reason: str) -> tuple[str, bool]:
+        self._counted = True
+        self._count_dense(reason, False, self.n_layers)
+        return reason, False
+
     def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
         call, options = self.call, self.options
         assert call is not None
@@ -232,9 +244,7 @@ class Engine:
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and wants_gradients:
-            # such calls never reach `attend`, so they are counted here
-            self._count_dense(_GRADIENTS, False, self.n_layers)
-            return _GRADIENTS, False
+            return self._counted_now(_GRADIENTS)  # such calls never reach `attend`
         if any(getattr(seat.stock, "_parallel_config", None) is not None for seat in self.seats):
             return "context parallelism is on", False
         if facts.loose and getattr(self.method, "needs_grid", False):
@@ -270,7 +280,7 @@ class Engine:
         """
         reason = self._why_dense(seat, query, key, value, call)
         if reason is not None:
-            if reason[0] != _GRADIENTS:
+            if not (self._counted and reason is self._dense_reason):
                 self._count_dense(*reason, 1)
             return self._attend_densely(seat, query, key, value, reason[1], call)
         from dit_accel.kernels.coarse import add_block_means
@@ -427,7 +437,7 @@ class Engine:
         target = memo.get(id(self._module()))
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
-        new._layouts, new._said, new._set_once = {}, set(), False
+        new._layouts, new._said, new._set_once, new._counted = {}, set(), False, False
         new.padding, new._configs, new._full = None, dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)

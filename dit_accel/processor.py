@@ -116,6 +116,7 @@ class SparseProcessor:
         kv_cache: Any = None,
         kv_cache_mode: str | None = None,
         num_ref_tokens: int | None = None,
+        num_txt_tokens: int | None = None,
         scale: float | None = None,
     ) -> Any:
         """Run one attention.
@@ -142,6 +143,7 @@ class SparseProcessor:
             "kv_cache": kv_cache,
             "kv_cache_mode": kv_cache_mode,
             "num_ref_tokens": num_ref_tokens,
+            "num_txt_tokens": num_txt_tokens,
             "scale": scale,
         }
         taken = {name: value for name, value in named.items() if value is not None and name in seat.accepts}

@@ -19,7 +19,8 @@ from pathlib import Path
 
 PLUGINS = Path(__file__).resolve().parent.parent / "tests" / "conformance"
 TESTS = "tests/models/transformers"
-FILES = ("wan*", "hunyuan_video*", "flux", "sd3")  # of the families that dit_accel describes
+# of the families that dit_accel describes
+FILES = ("wan*", "hunyuan_video*", "flux", "flux2", "sd3", "qwenimage", "ltx", "minimax_h3")
 
 
 def main(arguments: list[str]) -> int:

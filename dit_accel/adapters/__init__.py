@@ -5,6 +5,8 @@ An adapter module offers
 - `read(transformer, arguments)`: the `Facts` of one forward;
 - `order_hooks(transformer)`: where tokens are brought into another order and back, or an empty list;
 - `why_raster(transformer, arguments)`: why this forward must keep the model's own order, or None;
+- `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
+  reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or
   None if it knows none for this processor. It calls the same modules in the same order, as a parity test proves.
 """
@@ -20,9 +22,13 @@ from dit_accel.errors import UnknownModelError
 
 # transformer class -> module that describes it
 FAMILIES = {
+    "Flux2Transformer2DModel": "dit_accel.adapters.flux2",
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
     "SD3Transformer2DModel": "dit_accel.adapters.sd3",
+    "LTXVideoTransformer3DModel": "dit_accel.adapters.ltx",
+    "MiniMaxH3Transformer3DModel": "dit_accel.adapters.minimax_h3",
+    "QwenImageTransformer2DModel": "dit_accel.adapters.qwen_image",
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",

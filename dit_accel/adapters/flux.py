@@ -1,9 +1,9 @@
 """FLUX.1: text to image, also Fill, Control and image to image, which send the same tokens through it.
 
 Every attention is joint: text tokens stand before the image's, in dual blocks and in single ones. The flat order of the
-image is row, column of the packed latents, which `img_ids` tell. Where they tell of no one grid, as with Kontext's
-reference tokens behind the image's, the tokens are taken as a line and stay in the model's own order: blocks are then
-runs of rows, and methods that look at places run dense, with a reason.
+image is row, column of the packed latents, which `img_ids` tell. Kontext's reference tokens stand behind the image's;
+of the same size they are a second frame. Where the tokens are no one grid they are a line in the model's own order:
+blocks are then runs of rows, and methods that look at places run dense, with a reason.
 
 Image tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
 behind the output projection. The text keeps its place.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters.joint import joint_attentions, order_tokens, restore_tokens
+from dit_accel.adapters.joint import joint_attentions, order_tokens, read_images, restore_tokens
 from dit_accel.errors import LayoutError
 from dit_accel.layout import TokenLayout
 from dit_accel.trajectory import Facts
@@ -43,7 +43,7 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
             f"be [{hidden.shape[1]}, 3], a row and a column for each of its image tokens."
         )
     ids = ids.reshape(-1, hidden.shape[1], 3)[0]
-    grid, loose = _read_grid(ids.float())
+    grid, loose = read_images(ids)
     text = arguments["encoder_hidden_states"]
     return Facts(
         timestep=float(arguments["timestep"].max()) * TRAIN_TIMESTEPS,
@@ -54,19 +54,6 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
         text=text.shape[1],
         text_first=True,
     )
-
-
-def _read_grid(ids: Tensor) -> tuple[tuple[int, int, int], str | None]:
-    """Rows and columns of an image, and why the tokens are no such grid. ids: fp32 `[N, 3]`."""
-    kind, row, column = ids.unbind(1)
-    place = row * (column.amax() + 1) + column
-    alike = (kind == kind[0]).all()
-    in_order = (place == torch.arange(len(ids), device=ids.device)).all()
-    alike, in_order, rows, columns = torch.stack([alike, in_order, row.amax() + 1, column.amax() + 1]).tolist()
-    if alike and in_order and rows * columns == len(ids):
-        return (1, int(rows), int(columns)), None
-    reason = "places that are not row by row" if alike else "reference tokens beside the image"
-    return (1, 1, len(ids)), reason
 
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:

@@ -56,21 +56,43 @@ def tiny_flux_inputs(
     return inputs
 
 
-def tiny_flux_pipeline(*, seed: int = 0) -> Any:
-    """A `FluxPipeline` without text encoders: call it with `prompt_embeds` and `pooled_prompt_embeds`.
+def tiny_flux_pipeline(variant: str = "FluxPipeline", *, seed: int = 0) -> Any:
+    """A FLUX.1 pipeline without text encoders: call it with `prompt_embeds` and `pooled_prompt_embeds`.
 
     Its autoencoder does not compress, so an image of 18 x 22 pixels is 9 x 11 tokens.
-    """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+    Args:
+        variant: the pipeline's class: `FluxPipeline`, `FluxKontextPipeline`, `FluxFillPipeline`, `FluxControlPipeline`
+            or `FluxControlNetPipeline`.
+    """
+    import diffusers
+
+    # Fill's tokens have the masked image and the mask beside the latents, Control's the control image.
+    widths = {"FluxFillPipeline": 16 + 16 + 4, "FluxControlPipeline": 16 + 16}
+    transformer = tiny_flux_transformer(seed=seed + 1, in_channels=widths.get(variant, 16), out_channels=16)
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1, scaling_factor=1.5,
             use_quant_conv=False, use_post_quant_conv=False,
         ).eval()  # fmt: skip
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = FluxPipeline(scheduler, vae, transformer=tiny_flux_transformer(seed=seed + 1), **parts)
+        if variant == "FluxControlNetPipeline":
+            parts["controlnet"] = _tiny_controlnet(transformer)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = getattr(diffusers, variant)(scheduler=scheduler, vae=vae, transformer=transformer, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _tiny_controlnet(transformer: nn.Module) -> nn.Module:
+    """A ControlNet that changes something: those of diffusers begin with zeros."""
+    from diffusers import FluxControlNetModel
+
+    controlnet = FluxControlNetModel.from_transformer(
+        transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+    )
+    zeros = (controlnet.controlnet_x_embedder, *controlnet.controlnet_blocks, *controlnet.controlnet_single_blocks)
+    for layer in zeros:
+        nn.init.normal_(layer.weight, std=0.1)
+    return controlnet.eval().requires_grad_(False)

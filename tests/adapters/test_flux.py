@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from joint_models import FULL, ORDERS, run, sparse
+from joint_models import FULL, NEEDS_GRID, ORDERS, assert_a_line, run, sparse
 
 import dit_accel
 from dit_accel.adapters import find_adapter, flux
-from dit_accel.errors import FallbackError, LayoutError
+from dit_accel.errors import LayoutError
 from dit_accel.methods import load_method
 from dit_accel.testing import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
-
-NEEDS_GRID = ["svg1", "neighborhood", "clear", "radial"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -74,42 +72,32 @@ def test_a_batch_row_is_the_same_in_other_company():
     assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
 
 
-def kontext_inputs(transformer):
-    """Reference tokens of another size behind the image's: 99 and 70."""
+def kontext_inputs(transformer, size):
+    """An image's 9 x 11 tokens, and behind them a reference's."""
     inputs = tiny_flux_inputs(transformer, (9, 11))
-    reference = tiny_flux_inputs(transformer, (5, 14), seed=1)
+    reference = tiny_flux_inputs(transformer, size, seed=1)
     reference["img_ids"][:, 0] = 1
     for name, dim in (("hidden_states", 1), ("img_ids", 0)):
         inputs[name] = torch.cat([inputs[name], reference[name]], dim)
     return inputs
 
 
-@pytest.mark.parametrize("method", [name for name in FULL if name not in NEEDS_GRID])
-def test_kontexts_reference_tokens_are_a_line_of_tokens_like_the_others(method):
+@pytest.mark.parametrize("method", ["pooled", *NEEDS_GRID])
+def test_kontexts_reference_tokens_of_another_size_are_a_line_with_the_images(method):
     transformer = tiny_flux_transformer()
-    inputs = kontext_inputs(transformer)
+    why = "reference images of another size than the image (9x11, 5x14 tokens)"
+    assert_a_line(transformer, kontext_inputs(transformer, (5, 14)), why, 3, method)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kontexts_reference_tokens_of_the_same_size_are_a_second_frame(order):
+    transformer = tiny_flux_transformer()
+    inputs = kontext_inputs(transformer, (9, 11))
+    assert flux.read(transformer, inputs).grid == (2, 9, 11)
     true = run(transformer, inputs)
-    processor = sparse(transformer, method)
+    processor = sparse(transformer, order=order)
     torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    report = processor.report
-    assert report.sparse_calls == 3 and report.dense_calls == 0
-    assert list(report.token_orders) in (["raster"], ["raster: reference tokens beside the image"])
-    sparse(transformer, "pooled", keep=0.3)
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3
-
-
-@pytest.mark.parametrize("method", NEEDS_GRID)
-def test_a_method_that_looks_at_places_runs_dense_where_there_is_no_one_grid(method):
-    transformer = tiny_flux_transformer()
-    inputs = kontext_inputs(transformer)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, method, strict=False)
-    assert torch.equal(run(transformer, inputs), true)
-    (reason,) = processor.report.fallbacks
-    assert "looks at places" in reason and "reference tokens beside the image" in reason
-    sparse(transformer, method)
-    with pytest.raises(FallbackError, match="looks at places"):
-        run(transformer, inputs)
+    assert set(processor.report.token_orders) == {order} and processor.report.sparse_calls == 3
 
 
 def test_places_in_disorder_are_a_line():

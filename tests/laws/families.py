@@ -115,6 +115,16 @@ def _sd3_image(request: Request) -> dict[str, Any]:
     return {"height": 22, "width": 26, "guidance_scale": 4.0 if request.guidance else 1.0}
 
 
+def _flux2_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    size = pipe.transformer.config.joint_attention_dim
+    made = {"prompt_embeds": _randn(request, 19, size)}
+    return made | ({"negative_prompt_embeds": _randn(request, 19, size, seed=2)} if request.guidance else {})
+
+
+def _flux2_image(request: Request) -> dict[str, Any]:
+    return {"height": 88, "width": 104, "guidance_scale": 1.5 if request.guidance else 1.0}
+
+
 FAMILIES: dict[str, Family] = {
     "wan-t2v": Family(testing.tiny_wan_pipeline, _wan_embeddings, _wan_video),
     "wan-i2v": Family(lambda: testing.tiny_wan_pipeline(i2v=True), _wan_embeddings, _wan_image),
@@ -122,6 +132,9 @@ FAMILIES: dict[str, Family] = {
         lambda: testing.tiny_wan_pipeline(two_experts=True), _wan_embeddings, _wan_video
     ),
     "flux": Family(testing.tiny_flux_pipeline, _flux_embeddings, _flux_image, "images"),
+    "flux2-klein": Family(
+        lambda: testing.tiny_flux2_pipeline("Flux2KleinPipeline"), _flux2_embeddings, _flux2_image, "images"
+    ),
     "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
 }
 _HEADS = {"num_attention_heads": 4, "attention_head_dim": 64}
@@ -136,6 +149,27 @@ MODELS: dict[str, Model] = {
     "flux": Model(
         testing.tiny_flux_transformer,
         testing.tiny_flux_inputs,
+        {**_HEADS, "axes_dims_rope": (16, 24, 24)},
+        {"grid": (48, 45), "text": 100},
+        2260,
+    ),
+    "flux2": Model(
+        testing.tiny_flux2_transformer,
+        testing.tiny_flux2_inputs,
+        {**_HEADS, "axes_dims_rope": (16, 16, 16, 16)},
+        {"grid": (48, 45), "text": 100},
+        2260,
+    ),
+    "ltx": Model(
+        testing.tiny_ltx_transformer,
+        testing.tiny_ltx_inputs,
+        {**_HEADS, "cross_attention_dim": 256},
+        {"grid": (9, 16, 15)},
+        2160,
+    ),
+    "qwen-image": Model(
+        testing.tiny_qwen_image_transformer,
+        testing.tiny_qwen_image_inputs,
         {**_HEADS, "axes_dims_rope": (16, 24, 24)},
         {"grid": (48, 45), "text": 100},
         2260,

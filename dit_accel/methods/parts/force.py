@@ -19,7 +19,8 @@ def forced_blocks(
             raster order along the sequence); 0 is the query's own block, None forces none.
         first_frame: also every block that holds tokens of the first frame, which image-to-video anchors on.
         anchor: also, for query blocks with tokens of the first frame, all such key blocks. An image has no first frame:
-            where the grid has one frame alone, neither this nor `first_frame` forces anything.
+            where the grid has one frame alone, neither this nor `first_frame` forces anything. Nor does this where the
+            frames are so few that every block reaches into the first: that would be dense attention unasked for.
 
     Returns:
         bool `[N, N]`, query block by key block, or None if nothing is forced. The layout remembers it: do not write
@@ -45,7 +46,7 @@ def _build(layout: TokenLayout, neighbours: int | None, first_frame: bool, ancho
         forced |= reached > 0
     if first_frame:
         forced |= layout.first_frame[None]
-    if anchor:
+    if anchor and not layout.first_frame[layout.video_blocks].all():
         forced |= layout.first_frame[None] & layout.first_frame[:, None]
     if layout.text:
         forced[layout.text_blocks] = True
