@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.adapters.joint import joint_attentions, order_tokens, restore_tokens
@@ -49,7 +50,8 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
         shape=tuple(latents.shape),
         condition=text,
         text=text.shape[1],
-        text_valid=tuple(int(n) for n in arguments["encoder_attention_mask"].sum(1).tolist()),
+        # counted as the model counts: masks come in the model's dtype, and bf16 cannot hold 257
+        text_valid=tuple(arguments["encoder_attention_mask"].sum(1, dtype=torch.int).tolist()),
     )
 
 

@@ -64,6 +64,13 @@ def test_padding_is_not_read():
     assert mask[..., 105:].all() and mask[..., 105:, :].all() and not mask.all()
 
 
+def test_long_prompts_are_counted_exactly_in_bf16():
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, text=400, valid=331)  # 331 is no bf16 number
+    inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].bfloat16()
+    assert hunyuan_video.read(transformer, inputs).text_valid == (331,)
+
+
 def test_prompts_of_different_lengths_run_dense_and_say_so():
     transformer = tiny_hunyuan_video_transformer()
     inputs = tiny_hunyuan_video_inputs(transformer, valid=(11, 19), batch=2)
