@@ -21,6 +21,7 @@ from dit_accel.errors import UnknownModelError
 # transformer class -> module that describes it
 FAMILIES = {
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
+    "HunyuanVideo15Transformer3DModel": "dit_accel.adapters.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
     "SD3Transformer2DModel": "dit_accel.adapters.sd3",
     "WanTransformer3DModel": "dit_accel.adapters.wan",

@@ -35,24 +35,33 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
     Raises:
         LayoutError: latents without a single patch each way.
     """
-    latents, config = arguments["hidden_states"], transformer.config
-    patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=True))
-    if len(grid) != 3 or min(grid) < 1:
-        raise LayoutError(
-            f"{type(transformer).__name__} got latents of shape {tuple(latents.shape)}; with patches of {patch} they "
-            "must be [batch, channels, frames, rows, columns] and hold at least one patch each way."
-        )
     text = arguments["encoder_hidden_states"]
     return Facts(
         timestep=float(arguments["timestep"].max()),
-        grid=grid,
-        shape=tuple(latents.shape),
+        grid=read_grid(transformer, arguments["hidden_states"]),
+        shape=tuple(arguments["hidden_states"].shape),
         condition=text,
         text=text.shape[1],
         # counted as the model counts: masks come in the model's dtype, and bf16 cannot hold 257
         text_valid=tuple(arguments["encoder_attention_mask"].sum(1, dtype=torch.int).tolist()),
     )
+
+
+def read_grid(transformer: nn.Module, latents: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of the tokens of latents `[B, C, F, H, W]`.
+
+    Raises:
+        LayoutError: latents without a single patch each way.
+    """
+    config = transformer.config
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=False))
+    if latents.ndim != 5 or min(grid) < 1:
+        raise LayoutError(
+            f"{type(transformer).__name__} got latents of shape {tuple(latents.shape)}; with patches of {patch} they "
+            "must be [batch, channels, frames, rows, columns] and hold at least one patch each way."
+        )
+    return grid
 
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:

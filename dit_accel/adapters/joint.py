@@ -10,7 +10,7 @@ from dit_accel.layout import TokenLayout
 def joint_attentions(transformer: nn.Module) -> list[tuple[str, int]]:
     """Module path and layer of the attention of every block, dual blocks first."""
     blocks = ("transformer_blocks", "single_transformer_blocks")
-    paths = [f"{name}.{i}.attn" for name in blocks for i in range(len(getattr(transformer, name)))]
+    paths = [f"{name}.{i}.attn" for name in blocks for i in range(len(getattr(transformer, name, ())))]
     return [(path, layer) for layer, path in enumerate(paths)]
 
 

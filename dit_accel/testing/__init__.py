@@ -2,6 +2,7 @@
 
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
+from dit_accel.testing.hunyuan_video15 import tiny_hunyuan_video15_inputs, tiny_hunyuan_video15_transformer
 from dit_accel.testing.memory import peak_bytes
 from dit_accel.testing.sd3 import tiny_sd3_inputs, tiny_sd3_pipeline, tiny_sd3_transformer
 from dit_accel.testing.text import byte_tokenizer
@@ -13,6 +14,8 @@ __all__ = [
     "tiny_flux_inputs",
     "tiny_flux_pipeline",
     "tiny_flux_transformer",
+    "tiny_hunyuan_video15_inputs",
+    "tiny_hunyuan_video15_transformer",
     "tiny_hunyuan_video_inputs",
     "tiny_hunyuan_video_transformer",
     "tiny_sd3_inputs",
