@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.siglip import tiny_siglip
+
 
 def tiny_hunyuan_video15_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `HunyuanVideo15Transformer3DModel` of two blocks and two heads of 16.
@@ -28,7 +30,7 @@ def tiny_hunyuan_video15_transformer(*, seed: int = 0, **config: Any) -> nn.Modu
         "text_embed_2_dim": 12,
         "image_embed_dim": 20,
         "rope_axes_dim": (4, 6, 6),
-        "target_size": 64,
+        "target_size": 96,  # image to video then makes 80 x 112 pixels of an image of that shape
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,3 +78,41 @@ def tiny_hunyuan_video15_inputs(
         "encoder_attention_mask_2": mask(glyphs, valid_glyphs),
         "image_embeds": randn(batch, 5, config.image_embed_dim) * image,
     }
+
+
+def tiny_hunyuan_video15_pipeline(
+    *, i2v: bool = False, seed: int = 0, transformer: dict[str, Any] | None = None
+) -> Any:
+    """A `HunyuanVideo15Pipeline`, or `HunyuanVideo15ImageToVideoPipeline`, without text encoders.
+
+    Call it with `prompt_embeds`, `prompt_embeds_2`, their masks and the same for the negative prompt. Its autoencoder
+    compresses 4x in time and 16x in space, as the model's does: 9 frames of 80 x 112 pixels are 3 x 5 x 7 tokens.
+
+    Args:
+        i2v: image to video, with an image encoder of 9 tokens.
+        seed: of all weights.
+        transformer: further arguments of `tiny_hunyuan_video15_transformer`.
+    """
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15ImageToVideoPipeline,
+        HunyuanVideo15Pipeline,
+    )
+
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts["vae"] = AutoencoderKLHunyuanVideo15(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+        ).eval()
+        if i2v:
+            parts |= tiny_siglip(20, patches=3)
+    parts["transformer"] = tiny_hunyuan_video15_transformer(seed=seed + 1, **(transformer or {}))
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    parts["guider"] = ClassifierFreeGuidance(guidance_scale=3.0)
+    pipe = (HunyuanVideo15ImageToVideoPipeline if i2v else HunyuanVideo15Pipeline)(**parts)
+    pipe.vision_num_semantic_tokens = 9
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
