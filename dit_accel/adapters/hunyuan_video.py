@@ -5,8 +5,8 @@ keeps out. Padding is trimmed, which is exact: nothing reads it, and what it wou
 refiner's attentions are among text alone and stay stock.
 
 Video tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
-behind the output projection. With `token_replace` the first frame has a modulation of its own, told apart by its place,
-so that such a model keeps its own order.
+behind the output projection. With `token_replace` the first frame has a modulation of its own, told by its place: its
+tokens stay before all others, in whatever order.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
         text=text.shape[1],
         # counted as the model counts: masks come in the model's dtype, and bf16 cannot hold 257
         text_valid=tuple(arguments["encoder_attention_mask"].sum(1, dtype=torch.int).tolist()),
+        first_frame_apart=transformer.config.image_condition_type == "token_replace",
     )
 
 
@@ -68,8 +69,6 @@ def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
     if type(transformer).__name__ not in _REORDERED:
         return f"reordering is not proven for {type(transformer).__name__}"
-    if transformer.config.image_condition_type == "token_replace":
-        return "the first frame's tokens are modulated by their place"
     return None
 
 
