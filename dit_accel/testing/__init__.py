@@ -1,8 +1,21 @@
 """Tiny real models with random weights, a file per family: diffusers' own classes, nothing is downloaded."""
 
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
-from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
-from dit_accel.testing.hunyuan_video15 import tiny_hunyuan_video15_inputs, tiny_hunyuan_video15_transformer
+from dit_accel.testing.framepack import (
+    tiny_framepack_inputs,
+    tiny_framepack_pipeline,
+    tiny_framepack_transformer,
+)
+from dit_accel.testing.hunyuan_video import (
+    tiny_hunyuan_video_inputs,
+    tiny_hunyuan_video_pipeline,
+    tiny_hunyuan_video_transformer,
+)
+from dit_accel.testing.hunyuan_video15 import (
+    tiny_hunyuan_video15_inputs,
+    tiny_hunyuan_video15_pipeline,
+    tiny_hunyuan_video15_transformer,
+)
 from dit_accel.testing.memory import peak_bytes
 from dit_accel.testing.sd3 import tiny_sd3_inputs, tiny_sd3_pipeline, tiny_sd3_transformer
 from dit_accel.testing.text import byte_tokenizer
@@ -14,9 +27,14 @@ __all__ = [
     "tiny_flux_inputs",
     "tiny_flux_pipeline",
     "tiny_flux_transformer",
+    "tiny_framepack_inputs",
+    "tiny_framepack_pipeline",
+    "tiny_framepack_transformer",
     "tiny_hunyuan_video15_inputs",
+    "tiny_hunyuan_video15_pipeline",
     "tiny_hunyuan_video15_transformer",
     "tiny_hunyuan_video_inputs",
+    "tiny_hunyuan_video_pipeline",
     "tiny_hunyuan_video_transformer",
     "tiny_sd3_inputs",
     "tiny_sd3_pipeline",

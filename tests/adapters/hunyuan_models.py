@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from joint_models import run
 
-from dit_accel import SparseProcessor
+import dit_accel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
 from methods_table import METHODS as LAW_METHODS
@@ -28,7 +28,7 @@ def run_branches(transformer, method, inputs, order, *, named):
         order: of the branches in each step, such as "cu".
         named: whether they say their name, as some pipelines do.
     """
-    transformer.set_attn_processor(SparseProcessor(transformer, method, block=16, min_tokens=0, strict=True))
+    handle = dit_accel.accelerate(transformer, None, method=method, block=16, min_tokens=0, strict=True)
     outputs = []
     for step, timestep in enumerate((900.0, 600.0, 300.0)):
         for name in order:
@@ -38,7 +38,7 @@ def run_branches(transformer, method, inputs, order, *, named):
                 out = run(transformer, call)
             if name == "c":
                 outputs.append(out)
-    processor = transformer.transformer_blocks[0].attn.processor
-    assert processor.report.dense_calls == 0 and not processor.report.stateless
-    processor.remove()
+    report = handle.report()
+    assert report.dense_calls == 0 and not report.stateless
+    handle.remove()
     return torch.stack(outputs)
