@@ -16,7 +16,7 @@ from dit_accel.testing import (
     tiny_hunyuan_video_pipeline,
 )
 
-STEPS = 3
+STEPS = 2
 IMAGE = Image.radial_gradient("L").resize((112, 80)).convert("RGB")
 
 
