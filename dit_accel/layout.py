@@ -8,6 +8,8 @@ price of borders with a step in them: GPU kernels compute whole blocks, so what 
 1.7 times the work (33x32x32 tokens: 343 tiles, or 264 packed blocks). `gilbert` walks the grid along a generalised
 Hilbert curve and cuts the walk every `block` tokens.
 
+Where a model tells the first frame's tokens by their place, every order keeps them first (`first_frame_apart`).
+
 Text tokens of joint attention stand behind the video's or before them, as the model has them, in blocks of their own
 and in the order they came in.
 """

@@ -181,6 +181,17 @@ def test_removing_and_copying():
     assert torch.equal(run(transformer, inputs), true)
 
 
+def test_its_blocks_compile_whole():
+    transformer = tiny_hunyuan_video15_transformer()
+    inputs = inputs_of(transformer)
+    processor = sparse(transformer, keep=0.3)
+    eager = run(transformer, inputs)
+    transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(run(transformer, inputs), eager)
+    assert processor.report.sparse_calls == 4 and processor.report.dense_calls == 0
+    torch._dynamo.reset()
+
+
 def test_a_processor_that_is_not_known_is_refused():
     transformer = tiny_hunyuan_video15_transformer()
     transformer.transformer_blocks[1].attn.set_processor(type("Mine", (HunyuanVideo15AttnProcessor2_0,), {})())
