@@ -191,7 +191,8 @@ class Engine:
                 why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
                 order = "raster" if why_raster else order
             text = facts.text if facts.text_valid is None else facts.text_valid[0]
-            self.layout = self._layout_for(facts.grid, order, hidden.device, text, facts.text_first)
+            kind = facts.text_first, facts.first_frame_apart
+            self.layout = self._layout_for(facts.grid, order, hidden.device, text, *kind)
             self.padding = None if facts.text_valid is None else facts.text - text
             self.order = None if order == "raster" else self.layout
             self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
@@ -254,14 +255,20 @@ class Engine:
         return None
 
     def _layout_for(
-        self, grid: tuple[int, int, int], order: str, device: torch.device, text: int, text_first: bool
+        self,
+        grid: tuple[int, int, int],
+        order: str,
+        device: torch.device,
+        text: int,
+        text_first: bool,
+        first_frame_apart: bool,
     ) -> TokenLayout:
-        key = (grid, order, device, text, text_first)
+        key = (grid, order, device, text, text_first, first_frame_apart)
         if key not in self._layouts:
             if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
                 self._layouts.clear()
             tile = self.arrangement.tile if order == "tiles" else None
-            options = dict(tile=tile, text=text, text_first=text_first)
+            options = dict(tile=tile, text=text, text_first=text_first, first_frame_apart=first_frame_apart)
             self._layouts[key] = build_layout(grid, order, self.arrangement.block, device, **options)
         return self._layouts[key]
 
@@ -313,7 +320,8 @@ class Engine:
             now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
         # offloading moves the tokens after the root hook saw them
         if layout.starts.device != query.device or layout.text != text:
-            layout = self._layout_for(layout.grid, layout.order, query.device, text, layout.text_first)
+            kind = layout.text_first, layout.first_frame_apart
+            layout = self._layout_for(layout.grid, layout.order, query.device, text, *kind)
         return layout, now
 
     def _attend_sparsely(

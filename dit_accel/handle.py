@@ -107,12 +107,19 @@ def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **
             for role, transformer in transformers.items():
                 engine = Engine(transformer, options, method, trajectory, tally, role)
                 engines.append(engine)
-                transformer.set_attn_processor(SparseProcessor.of(engine))
+                _set_processor(transformer, SparseProcessor.of(engine))
         except BaseException:
             for engine in engines:
                 engine.remove()
             raise
     return Handle(trajectory, tally, engines)
+
+
+def _set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:
+    """As `set_attn_processor`, which FramePack's class lacks."""
+    for module in transformer.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(processor)
 
 
 def _options(

@@ -8,6 +8,8 @@ price of borders with a step in them: GPU kernels compute whole blocks, so what 
 1.7 times the work (33x32x32 tokens: 343 tiles, or 264 packed blocks). `gilbert` walks the grid along a generalised
 Hilbert curve and cuts the walk every `block` tokens.
 
+Where a model tells the first frame's tokens by their place, every order keeps them first (`first_frame_apart`).
+
 Text tokens of joint attention stand behind the video's or before them, as the model has them, in blocks of their own
 and in the order they came in.
 """
@@ -44,6 +46,7 @@ class TokenLayout:
     even: bool  # every block but the last holds that many
     text: int = 0  # text tokens, in blocks of their own
     text_first: bool = False  # whether they stand before the video's
+    first_frame_apart: bool = False  # whether the first frame's tokens stay before all others of the video
     memo: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # what methods derive from it alone
 
     @property
@@ -119,6 +122,7 @@ def build_layout(
     tile: Grid | None = None,
     text: int = 0,
     text_first: bool = False,
+    first_frame_apart: bool = False,
 ) -> TokenLayout:
     """Lay out `grid` in the given order.
 
@@ -130,6 +134,8 @@ def build_layout(
         tile: with order "tiles", exact edges of a tile; None chooses edges that waste little.
         text: text tokens.
         text_first: whether they stand before the video's; else behind.
+        first_frame_apart: whether the first frame's tokens stay before all others of the video, where models tell them
+            by their place. Both parts are then ordered and cut by themselves; raster order has them so anyway.
 
     Raises:
         LayoutError: an empty grid or block, or a tile that is larger than a block or not for this order.
@@ -147,18 +153,13 @@ def build_layout(
             f"tile={tuple(tile)} with order {order!r} and blocks of {block} tokens is not possible: a tile is for "
             "order 'tiles', and its three edges multiply to at most the block."
         )
-    match order:
-        case "raster":
-            parts = _raster(grid, block)
-        case "tiles":
-            parts = _tiles(grid, block, tile)
-        case "packed":
-            where = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
-            forward = torch.cat(_halve(torch.arange(len(where)), where, block))
-            parts = _runs(grid, block, forward)
-        case "gilbert":
-            parts = _runs(grid, block, _gilbert(grid))
-    return _layout(grid, order, block, parts, (text, text_first), torch.device(device))
+    if first_frame_apart and order != "raster" and grid[0] > 1:
+        frames, *frame = grid
+        halves = (_order((n, *frame), order, block, tile) for n in (1, frames - 1))
+        parts = _behind_one_another(*halves, grid, order, block)
+    else:
+        parts = _order(grid, order, block, tile)
+    return _layout(grid, order, block, parts, (text, text_first), first_frame_apart, torch.device(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +170,29 @@ class _Parts:
     near: Tensor
     first_frame: Tensor
     forward: Tensor | None
+
+
+def _order(grid: Grid, order: str, block: int, tile: Grid | None) -> _Parts:
+    match order:
+        case "raster":
+            return _raster(grid, block)
+        case "tiles":
+            return _tiles(grid, block, tile)
+        case "packed":
+            where = torch.cartesian_prod(*(torch.arange(length) for length in grid)).view(-1, 3)
+            return _runs(grid, block, torch.cat(_halve(torch.arange(len(where)), where, block)))
+    return _runs(grid, block, _gilbert(grid))
+
+
+def _behind_one_another(first: _Parts, rest: _Parts, grid: Grid, order: str, block: int) -> _Parts:
+    """The first frame's blocks, then those of the frames behind it."""
+    assert first.forward is not None and rest.forward is not None
+    starts = torch.cat([first.starts[:-1], first.starts[-1] + rest.starts])
+    forward = torch.cat([first.forward, len(first.forward) + rest.forward])
+    owner = torch.empty_like(forward)
+    owner[forward] = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    near = _touching(owner.view(grid), 1 if order == "tiles" else _least_face(block))
+    return _Parts(starts, near, torch.arange(len(starts) - 1) < len(first.near), forward)
 
 
 def balanced_parts(length: int, parts: int) -> list[int]:
@@ -244,8 +268,7 @@ def _runs(grid: Grid, block: int, forward: Tensor) -> _Parts:
     owner = torch.empty_like(forward)
     owner[forward] = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
     owner = owner.view(grid)
-    # Steps in the borders make blocks touch that a box between them would part: an eighth of a cube's face is asked.
-    near = _touching(owner, max(1, round(block ** (2 / 3) / 8)))
+    near = _touching(owner, _least_face(block))
     first_frame = torch.zeros(len(starts) - 1, dtype=torch.bool)
     first_frame[owner[0].flatten()] = True
     return _Parts(starts, near, first_frame, forward)
@@ -275,6 +298,14 @@ def _halve(tokens: Tensor, where: Tensor, block: int) -> list[Tensor]:
     middle = range(max(1, math.floor(0.4 * blocks)), min(blocks - 1, math.ceil(0.6 * blocks)) + 1)
     cut = min(middle, key=lambda n: (min(n * block % plane, -n * block % plane), abs(n - blocks / 2)))
     return [*_halve(tokens[: cut * block], where, block), *_halve(tokens[cut * block :], where, block)]
+
+
+def _least_face(block: int) -> int:
+    """Tokens of a face by which blocks with steps in their borders count as near.
+
+    The steps make blocks touch that a box between them would part: an eighth of a cube's face is asked.
+    """
+    return max(1, round(block ** (2 / 3) / 8))
 
 
 def _touching(owner: Tensor, least: int) -> Tensor:
@@ -353,7 +384,13 @@ def _even_starts(tokens: int, block: int) -> Tensor:
 
 
 def _layout(
-    grid: Grid, order: str, block: int, parts: _Parts, text: tuple[int, bool], device: torch.device
+    grid: Grid,
+    order: str,
+    block: int,
+    parts: _Parts,
+    text: tuple[int, bool],
+    first_frame_apart: bool,
+    device: torch.device,
 ) -> TokenLayout:
     starts, near, first_frame, forward = parts.starts, parts.near, parts.first_frame, parts.forward
     if text[0]:
@@ -384,4 +421,5 @@ def _layout(
         even=bool((sizes[:-1] == sizes.max()).all()),
         text=text[0],
         text_first=text[1],
+        first_frame_apart=first_frame_apart,
     )

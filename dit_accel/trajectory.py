@@ -65,6 +65,7 @@ class Facts:
     text_first: bool = False  # whether they stand before the others
     # of each batch row, how many of these are no padding, which stands last; None: all
     text_valid: tuple[int, ...] | None = None
+    first_frame_apart: bool = False  # whether the model tells the first frame's tokens by their place, the first ones
     # set where a step adds a forward that computes less than the others (skip-layer guidance): a branch of its own,
     # though its conditioning may be another's
     variant: str = ""

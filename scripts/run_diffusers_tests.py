@@ -20,7 +20,7 @@ from pathlib import Path
 PLUGINS = Path(__file__).resolve().parent.parent / "tests" / "conformance"
 TESTS = "tests/models/transformers"
 # of the families that dit_accel describes
-FILES = ("wan*", "hunyuan_video*", "flux", "flux2", "sd3", "qwenimage", "ltx", "minimax_h3")
+FILES = ("wan*", "hunyuan_video*", "hunyuan_1_5", "flux", "flux2", "sd3", "qwenimage", "ltx", "minimax_h3")
 
 
 def main(arguments: list[str]) -> int:

@@ -24,6 +24,8 @@ from dit_accel.errors import UnknownModelError
 FAMILIES = {
     "Flux2Transformer2DModel": "dit_accel.adapters.flux2",
     "FluxTransformer2DModel": "dit_accel.adapters.flux",
+    "HunyuanVideo15Transformer3DModel": "dit_accel.adapters.hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "dit_accel.adapters.framepack",
     "HunyuanVideoTransformer3DModel": "dit_accel.adapters.hunyuan_video",
     "SD3Transformer2DModel": "dit_accel.adapters.sd3",
     "LTXVideoTransformer3DModel": "dit_accel.adapters.ltx",

@@ -5,8 +5,8 @@ keeps out. Padding is trimmed, which is exact: nothing reads it, and what it wou
 refiner's attentions are among text alone and stay stock.
 
 Video tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
-behind the output projection. With `token_replace` the first frame has a modulation of its own, told apart by its place,
-so that such a model keeps its own order.
+behind the output projection. With `token_replace` the first frame has a modulation of its own, told by its place: its
+tokens stay before all others, in whatever order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.adapters.joint import joint_attentions, order_tokens, restore_tokens
@@ -34,31 +35,40 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
     Raises:
         LayoutError: latents without a single patch each way.
     """
-    latents, config = arguments["hidden_states"], transformer.config
+    text = arguments["encoder_hidden_states"]
+    return Facts(
+        timestep=float(arguments["timestep"].max()),
+        grid=read_grid(transformer, arguments["hidden_states"]),
+        shape=tuple(arguments["hidden_states"].shape),
+        condition=text,
+        text=text.shape[1],
+        # counted as the model counts: masks come in the model's dtype, and bf16 cannot hold 257
+        text_valid=tuple(arguments["encoder_attention_mask"].sum(1, dtype=torch.int).tolist()),
+        first_frame_apart=transformer.config.image_condition_type == "token_replace",
+    )
+
+
+def read_grid(transformer: nn.Module, latents: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of the tokens of latents `[B, C, F, H, W]`.
+
+    Raises:
+        LayoutError: latents without a single patch each way.
+    """
+    config = transformer.config
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=True))
-    if len(grid) != 3 or min(grid) < 1:
+    grid = tuple(size // p for size, p in zip(latents.shape[2:], patch, strict=False))
+    if latents.ndim != 5 or min(grid) < 1:
         raise LayoutError(
             f"{type(transformer).__name__} got latents of shape {tuple(latents.shape)}; with patches of {patch} they "
             "must be [batch, channels, frames, rows, columns] and hold at least one patch each way."
         )
-    text = arguments["encoder_hidden_states"]
-    return Facts(
-        timestep=float(arguments["timestep"].max()),
-        grid=grid,
-        shape=tuple(latents.shape),
-        condition=text,
-        text=text.shape[1],
-        text_valid=tuple(int(n) for n in arguments["encoder_attention_mask"].sum(1).tolist()),
-    )
+    return grid
 
 
 def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why the tokens of this forward must stay in the model's own order, or None if they need not."""
     if type(transformer).__name__ not in _REORDERED:
         return f"reordering is not proven for {type(transformer).__name__}"
-    if transformer.config.image_condition_type == "token_replace":
-        return "the first frame's tokens are modulated by their place"
     return None
 
 

@@ -2,7 +2,21 @@
 
 from dit_accel.testing.flux import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
 from dit_accel.testing.flux2 import tiny_flux2_inputs, tiny_flux2_pipeline, tiny_flux2_transformer
-from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
+from dit_accel.testing.framepack import (
+    tiny_framepack_inputs,
+    tiny_framepack_pipeline,
+    tiny_framepack_transformer,
+)
+from dit_accel.testing.hunyuan_video import (
+    tiny_hunyuan_video_inputs,
+    tiny_hunyuan_video_pipeline,
+    tiny_hunyuan_video_transformer,
+)
+from dit_accel.testing.hunyuan_video15 import (
+    tiny_hunyuan_video15_inputs,
+    tiny_hunyuan_video15_pipeline,
+    tiny_hunyuan_video15_transformer,
+)
 from dit_accel.testing.ltx import tiny_ltx_inputs, tiny_ltx_pipeline, tiny_ltx_transformer
 from dit_accel.testing.memory import peak_bytes
 from dit_accel.testing.minimax_h3 import tiny_minimax_h3_inputs, tiny_minimax_h3_transformer
@@ -24,7 +38,14 @@ __all__ = [
     "tiny_flux_inputs",
     "tiny_flux_pipeline",
     "tiny_flux_transformer",
+    "tiny_framepack_inputs",
+    "tiny_framepack_pipeline",
+    "tiny_framepack_transformer",
+    "tiny_hunyuan_video15_inputs",
+    "tiny_hunyuan_video15_pipeline",
+    "tiny_hunyuan_video15_transformer",
     "tiny_hunyuan_video_inputs",
+    "tiny_hunyuan_video_pipeline",
     "tiny_hunyuan_video_transformer",
     "tiny_ltx_inputs",
     "tiny_ltx_pipeline",

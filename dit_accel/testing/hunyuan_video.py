@@ -71,3 +71,54 @@ def tiny_hunyuan_video_inputs(
     if config.guidance_embeds:
         inputs["guidance"] = torch.full((batch,), 6000.0)
     return inputs
+
+
+def tiny_hunyuan_video_vae(*, seed: int = 0) -> nn.Module:
+    """An `AutoencoderKLHunyuanVideo` that compresses 4x in time and 8x in space, as HunyuanVideo's does."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    kinds = {f"{way.lower()}_block_types": (f"HunyuanVideo{way}Block3D",) * 4 for way in ("Down", "Up")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+            mid_block_add_attention=False,
+            **kinds,
+        ).eval()
+
+
+def tiny_hunyuan_video_pipeline(
+    *, image_condition_type: str | None = None, seed: int = 0, transformer: dict[str, Any] | None = None
+) -> Any:
+    """A `HunyuanVideoPipeline`, or `HunyuanVideoImageToVideoPipeline`, without text encoders.
+
+    Call it with `prompt_embeds`, `pooled_prompt_embeds`, `prompt_attention_mask` and, for true guidance, the same of
+    the negative prompt: 9 frames of 80 x 112 pixels are 3 x 5 x 7 tokens.
+
+    Args:
+        image_condition_type: None for text to video; "latent_concat" or "token_replace" for image to video.
+        seed: of all weights.
+        transformer: further arguments of `tiny_hunyuan_video_transformer`.
+    """
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoImageToVideoPipeline,
+        HunyuanVideoPipeline,
+    )
+
+    config: dict[str, Any] = {"image_condition_type": image_condition_type}
+    if image_condition_type == "latent_concat":
+        config["in_channels"] = 9  # noise, latents of the image and their mask
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts["vae"] = tiny_hunyuan_video_vae(seed=seed)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts["transformer"] = tiny_hunyuan_video_transformer(seed=seed + 1, **config, **(transformer or {}))
+    if image_condition_type is None:
+        pipe: Any = HunyuanVideoPipeline(**parts)
+    else:
+        pipe = HunyuanVideoImageToVideoPipeline(**parts, image_processor=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

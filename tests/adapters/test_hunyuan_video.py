@@ -9,7 +9,12 @@ from dit_accel.errors import FallbackError, LayoutError
 from dit_accel.testing import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 
 # every configuration that may be reordered
-REORDERED = {"t2v": {}, "no guidance": {"guidance_embeds": False}, "latents beside": {"in_channels": 9}}
+REORDERED = {
+    "t2v": {},
+    "no guidance": {"guidance_embeds": False},
+    "latents beside": {"in_channels": 9},
+    "first frame by tokens": {"image_condition_type": "token_replace"},
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -64,6 +69,13 @@ def test_padding_is_not_read():
     assert mask[..., 105:].all() and mask[..., 105:, :].all() and not mask.all()
 
 
+def test_long_prompts_are_counted_exactly_in_bf16():
+    transformer = tiny_hunyuan_video_transformer()
+    inputs = tiny_hunyuan_video_inputs(transformer, text=400, valid=331)  # 331 is no bf16 number
+    inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].bfloat16()
+    assert hunyuan_video.read(transformer, inputs).text_valid == (331,)
+
+
 def test_prompts_of_different_lengths_run_dense_and_say_so():
     transformer = tiny_hunyuan_video_transformer()
     inputs = tiny_hunyuan_video_inputs(transformer, valid=(11, 19), batch=2)
@@ -76,13 +88,25 @@ def test_prompts_of_different_lengths_run_dense_and_say_so():
         run(transformer, inputs)
 
 
-def test_a_first_frame_by_tokens_keeps_the_models_order():
+@pytest.mark.parametrize("method", FULL)
+def test_a_first_frame_by_tokens_with_every_method(method):
+    transformer = tiny_hunyuan_video_transformer(image_condition_type="token_replace")
+    inputs = tiny_hunyuan_video_inputs(transformer, (3, 5, 6), valid=13, batch=2)
+    true = run(transformer, inputs)
+    processor = sparse(transformer, method)
+    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+    assert processor.report.dense_calls == 0
+
+
+@pytest.mark.parametrize("order", ["tiles", "packed", "gilbert"])
+def test_a_first_frame_by_tokens_must_stay_first(order):
+    """Ordered as any other video the result is wrong, so the parity tests can tell."""
     transformer = tiny_hunyuan_video_transformer(image_condition_type="token_replace")
     inputs = tiny_hunyuan_video_inputs(transformer, valid=11)
     true = run(transformer, inputs)
-    processor = sparse(transformer, order="tiles")
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: the first frame's tokens are modulated by their place"]
+    transformer.register_to_config(image_condition_type=None)  # which the adapter looks at, and no forward does
+    sparse(transformer, order=order)
+    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3
 
 
 def test_a_batch_row_is_the_same_in_other_company():

@@ -44,6 +44,8 @@ class Bench:
         embedded: the prompts are the very same tensors at every call; else new ones.
         """
         request = Request(batch, guidance, other)
+        if self.family.prepare is not None:
+            self.family.prepare(self.pipe, request)
         arguments = self.family.call(request)
         if embedded or "prompt" not in arguments:
             if not embedded or request not in self.kept:

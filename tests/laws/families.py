@@ -35,6 +35,7 @@ class Family:
     call: Callable[[Request], dict[str, Any]]  # all other arguments, and the prompts in words if they can be
     output: str = "frames"
     forwards: int = 2  # of a step with guidance
+    prepare: Callable[[Any, Request], None] | None = None  # what is set on the pipeline instead of given to it
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,47 @@ def _flux2_image(request: Request) -> dict[str, Any]:
     return {"height": 88, "width": 104, "guidance_scale": 1.5 if request.guidance else 1.0}
 
 
+_HUNYUAN = {"height": 80, "width": 112, "num_frames": 13}  # 4 x 5 x 7 tokens
+
+
+def _masked(request: Request, tokens: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Embeddings of a prompt of which the last quarter is padding, and their mask."""
+    mask = (torch.arange(tokens) < tokens * 3 // 4).long().expand(request.batch, -1)
+    return _randn(request, tokens, size, seed=seed), mask
+
+
+def _both(request: Request, embed: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """Embeddings of a prompt and, with guidance, of a negative one."""
+    negative = {f"negative_{name}": x for name, x in embed(5).items()} if request.guidance else {}
+    return embed(0) | negative
+
+
+def _hunyuan_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    def embed(seed: int) -> dict[str, Any]:
+        names = ("prompt_embeds", "prompt_attention_mask")
+        pooled = {"pooled_prompt_embeds": _randn(request, 8, seed=seed + 1)}
+        return dict(zip(names, _masked(request, 20, 24, seed), strict=True)) | pooled
+
+    return _both(request, embed)
+
+
+def _hunyuan_video(request: Request) -> dict[str, Any]:
+    return {**_HUNYUAN, "true_cfg_scale": 1.5 if request.guidance else 1.0}
+
+
+def _hunyuan15_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    def embed(seed: int) -> dict[str, Any]:
+        made = dict(zip(("prompt_embeds", "prompt_embeds_mask"), _masked(request, 20, 24, seed), strict=True))
+        names = ("prompt_embeds_2", "prompt_embeds_mask_2")
+        return made | dict(zip(names, _masked(request, 10, 12, seed + 1), strict=True))
+
+    return _both(request, embed)
+
+
+def _guide_hunyuan15(pipe: Any, request: Request) -> None:
+    pipe.guider.guidance_scale = 1.5 if request.guidance else 1.0
+
+
 FAMILIES: dict[str, Family] = {
     "wan-t2v": Family(testing.tiny_wan_pipeline, _wan_embeddings, _wan_video),
     "wan-i2v": Family(lambda: testing.tiny_wan_pipeline(i2v=True), _wan_embeddings, _wan_image),
@@ -134,6 +176,13 @@ FAMILIES: dict[str, Family] = {
     "flux": Family(testing.tiny_flux_pipeline, _flux_embeddings, _flux_image, "images"),
     "flux2-klein": Family(
         lambda: testing.tiny_flux2_pipeline("Flux2KleinPipeline"), _flux2_embeddings, _flux2_image, "images"
+    ),
+    "hunyuan-video-t2v": Family(testing.tiny_hunyuan_video_pipeline, _hunyuan_embeddings, _hunyuan_video),
+    "hunyuan-video15-t2v": Family(
+        testing.tiny_hunyuan_video15_pipeline,
+        _hunyuan15_embeddings,
+        lambda request: dict(_HUNYUAN),
+        prepare=_guide_hunyuan15,
     ),
     "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
 }
@@ -180,6 +229,13 @@ MODELS: dict[str, Model] = {
         {**_HEADS, "rope_axes_dim": (16, 24, 24)},
         {"grid": (9, 16, 15), "text": 100, "valid": 77},
         2237,
+    ),
+    "hunyuan-video15": Model(
+        testing.tiny_hunyuan_video15_transformer,
+        testing.tiny_hunyuan_video15_inputs,
+        {**_HEADS, "rope_axes_dim": (16, 24, 24)},
+        {"grid": (9, 16, 15)},
+        2160,
     ),
     "sd3": Model(
         testing.tiny_sd3_transformer,

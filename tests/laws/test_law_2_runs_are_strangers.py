@@ -1,5 +1,7 @@
 """Law 2: equal seeds give equal results, whatever ran before and however it ended."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -54,6 +56,8 @@ def test_a_run_after_an_exception_is_as_fresh(bench, method, install, at_call, e
 
 @pytest.mark.parametrize("embedded", [False, True], ids=["new prompts", "the same tensors"])
 def test_a_run_after_a_stopped_callback_is_as_fresh(bench, method, install, embedded):
+    if "callback_on_step_end" not in inspect.signature(bench.pipe.__call__).parameters:
+        pytest.skip("this pipeline calls nothing back")
     install(bench.pipe, method(0.4))
     fresh = bench.sample(embedded=embedded)
     with pytest.raises(Stop):
