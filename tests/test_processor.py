@@ -160,7 +160,7 @@ def test_masks_run_dense(transformer):
 
 
 def test_processors_that_know_nothing_of_a_split_are_refused(transformer):
-    """They would attend within one process's tokens. What works under context parallelism is tested in tests/parallel."""
+    """They would attend within one process's tokens. What works under context parallelism: tests/parallel."""
     processor = install(transformer)
     stock = [seat.stock for seat in processor.engine.seats]
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
