@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters import dispatch, find_adapter
+from dit_accel.adapters import dispatch, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import FallbackError, UsageError
@@ -172,16 +172,20 @@ class Engine:
 
     # -- around one forward
 
-    def enter(self, args: tuple, kwargs: dict) -> None:
-        """Read what this forward is part of and decide what holds for all of it."""
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Read what this forward is part of and decide what holds for all of it.
+
+        Returns:
+            The arguments it shall have instead, if some hold tokens and these are brought into another order.
+        """
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if "hidden_states" not in given or "timestep" not in given:
-            return  # the host is about to say so better
+            return None  # the host is about to say so better
         facts = self.adapter.read(self._module(), given)
         self.call = self.trajectory.enter(self.role, facts, self._listener.context(), self.n_layers)
         self.order = None
         if not self._in_use():
-            return
+            return None
         hidden = given["hidden_states"]
         self._counted = False
         self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
@@ -196,6 +200,16 @@ class Engine:
             self.padding = None if facts.text_valid is None else facts.text - text
             self.order = None if order == "raster" else self.layout
             self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
+        if self.order is None or not hasattr(self.adapter, "order_arguments"):
+            return None
+        return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
+
+    def _with(self, changed: dict[str, Any], args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A forward's arguments with some of them changed, each given as it was: by place or by name."""
+        if not changed:
+            return None
+        by_place = tuple(changed.get(name, x) for name, x in zip(self._names, args, strict=False))
+        return by_place, {name: changed.get(name, x) for name, x in kwargs.items()}
 
     def leave(self) -> None:
         """Note that the forward returned."""
@@ -205,6 +219,7 @@ class Engine:
     def _in_use(self) -> bool:
         """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
         replaced = in_use = 0
+        attending = []
         for attn, seat in zip(self._modules(), self.seats, strict=True):
             processor = attn.processor
             ours = _is_ours(processor)
@@ -215,7 +230,10 @@ class Engine:
             else:
                 in_use += ours
                 replaced += not ours
+                attending.append(seat.stock if ours else processor)
         self._set_once |= in_use > 0
+        if in_use:
+            parallel.check_processors(self._module(), attending)
         if self._set_once and replaced:
             self._count_dense("its processor was replaced after installation", False, replaced)
         return in_use > 0
@@ -246,8 +264,9 @@ class Engine:
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and wants_gradients:
             return self._counted_now(_GRADIENTS)  # such calls never reach `attend`
-        if any(getattr(seat.stock, "_parallel_config", None) is not None for seat in self.seats):
-            return "context parallelism is on", False
+        why_local = parallel.why_dense(module, self.adapter, facts.text)
+        if why_local is not None:
+            return why_local, False
         if facts.loose and getattr(self.method, "needs_grid", False):
             return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
         if facts.text_valid is not None and len(set(facts.text_valid)) > 1:
@@ -290,10 +309,19 @@ class Engine:
             if not (self._counted and reason is self._dense_reason):
                 self._count_dense(*reason, 1)
             return self._attend_densely(seat, query, key, value, reason[1], call)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
+            return self._attend_whole(self.call.at(seat.layer, first_head), query, key, value, call)
+
+        return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
+
+    def _attend_whole(
+        self, now: Call, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+    ) -> Tensor:
+        """Attend sparsely, to all tokens of the forward and with all heads of this process."""
         from dit_accel.kernels.coarse import add_block_means
         from dit_accel.kernels.counting import count_pairs
 
-        now = self.call.at(seat.layer)
         layout, now = self._layout_of(query, now)
         seen = query.shape[1]
         query, key, value = (x[:, : layout.n_tokens] for x in (query, key, value))
@@ -408,8 +436,10 @@ class Engine:
             return "causal attention or dropout", False
         if query.shape != key.shape:
             return "queries and keys of different shape", False
-        if query.shape[1] not in (self.layout.n_tokens + (self.padding or 0), self.layout.n_video_tokens):
-            return f"{query.shape[1]} tokens where the grid has {self.layout.n_tokens}", False
+        whole = (self.layout.n_tokens + (self.padding or 0), self.layout.n_video_tokens)
+        expected = [parallel.tokens_here(tokens, seat.stock) for tokens in whole]
+        if query.shape[1] not in expected:
+            return f"{query.shape[1]} tokens where the grid has {expected[0]}", False
         return None
 
     def _is_padding(self, mask: Tensor, query: Tensor) -> bool:

@@ -17,6 +17,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import nn
 
+from dit_accel.adapters import parallel
 from dit_accel.trajectory import Context, Trajectory
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Enter:
         self.engine = engine
 
     @_kept_out_of_graphs
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.engine.enter(args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return self.engine.enter(args, kwargs)
 
 
 class Leave:
@@ -66,7 +67,7 @@ class Reorder:
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         order = self.engine.order
-        return None if order is None else self.reorder(output, order)
+        return None if order is None else parallel.reorder(module, output, self.reorder, order)
 
 
 class _NoState(BaseState):

@@ -45,10 +45,11 @@ class Call:
     role: str  # which transformer of the pipeline
     n_layers: int
     layer: int | None = None
+    first_head: int = 0  # the model's number of the first head seen here; heads may be shared out over processes
 
-    def at(self, layer: int) -> Call:
-        """This call, seen from the self-attention of one layer."""
-        return dataclasses.replace(self, layer=layer)
+    def at(self, layer: int, first_head: int = 0) -> Call:
+        """This call, seen from the self-attention of one layer and from some head on."""
+        return dataclasses.replace(self, layer=layer, first_head=first_head)
 
 
 @dataclass(frozen=True)

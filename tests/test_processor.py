@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from diffusers import ContextParallelConfig
+from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -157,28 +159,22 @@ def test_masks_run_dense(transformer):
     assert processor.report.fallbacks == {"an attention mask": 1} and processor.report.sparse_calls == 1
 
 
-def test_context_parallelism_runs_dense_in_the_models_order(transformer):
+def test_processors_that_know_nothing_of_a_split_are_refused(transformer):
+    """They would attend within one process's tokens. What works under context parallelism: tests/parallel."""
     processor = install(transformer)
-    config = object()
-    for attention in (b.attn1 for b in transformer.blocks):
-        attention.processor._parallel_config = config
-    assert processor._parallel_config is config
-    assert processor.engine._why_all_dense is not None
-    hidden = tiny_wan_inputs(transformer, GRID)["hidden_states"]
-    processor._parallel_config = None
-    run(transformer)
-    processor._parallel_config = config
-    facts = transformer_facts(transformer)
-    processor.engine.call = processor.engine.trajectory.enter(
-        "transformer", facts, processor.engine._listener.context(), 2
-    )
-    assert processor.engine._why_all_dense(hidden, facts) == ("context parallelism is on", False)
-
-
-def transformer_facts(transformer):
-    from dit_accel.adapters import wan
-
-    return wan.read(transformer, tiny_wan_inputs(transformer, GRID))
+    stock = [seat.stock for seat in processor.engine.seats]
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    transformer._parallel_config = config  # as `enable_parallelism` leaves it before processors are set anew
+    with pytest.raises(UsageError, match="is on .* 2 of its 2 self-attentions .*before `enable_parallelism`"):
+        run(transformer)
+    transformer.blocks[0].attn1.processor._parallel_config = config
+    assert all(one._parallel_config is config for one in stock) and processor._parallel_config is config
+    transformer.blocks[0].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(UsageError, match="is on .* 1 of its 2 self-attentions"):
+        run(transformer)
+    transformer._parallel_config = None
+    with pytest.raises(UsageError, match="is off .* 1 of its 2 self-attentions"):
+        run(transformer)
 
 
 def test_a_replaced_processor_is_noticed(transformer):

@@ -4,9 +4,11 @@ An adapter module offers
 - `self_attentions(transformer)`: the attentions that may be sparse, as (module path, layer), in order of use;
 - `read(transformer, arguments)`: the `Facts` of one forward;
 - `order_hooks(transformer)`: where tokens are brought into another order and back, or an empty list;
+- `order_arguments(arguments, layout)`, only where arguments hold a value for each token: these, in another order;
 - `why_raster(transformer, arguments)`: why this forward must keep the model's own order, or None;
 - `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
   reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
+- `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or
   None if it knows none for this processor. It calls the same modules in the same order, as a parity test proves.
 """

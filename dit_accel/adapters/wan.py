@@ -5,8 +5,8 @@ The flat order is frame, row, column of the patched latents.
 
 Tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made
 and behind the output projection. None of these modules is one that `compile_repeated_blocks` compiles. The 5B
-model modulates per token, so its time embedding is reordered too (left alone, the result is off by about a
-half).
+model modulates per token, so its timesteps are reordered too (left alone, the result is off by about a half): as
+arguments of the forward, before context parallelism splits them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dit_accel.trajectory import Facts
 TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
 # classes that pass the permutation test of tests/adapters
 _REORDERED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+# classes that pass tests/parallel; diffusers has no plan to split VACE and Animate
+PARALLEL = ("WanTransformer3DModel",)
 
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 
@@ -75,12 +77,17 @@ def order_hooks(transformer: nn.Module) -> list[OrderHook]:
     hooks: list[OrderHook] = [
         (transformer.rope, _order_rotary),
         (transformer.patch_embedding, _order_feature_map),
-        (transformer.condition_embedder, _order_modulation),
         (transformer.proj_out, _restore),
     ]
     if hasattr(transformer, "vace_patch_embedding"):
         hooks.append((transformer.vace_patch_embedding, _order_feature_map))
     return hooks
+
+
+def order_arguments(arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Tensor]:
+    """Arguments of the forward that hold a value for each token, in the layout's order."""
+    timestep = arguments["timestep"]
+    return {"timestep": layout.apply(timestep, 1)} if timestep.ndim == 2 else {}  # [B, S]
 
 
 def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
@@ -90,13 +97,6 @@ def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tens
 def _order_feature_map(output: Tensor, layout: TokenLayout) -> Tensor:
     # [B, C, F, H, W] -> the model flattens the last three next, which makes this the order of its tokens
     return layout.apply(output.flatten(2), 2).view(output.shape)
-
-
-def _order_modulation(output: tuple[Any, ...], layout: TokenLayout) -> tuple[Any, ...]:
-    time, projected, *rest = output
-    if time.ndim == 3:  # per token: [B, S, C] and [B, S, 6 C]
-        time, projected = layout.apply(time, 1), layout.apply(projected, 1)
-    return (time, projected, *rest)
 
 
 def _restore(output: Tensor, layout: TokenLayout) -> Tensor:

@@ -33,7 +33,10 @@ class Method:
         # drawn on the CPU: a GPU's generator would draw other blocks
         place = f"{self.seed} {call.role} {call.branch} {call.step} {call.layer}"
         generator = torch.Generator().manual_seed(int.from_bytes(_digest(place), "little"))
-        scores = torch.rand(1, query.shape[2], layout.n_blocks, layout.n_blocks, generator=generator)
+        # heads before ours are drawn too: a head has the same lot on however many processes
+        heads = call.first_head + query.shape[2]
+        scores = torch.rand(1, heads, layout.n_blocks, layout.n_blocks, generator=generator)
+        scores = scores[:, call.first_head :]
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
         scores = scores.to(query.device)
         return plan_of(*choose_blocks(scores, forced, self.keep, text_blocks=layout.n_text_blocks), layout)

@@ -1,0 +1,268 @@
+"""What is run under context parallelism: by one process alone, and by two that share the work.
+
+Each case makes a tiny model, splits it if it is told to, runs it and returns what came out and what was counted. Run as
+a script (rank, folder), this module is one of two processes; it runs every case and writes what each returned, or how
+it ended, into the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import ContextParallelConfig
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from dit_accel import SparseProcessor
+from dit_accel.errors import DitAccelError
+from dit_accel.methods import load_method
+from dit_accel.methods.parts.budget import choose_blocks
+from dit_accel.methods.parts.plans import plan_of
+from dit_accel.methods.parts.score import block_means, mean_scores
+from dit_accel.testing import (
+    tiny_flux_inputs,
+    tiny_flux_transformer,
+    tiny_wan_inputs,
+    tiny_wan_pipeline,
+    tiny_wan_transformer,
+)
+
+GRID = (3, 6, 8)  # 144 tokens, 72 for each of two processes: the cut goes through a block of 16
+ORDERS = ("raster", "tiles")
+FIRST = ("split", "processor")  # what is installed first
+WORLD = 2
+SECONDS = 60  # after which a process that waits for the other gives up
+
+ULYSSES = {"ulysses_degree": WORLD}
+ANYTHING = {"ulysses_degree": WORLD, "ulysses_anything": True}
+RING = {"ring_degree": WORLD}
+
+
+@dataclass(frozen=True)
+class Remember:
+    """A method with memory: half of each score is that of the step before."""
+
+    keep: float
+
+    def init_state(self, query: torch.Tensor, layout: Any) -> dict[str, Any]:
+        return {"scores": None}
+
+    def predict(self, query: torch.Tensor, key: torch.Tensor, layout: Any, call: Any, state: Any) -> Any:
+        scores = mean_scores(query, block_means(key, layout), layout)
+        if state["scores"] is not None:
+            scores = (scores + state["scores"]) / 2
+        state["scores"] = scores
+        return plan_of(*choose_blocks(scores, None, self.keep), layout)
+
+
+def split(transformer: nn.Module, degrees: dict[str, Any] = ULYSSES, plan: Any = None) -> None:
+    """`enable_parallelism` on CPUs, where diffusers finds no device and divides by how many there are."""
+    config = ContextParallelConfig(**degrees)
+    config.mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    with patch("torch.accelerator.device_count", return_value=1):
+        transformer.enable_parallelism(config=config, cp_plan=plan)
+
+
+def sparse(transformer: nn.Module, method: Any = "pooled", **options: Any) -> SparseProcessor:
+    """Set a strict SparseProcessor with small blocks."""
+    options = {"block": 16, "min_tokens": 0, "strict": True, **options}
+    processor = SparseProcessor(transformer, method, **options)
+    transformer.set_attn_processor(processor)
+    return processor
+
+
+def forward(transformer: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        out = transformer(**inputs, return_dict=False)[0]
+    return out.clone()  # FLUX ends with a gather that nothing has waited for; any operation does
+
+
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    transformer = tiny_wan_transformer()
+    return transformer, tiny_wan_inputs(transformer, GRID, batch=2)
+
+
+def wan_i2v() -> tuple[nn.Module, dict[str, Any]]:
+    transformer = tiny_wan_transformer(i2v=True)
+    return transformer, tiny_wan_inputs(transformer, GRID)
+
+
+def wan_per_token() -> tuple[nn.Module, dict[str, Any]]:
+    """A timestep for each token, as Wan 2.2's 5B model has."""
+    transformer, inputs = wan()
+    inputs["timestep"] = torch.randint(0, 1000, (2, 144), generator=torch.Generator().manual_seed(0))
+    return transformer, inputs
+
+
+def flux() -> tuple[nn.Module, dict[str, Any]]:
+    transformer = tiny_flux_transformer()
+    return transformer, tiny_flux_inputs(transformer, (8, 8), text=16)
+
+
+MODELS = (wan, wan_i2v, wan_per_token, flux)
+
+
+def run_stock(parallel: bool, *, model: Callable) -> dict[str, Any]:
+    """diffusers alone."""
+    transformer, inputs = model()
+    if parallel:
+        split(transformer)
+    return {"out": forward(transformer, inputs)}
+
+
+def run_whole(parallel: bool, *, model: Callable, order: str, first: str) -> dict[str, Any]:
+    """Everything is read, through the sparse kernel; then the processor is removed."""
+    transformer, inputs = model()
+    stock = dict(transformer.attn_processors)
+    if parallel and first == "split":
+        split(transformer)
+    processor = sparse(transformer, keep=1.0, order=order)
+    if parallel and first == "processor":
+        split(transformer)
+    out, report = forward(transformer, inputs), processor.report.to_dict()
+    processor.remove()
+    assert dict(transformer.attn_processors) == stock
+    return {"out": out, "removed": forward(transformer, inputs), "report": report}
+
+
+def run_sampled(
+    parallel: bool,
+    *,
+    method: Callable[[], Any],
+    first: str = "processor",
+    degrees: dict[str, Any] = ULYSSES,
+    heads: int = 2,
+    size: tuple[int, int] = (96, 128),
+    **options: Any,
+) -> dict[str, Any]:
+    """A pipeline's guided run of three steps: both branches, and a share of the blocks."""
+    pipe = tiny_wan_pipeline(transformer={"num_attention_heads": heads})
+    if parallel and first == "split":
+        split(pipe.transformer, degrees)
+    processor = sparse(pipe.transformer, method(), **options)
+    if parallel and first == "processor":
+        split(pipe.transformer, degrees)
+    out = pipe(
+        "a red star", "blurry", *size, num_frames=9, num_inference_steps=3, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    return {"out": out, "report": processor.report.to_dict()}
+
+
+def run_dense(
+    parallel: bool, *, model: Callable, degrees: dict[str, Any] = ULYSSES, own_plan: bool = False
+) -> dict[str, Any]:
+    """A split under which sparse attention is not exact: with strict=False, then with strict=True."""
+    transformer, inputs = model()
+    # a user's own plan, which leaves the timesteps whole
+    plan = {name: part for name, part in transformer._cp_plan.items() if name} if own_plan else None
+    if parallel:
+        split(transformer, degrees, plan)
+    processor = sparse(transformer, keep=0.5, strict=False)
+    result: dict[str, Any] = {}
+    try:
+        result["out"] = forward(transformer, inputs)
+    except (
+        ValueError
+    ) as error:  # torch's own attention is diffusers' only one on a CPU, and gives no lse for a ring
+        result["host_error"] = str(error)
+    result["report"] = processor.report.to_dict()
+    sparse(transformer, keep=0.5, strict=True)
+    return result | _error_of(transformer, inputs)
+
+
+def run_set_anew(parallel: bool) -> dict[str, Any]:
+    """Processors that were set after the split know nothing of it."""
+    transformer, inputs = wan()
+    if parallel:
+        split(transformer)
+    transformer.set_attn_processor(WanAttnProcessor())
+    sparse(transformer, keep=1.0)
+    return _error_of(transformer, inputs)
+
+
+def _error_of(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        forward(transformer, inputs)
+    except DitAccelError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+REMEMBER = partial(Remember, 0.3)
+# A budget of its own for each head, orders of its own, learnt from the kernel, drawn by lot.
+METHODS: dict[str, Callable[[], Any]] = {
+    "sparge": partial(load_method, "sparge", keep=0.3),
+    "svg2": partial(load_method, "svg2", keep=0.3),
+    "lite": partial(load_method, "lite", threshold=0.0, neighbours=None),
+    "random": partial(load_method, "random", keep=0.3),
+}
+WHOLE = {
+    **{f"whole {order}, {first} first": (wan, order, first) for order in ORDERS for first in FIRST},
+    "whole, image to video": (wan_i2v, "tiles", "split"),
+    "whole, timestep per token, raster": (wan_per_token, "raster", "split"),
+    "whole, timestep per token, tiles": (wan_per_token, "tiles", "processor"),
+}
+DENSE = {
+    "ring": (partial(run_dense, model=wan, degrees=RING), "context parallelism by ring attention"),
+    "text": (partial(run_dense, model=flux), "context parallelism mixes text and video"),
+    "own plan": (
+        partial(run_dense, model=wan, own_plan=True),
+        "context parallelism by another plan than the model's own",
+    ),
+}
+
+Case = Callable[[bool], dict[str, Any]]
+CASES: dict[str, Case] = {
+    **{f"stock {model.__name__}": partial(run_stock, model=model) for model in MODELS},
+    **{
+        name: partial(run_whole, model=model, order=order, first=first)
+        for name, (model, order, first) in WHOLE.items()
+    },
+    **{
+        f"sampled {order}, {first} first": partial(
+            run_sampled, method=REMEMBER, order=order, first=first, heads=4
+        )
+        for order in ORDERS
+        for first in FIRST
+    },
+    **{f"sampled by {name}": partial(run_sampled, method=method) for name, method in METHODS.items()},
+    "sampled, plans carried over": partial(run_sampled, method=REMEMBER, predict_every=2),
+    # Three heads cannot be shared out evenly. Nor could an odd number of tokens, but gloo gathers equal parts only.
+    "sampled, three heads": partial(run_sampled, method=METHODS["random"], degrees=ANYTHING, heads=3),
+    **{f"dense by {name}": case for name, (case, _) in DENSE.items()},
+    "processors set anew": run_set_anew,
+}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    for name, case in CASES.items():
+        try:
+            result = case(True)
+        except Exception:
+            (folder / f"crash {rank}").write_text(f"in case {name!r}: {traceback.format_exc()}")
+            break  # the other process may wait for this one, and is told so by its end
+        torch.save(result, folder / f"{name} {rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,6 @@
+"""The module of cases stands beside its tests: `import cases`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

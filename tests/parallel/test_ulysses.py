@@ -1,0 +1,149 @@
+"""Two processes that share a sequence compute what one process computes, and say so where they cannot be sparse."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from diffusers.models._modeling_parallel import ParallelConfig
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from dit_accel.adapters import parallel
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+Results = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    """Both processes' results of a case. They run once, through all of them."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", cases.__file__]
+    logs = [(folder / f"log {rank}").open("w") for rank in range(cases.WORLD)]
+    processes = [
+        subprocess.Popen([*command, str(rank), folder], env=environment, stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+
+    def results(name: str) -> list[dict[str, Any]]:
+        files = [folder / f"{name} {rank}.pt" for rank in range(cases.WORLD)]
+        if not all(file.exists() for file in files):
+            crashes = "\n".join(file.read_text() for file in sorted(folder.glob("crash *")))
+            pytest.fail(
+                f"the processes ended with {codes}, before this case or in it\n{crashes or _log(folder)}"
+            )
+        return [torch.load(file) for file in files]
+
+    yield results
+
+
+def _log(folder: Path) -> str:
+    return "\n".join(file.read_text()[-2000:] for file in sorted(folder.glob("log *")))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """As the two processes."""
+
+
+def close(some: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(some, other, rtol=1e-4, atol=1e-5)
+
+
+def stock(model: Callable) -> torch.Tensor:
+    return cases.run_stock(False, model=model)["out"]
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_diffusers_alone(of_two: Results, model: Callable) -> None:
+    for result in of_two(f"stock {model.__name__}"):
+        close(result["out"], stock(model))
+
+
+@pytest.mark.parametrize("name", cases.WHOLE)
+def test_keeping_everything_is_stock_diffusers(of_two: Results, name: str) -> None:
+    model, order, _ = cases.WHOLE[name]
+    for result in of_two(name):
+        close(result["out"], stock(model))
+        close(result["removed"], stock(model))
+        assert result["report"]["self_attention_calls"] == {"sparse": 2, "dense": 0}
+        assert result["report"]["keep"]["achieved"] == 1 and result["report"]["token_order"] == {order: 1}
+
+
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name.startswith("sampled")])
+def test_two_processes_sample_what_one_does(of_two: Results, name: str) -> None:
+    """Guided runs of several steps, so that memory of each branch and head is where it belongs."""
+    one, two = cases.CASES[name](False), of_two(name)
+    keeps = []
+    for result in two:
+        close(result["out"], one["out"])
+        assert result["report"]["self_attention_calls"] == {"sparse": 12, "dense": 0}
+        for part in ("self_attention_calls", "token_order", "plans", "stateless", "runs"):
+            assert result["report"][part] == one["report"][part]
+        keeps.append(result["report"]["keep"]["achieved"])
+    assert max(keeps) < 0.98
+    if "three" not in name:  # each process counts its own heads, which are as many here
+        assert sum(keeps) / len(keeps) == pytest.approx(one["report"]["keep"]["achieved"])
+        assert sum(r["report"]["bytes_held"] for r in two) >= one["report"]["bytes_held"]
+
+
+def test_what_is_left_out_shows() -> None:
+    """The samples above are not those of dense attention, nor do all methods read the same."""
+    names = ["sampled raster, split first", *(f"sampled by {name}" for name in cases.METHODS)]
+    outs = [cases.CASES[name](False)["out"] for name in names[1:]]
+    dense = cases.run_sampled(False, method=lambda: cases.Remember(1.0))["out"]
+    for i, out in enumerate(outs):
+        for other in (dense, *outs[:i]):
+            assert float((out - other).norm() / other.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", cases.DENSE)
+def test_where_it_is_not_exact_it_is_dense_with_a_reason(of_two: Results, name: str) -> None:
+    case, reason = cases.DENSE[name]
+    model = case.keywords["model"]
+    for result in of_two(f"dense by {name}"):
+        if name == "ring":
+            assert "return_lse" in result["host_error"] and set(result["report"]["fallbacks"]) == {reason}
+        else:
+            close(result["out"], stock(model))
+            layers = 3 if model is cases.flux else 2
+            assert result["report"]["fallbacks"] == {reason: layers} and not result["report"]["token_order"]
+            assert result["report"]["self_attention_calls"] == {"sparse": 0, "dense": layers}
+        assert result["error"].startswith("FallbackError: strict=True") and reason in result["error"]
+
+
+@pytest.mark.parametrize("degree", [2, 3, 8])
+@pytest.mark.parametrize("tokens", [105, 8, 9])
+def test_tokens_of_each_process_are_those_that_diffusers_gives_it(degree: int, tokens: int) -> None:
+    processor = WanAttnProcessor()
+    assert parallel.tokens_here(tokens, processor) == tokens
+    config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=True)
+    processor._parallel_config = ParallelConfig(context_parallel_config=config)
+    for rank, part in enumerate(torch.arange(tokens).tensor_split(degree)):
+        config._ulysses_local_rank = rank
+        assert parallel.tokens_here(tokens, processor) == len(part)
+
+
+def test_processors_set_after_the_split_are_refused(of_two: Results) -> None:
+    for result in of_two("processors set anew"):
+        assert result["error"].startswith(
+            "UsageError: Context parallelism is on for this WanTransformer3DModel"
+        )
+    assert cases.run_set_anew(False)["error"] is None
