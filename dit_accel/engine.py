@@ -18,7 +18,7 @@ from dit_accel.adapters import dispatch, find_adapter
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import FallbackError, UsageError
-from dit_accel.hooks import Enter, Leave, Listener, Reorder
+from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout, build_layout
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
@@ -184,16 +184,23 @@ class Engine:
         hidden = given["hidden_states"]
         self._dense_reason = self._why_all_dense(hidden, facts)
         if self._dense_reason is None:
-            order, why_raster = self.arrangement.order, None
-            if order != "raster":
-                why_raster = self.adapter.why_raster(self._module(), given)
-                order = "raster" if why_raster else order
-            text = facts.text if facts.text_valid is None else facts.text_valid[0]
-            self.layout = self._layout_for(facts.grid, order, hidden.device, text)
-            self.text_ahead = text if facts.text_first else 0
-            self.padding = None if facts.text_valid is None else facts.text - text
-            self.order = None if order == "raster" else self.layout
-            self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
+            self._lay_out(given, facts)
+            self.tally.token_orders[self._order_title] += 1
+        elif self._dense_reason[1] and keeps_tokens(self._module()):
+            self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
+
+    def _lay_out(self, given: dict[str, Any], facts: Facts) -> None:
+        """Choose the order of this forward's tokens, and lay them out in it."""
+        order, why_raster = self.arrangement.order, None
+        if order != "raster":
+            why_raster = self.adapter.why_raster(self._module(), given)
+            order = "raster" if why_raster else order
+        text = facts.text if facts.text_valid is None else facts.text_valid[0]
+        self.layout = self._layout_for(facts.grid, order, given["hidden_states"].device, text)
+        self.text_ahead = text if facts.text_first else 0
+        self.padding = None if facts.text_valid is None else facts.text - text
+        self.order = None if order == "raster" else self.layout
+        self._order_title = f"raster: {why_raster}" if why_raster else order
 
     def leave(self) -> None:
         """Note that the forward returned."""

@@ -160,8 +160,8 @@ def _flux_arguments(batch: int) -> dict[str, Any]:
     return {**_embeddings(batch, 19, 32, 24, seed=7), "height": 18, "width": 22}
 
 
-def _flux_guided(batch: int, text: int = 13) -> dict[str, Any]:
-    negative = _embeddings(batch, text, 32, 24, seed=8)  # of another length than the prompt
+def _flux_guided(batch: int) -> dict[str, Any]:
+    negative = _embeddings(batch, 19, 32, 24, seed=8)  # the pipeline refuses one of another length
     return {"true_cfg_scale": 3.0, **{f"negative_{name}": value for name, value in negative.items()}}
 
 
@@ -186,7 +186,7 @@ def _hunyuan_arguments(batch: int) -> dict[str, Any]:
 
 
 def _hunyuan_guided(batch: int) -> dict[str, Any]:
-    negative = _hunyuan_prompt(batch, 5, seed=8)
+    negative = _hunyuan_prompt(batch, 5, seed=8)  # of another length than the prompt
     return {"true_cfg_scale": 3.0, **{f"negative_{name}": value for name, value in negative.items()}}
 
 
