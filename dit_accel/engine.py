@@ -19,7 +19,7 @@ from dit_accel.adapters import dispatch, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import FallbackError, UsageError
-from dit_accel.hooks import Enter, Leave, Listener, Reorder
+from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout, build_layout
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
@@ -190,19 +190,25 @@ class Engine:
         self._counted = False
         self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
         if self._dense_reason is None:
-            order, why_raster = self.arrangement.order, None
-            if order != "raster":
-                why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
-                order = "raster" if why_raster else order
-            text = facts.text if facts.text_valid is None else facts.text_valid[0]
-            kind = facts.text_first, facts.first_frame_apart
-            self.layout = self._layout_for(facts.grid, order, hidden.device, text, *kind)
-            self.padding = None if facts.text_valid is None else facts.text - text
-            self.order = None if order == "raster" else self.layout
-            self.tally.token_orders[f"raster: {why_raster}" if why_raster else order] += 1
+            self.tally.token_orders[self._lay_out(given, facts)] += 1
+        elif self._dense_reason[1] and keeps_tokens(self._module()):
+            self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
         if self.order is None or not hasattr(self.adapter, "order_arguments"):
             return None
         return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
+
+    def _lay_out(self, given: dict[str, Any], facts: Facts) -> str:
+        """Choose the order of this forward's tokens, lay them out in it, and say which and why."""
+        order, why_raster = self.arrangement.order, None
+        if order != "raster":
+            why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
+            order = "raster" if why_raster else order
+        text = facts.text if facts.text_valid is None else facts.text_valid[0]
+        kind = facts.text_first, facts.first_frame_apart
+        self.layout = self._layout_for(facts.grid, order, given["hidden_states"].device, text, *kind)
+        self.padding = None if facts.text_valid is None else facts.text - text
+        self.order = None if order == "raster" else self.layout
+        return f"raster: {why_raster}" if why_raster else order
 
     def _with(self, changed: dict[str, Any], args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward's arguments with some of them changed, each given as it was: by place or by name."""

@@ -70,6 +70,21 @@ class Reorder:
         return None if order is None else parallel.reorder(module, output, self.reorder, order)
 
 
+def keeps_tokens(transformer: nn.Module) -> bool:
+    """Whether a cache of diffusers stands on the transformer, which may use tokens of one forward in another.
+
+    They are its stateful hooks, however they came: `enable_cache` notes what it did, `apply_first_block_cache` does
+    not.
+    """
+    registries = (module.__dict__.get("_diffusers_hook") for module in transformer.modules())
+    return any(
+        hook._is_stateful and name != LISTENER
+        for registry in registries
+        if registry is not None
+        for name, hook in registry.hooks.items()
+    )
+
+
 class _NoState(BaseState):
     def reset(self, *args: Any, **kwargs: Any) -> None:
         pass
