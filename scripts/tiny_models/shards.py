@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-SHARD_BYTES = 12 * 2**20
+SHARD_BYTES = 15 * 2**20
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path, stem: str) -> list[Path]:
