@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
-from diffusers.models.modeling_utils import ModelMixin
 from tiny_models.learner import Student
 from tiny_models.pool import Drawn
 from tiny_models.shards import load_shards, save_shards
@@ -44,12 +43,8 @@ class ImageStudent(Student):
             return
         for name, place in self.folders.items():
             part = self.get_submodule(name)
-            kind = (
-                {"dtype": torch.float32}
-                if not isinstance(part, ModelMixin)
-                else {"torch_dtype": torch.float32}
-            )
-            part.load_state_dict(type(part).from_pretrained(folder / place, **kind).state_dict())
+            shipped = type(part).from_pretrained(folder / place, dtype=torch.float32)
+            part.load_state_dict(shipped.state_dict())
 
     def make_pipeline(self, vae: nn.Module) -> DiffusionPipeline:
         raise NotImplementedError
@@ -89,13 +84,14 @@ class FluxStudent(ImageStudent):
         return FluxPipeline._unpack_latents(velocity, FACTOR * height, FACTOR * width, FACTOR)
 
     def make_pipeline(self, vae: nn.Module) -> FluxPipeline:
+        tokenizer = make_tokenizer()
         return FluxPipeline(
             scheduler=make_scheduler(),
             vae=vae.eval(),
             text_encoder=self.clip[0].eval(),
-            tokenizer=make_tokenizer(),
+            tokenizer=tokenizer,
             text_encoder_2=self.text_encoder.eval(),
-            tokenizer_2=make_tokenizer(),
+            tokenizer_2=tokenizer,
             transformer=self.transformer.eval(),
         )
 
@@ -136,16 +132,17 @@ class Sd3Student(ImageStudent):
         )[0]
 
     def make_pipeline(self, vae: nn.Module) -> StableDiffusion3Pipeline:
+        tokenizer = make_tokenizer()
         return StableDiffusion3Pipeline(
             transformer=self.transformer.eval(),
             scheduler=make_scheduler(),
             vae=vae.eval(),
             text_encoder=self.clip[0].eval(),
-            tokenizer=make_tokenizer(),
+            tokenizer=tokenizer,
             text_encoder_2=self.clip[1].eval(),
-            tokenizer_2=make_tokenizer(),
+            tokenizer_2=tokenizer,
             text_encoder_3=self.text_encoder.eval(),
-            tokenizer_3=make_tokenizer(),
+            tokenizer_3=tokenizer,
         )
 
 

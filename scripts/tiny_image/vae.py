@@ -89,7 +89,9 @@ def train_vae(options: VaeOptions) -> dict:
         "history": history,
     }
     for size in sorted({options.size, LARGEST}):
-        record[f"reconstruction_{size}"] = measure_reconstruction(average, min(48, options.images), size, device)
+        record[f"reconstruction_{size}"] = measure_reconstruction(
+            average, min(48, options.images), size, device
+        )
         print(f"vae at {size} pixels: {record[f'reconstruction_{size}']}", flush=True)
     save_shards(average.state_dict(), options.out, "vae")
     (options.out / "vae.json").write_text(json.dumps(record, indent=1))
