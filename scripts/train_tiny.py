@@ -7,10 +7,12 @@ Stages, each of which writes safetensors shards that the next one reads. tiny-wa
     torchrun --nproc-per-node 4 scripts/train_tiny.py dit --out run --minutes 20
     python scripts/train_tiny.py export --run run --to presets/models/tiny-wan
 
-The image models share one autoencoder, and start from tiny-wan's text encoder (FAMILY is flux or sd3):
+The image models share one autoencoder and one text stage, which starts from tiny-wan's (FAMILY is flux or sd3):
 
+    python scripts/train_tiny.py image-text --out run/text --minutes 4
     python scripts/train_tiny.py image-vae --out run/vae --minutes 5
-    torchrun --nproc-per-node 4 scripts/train_tiny.py image-dit FAMILY --out run/FAMILY --vae-from run/vae --minutes 8
+    torchrun --nproc-per-node 4 scripts/train_tiny.py image-dit FAMILY --out run/FAMILY --vae-from run/vae \
+        --text-from run/text --minutes 8
     python scripts/train_tiny.py image-export FAMILY --run run/FAMILY --vae-from run/vae --to presets/models/tiny-FAMILY
 
 To go on from a model that ships, give its folder to --resume and --vae-from.
@@ -131,6 +133,31 @@ def image_vae(
 
 
 @app.command()
+def image_text(
+    out: Out,
+    minutes: Annotated[float, typer.Option(help="Wall-clock time to train for.")] = 4.0,
+    text_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to start from: text shards or a tiny-wan; default: the tiny-wan that ships."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Captions a step.")] = 128,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Train the image models' text encoder on captions alone; minutes on a CPU."""
+    from tiny_image.text import train_text
+    from tiny_models.reading import TextPace
+
+    from dit_accel.presets import model_path
+
+    pace = TextPace(minutes, batch, rate, seed, device)
+    train_text(out, text_from or model_path("tiny-wan"), pace)
+
+
+@app.command()
 def image_dit(
     family: Family,
     out: Out,
@@ -141,7 +168,9 @@ def image_dit(
     resume: Annotated[Path | None, typer.Option(help="Folder to start from: shards or a pipeline.")] = None,
     text_from: Annotated[
         Path | None,
-        typer.Option(help="Folder of a tiny-wan or its text shards, without --resume; default: what ships."),
+        typer.Option(
+            help="Folder with the text encoder, without --resume; default: the tiny-wan that ships."
+        ),
     ] = None,
     mix: Annotated[
         list[str],

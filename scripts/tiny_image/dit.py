@@ -12,12 +12,12 @@ import torch
 from tiny_models.learner import Heads, Student
 from tiny_models.ranks import Ranks
 from tiny_models.shards import save_shards
-from tiny_models.text import load_encoder
 from tiny_models.training import Pace, train
 
 from .images import Mix, fill_pool
-from .models import FLOW_SHIFT, load_vae, make_tokenizer
+from .models import FLOW_SHIFT, load_vae
 from .students import FAMILIES, ImageStudent
+from .text import load_encoder, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def train_image(options: ImageOptions) -> None:
     torch.manual_seed(options.pace.seed * 1000 + ranks.rank)
     torch.backends.cuda.matmul.allow_tf32 = True
     vae, rng = load_vae(options.vae_from).to(ranks.device), random.Random(f"{options.pace.seed}-{ranks.rank}")
-    pools = [fill_pool(vae, make_tokenizer(), rng, mix, ranks.device) for mix in options.mix]
+    tokenizer = load_tokenizer()
+    pools = [fill_pool(vae, tokenizer, rng, mix, ranks.device) for mix in options.mix]
     if ranks.first:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {ranks.world} GPUs", flush=True)
 
@@ -72,8 +73,8 @@ def train_image(options: ImageOptions) -> None:
 
 
 def make_student(family: str, text_from: Path | None = None) -> ImageStudent:
-    """A fresh student whose text encoder is that of a tiny-wan run or folder, or fresh too."""
-    return FAMILIES[family](load_encoder(text_from, len(make_tokenizer())))
+    """A fresh student whose text encoder comes from `text-*` shards or a tiny-wan folder, or is fresh too."""
+    return FAMILIES[family](load_encoder(text_from, len(load_tokenizer())))
 
 
 def _save(out: Path, average: Student, heads: Heads) -> None:

@@ -16,14 +16,12 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
 )
-from tiny_models import text
 from tiny_models.shards import load_shards
 from tiny_models.text import CAPTION_TOKENS, TEXT_DIM
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
 )
 
 LATENT_CHANNELS = 4
@@ -89,11 +87,6 @@ def make_sd3_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=LARGEST // FACTOR // 2,
         qk_norm="rms_norm",
     )
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """tiny-wan's, for captions of at most `CAPTION_TOKENS`: what the pipelines pad the pooled encoders' ids to."""
-    return text.make_tokenizer(CAPTION_TOKENS)
 
 
 def make_clip(vocabulary: int, *, projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:

@@ -18,14 +18,14 @@ from .models import (
     make_flux_transformer,
     make_scheduler,
     make_sd3_transformer,
-    make_tokenizer,
 )
+from .text import encode, load_tokenizer
 
 _STEMS = {"transformer": "dit", "text_encoder": "text", "clip": "clip"}  # of the shards
 
 
 class ImageStudent(Student):
-    """A `Student` with one or two small CLIP encoders beside the shared text encoder (an UMT5 in the place of T5)."""
+    """A `Student` with one or two small CLIP encoders beside the text encoder."""
 
     folders: dict[str, str]  # part of this student -> folder of the pipeline
     clip: nn.ModuleList
@@ -68,7 +68,7 @@ class FluxStudent(ImageStudent):
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def forward(self, latents: Tensor, sigma: Tensor, drawn: Drawn) -> Tensor:
-        self.words = self.text_encoder(drawn.ids)[0]
+        self.words = encode(self.text_encoder, drawn.ids)
         batch, channels, height, width = latents.shape
         velocity = self.transformer(
             hidden_states=FluxPipeline._pack_latents(latents, batch, channels, height, width),
@@ -84,7 +84,7 @@ class FluxStudent(ImageStudent):
         return FluxPipeline._unpack_latents(velocity, FACTOR * height, FACTOR * width, FACTOR)
 
     def make_pipeline(self, vae: nn.Module) -> FluxPipeline:
-        tokenizer = make_tokenizer()
+        tokenizer = load_tokenizer()
         return FluxPipeline(
             scheduler=make_scheduler(),
             vae=vae.eval(),
@@ -119,7 +119,7 @@ class Sd3Student(ImageStudent):
         return list(self.transformer.transformer_blocks)
 
     def forward(self, latents: Tensor, sigma: Tensor, drawn: Drawn) -> Tensor:
-        self.words = self.text_encoder(drawn.ids)[0]
+        self.words = encode(self.text_encoder, drawn.ids)
         read = [clip(drawn.ids, output_hidden_states=True) for clip in self.clip]
         states = torch.cat([each.hidden_states[-2] for each in read], -1)
         states = F.pad(states, (0, self.words.shape[-1] - states.shape[-1]))
@@ -132,7 +132,7 @@ class Sd3Student(ImageStudent):
         )[0]
 
     def make_pipeline(self, vae: nn.Module) -> StableDiffusion3Pipeline:
-        tokenizer = make_tokenizer()
+        tokenizer = load_tokenizer()
         return StableDiffusion3Pipeline(
             transformer=self.transformer.eval(),
             scheduler=make_scheduler(),
