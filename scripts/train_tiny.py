@@ -193,6 +193,8 @@ def image_dit(
         kinds = tuple(Mix.parse(kind) for kind in mix)
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
+    if resume and text_from:
+        raise typer.BadParameter("--resume brings its own text encoder: leave --text-from out")
     pace = Pace(minutes, rate, final, compiled, seed)
     text_from = text_from or model_path("tiny-wan")
     train_image(ImageOptions(family, out, vae_from or out, text_from, resume, kinds, pace, device))
