@@ -136,7 +136,8 @@ def measure(bench: Bench, variant: Variant) -> dict:
         for (prompt, clip, cost), dense in zip(made, bench.dense, strict=True)
     ]
     found = [row.result() for row in rows]
-    one = {"variants": ["it"], "rows": {"it": found}, "calls": {"it": calls}}
+    frames = len(bench.dense[0])
+    one = {"variants": ["it"], "frames": frames, "rows": {"it": found}, "calls": {"it": calls}}
     told = {"options": variant.sparse and variant.sparse.to_mapping(), "figures": summarise(one)["it"]}
     if not is_dense:
         told["psnr"] = [_rounded(row["compared"]["psnr"]) for row in found]

@@ -49,7 +49,7 @@ def describe_environment(device) -> dict:
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": find_commit(),
-        "command": " ".join(["python", "scripts/evaluate_quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
@@ -97,7 +97,8 @@ def summarise(record: dict) -> dict:
 
 def _summarise_variant(record: dict, variant: str) -> dict:
     rows = record["rows"][variant]
-    everyone = measure_accuracy([AttributeMatch(**row["match"]) for row in rows])
+    still = record["frames"] == 1
+    everyone = measure_accuracy([AttributeMatch(**row["match"]) for row in rows], still=still)
     pairs = [AttributeMatch(**row["match"]) for row in rows if row["objects"] > 1]
     calls = record["calls"][variant]
     sparse, dense = sum(c["sparse"] for c in calls), sum(c["dense"] for c in calls)
@@ -105,7 +106,9 @@ def _summarise_variant(record: dict, variant: str) -> dict:
     figures = {
         "prompts": len(rows),
         "accuracy": {k: _as_figures(s) for k, s in everyone.items()},
-        "two_objects": {k: _as_figures(s) for k, s in measure_accuracy(pairs).items()} if pairs else None,
+        "two_objects": {k: _as_figures(s) for k, s in measure_accuracy(pairs, still=still).items()}
+        if pairs
+        else None,
         "seconds_per_prompt": mean(row["seconds"] for row in rows),
         "denoise_seconds_per_prompt": mean(row["denoise_seconds"] for row in rows),
         "sparse_share": sparse / (sparse + dense) if sparse + dense else 0.0,
@@ -122,7 +125,8 @@ def _summarise_variant(record: dict, variant: str) -> dict:
         figures["psnr_worst_frame"] = min(c["worst_psnr"] for c in apart) if apart else None
         figures["ssim_mean"] = mean(c["ssim"] for c in compared)
         figures["ssim_min"] = min(c["ssim"] for c in compared)
-        figures["flicker_mean"] = mean(c["flicker"] for c in compared if c["flicker"] is not None)
+        if not still:
+            figures["flicker_mean"] = mean(c["flicker"] for c in compared if c["flicker"] is not None)
     return figures
 
 
@@ -170,12 +174,15 @@ def print_fidelity(figures: dict) -> None:
     if figures["psnr_mean"] is None:
         print("   equal to dense, pixel for pixel")
         return
-    print(
-        f"   against dense: PSNR mean {figures['psnr_mean']:.2f} min {figures['psnr_min']:.2f} dB, worst frame "
-        f"{figures['psnr_worst_frame']:.2f} dB; SSIM mean {figures['ssim_mean']:.4f} min {figures['ssim_min']:.4f}; "
-        f"temporal change x {figures['flicker_mean']:.3f}"
-        + (f"; {figures['equal_clips']} clips equal" if figures["equal_clips"] else "")
-    )
+    told = [f"PSNR mean {figures['psnr_mean']:.2f} min {figures['psnr_min']:.2f} dB"]
+    if "flicker_mean" in figures:
+        told[0] += f", worst frame {figures['psnr_worst_frame']:.2f} dB"
+    told.append(f"SSIM mean {figures['ssim_mean']:.4f} min {figures['ssim_min']:.4f}")
+    if "flicker_mean" in figures:
+        told.append(f"temporal change x {figures['flicker_mean']:.3f}")
+    if figures["equal_clips"]:
+        told.append(f"{figures['equal_clips']} equal")
+    print("   against dense: " + "; ".join(told))
 
 
 def count_misreads(rows: list[dict]) -> dict[str, Counter]:

@@ -24,7 +24,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import numpy as np
@@ -36,7 +36,7 @@ from dit_accel.methods import method_options
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset, load_preset
 from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
-from dit_accel.quality.judge import judge_clip, matches
+from dit_accel.quality.judge import judge_clip, judge_image, matches
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 
 KERNELS = {
@@ -57,6 +57,14 @@ class Variant:
     shift: float | None = None  # of the noise schedule; None: the preset's
 
 
+class Run(Protocol):
+    """Generates a batch, as `run_batch` does with its pipeline and arguments bound."""
+
+    def __call__(
+        self, variant: Variant, batch: list[Prompt], **call: Any
+    ) -> tuple[np.ndarray, float, float, dict]: ...
+
+
 def main() -> None:
     options = read_options()
     out = Path(options.out)
@@ -67,15 +75,20 @@ def main() -> None:
         return
     if not options.model:
         raise SystemExit("--model DIR is needed (or --merge RECORDS)")
-    shard, shards = (int(n) for n in options.shard.split("/"))
-    if not 0 <= shard < shards:
-        raise SystemExit(f"--shard {options.shard}: write i/n with 0 <= i < n")
+    shard, shards = choose_shard(options.shard)
     preset = load_preset(options.preset)
     steps = options.steps or preset.generate.steps
     variants = [parse_variant(text, preset, steps) for text in options.variants]
     record = evaluate(options, preset, steps, variants, (shard, shards), out)
     name = "record.json" if shards == 1 else f"record-{shard}of{shards}.json"
     finish(record, out / name)
+
+
+def choose_shard(text: str) -> tuple[int, int]:
+    shard, shards = (int(n) for n in text.split("/"))
+    if not 0 <= shard < shards:
+        raise SystemExit(f"--shard {text}: write i/n with 0 <= i < n")
+    return shard, shards
 
 
 def read_options() -> argparse.Namespace:
@@ -86,6 +99,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--preset", default="tiny-wan-fast", help="sampling and sparse options (tiny-wan-fast)"
     )
+    add_evaluation_arguments(parser)
+    return parser.parse_args()
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="+", default=["dense", "fast", "random"])
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts over all shards (96)")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt from the i-th on")
@@ -93,7 +111,6 @@ def read_options() -> argparse.Namespace:
         "--show", type=int, default=3, help="prompts of this shard drawn on the sheet and kept as clips"
     )
     parser.add_argument("--out", required=True, help="folder for the record, the sheet and the clips")
-    return parser.parse_args()
 
 
 def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
@@ -183,9 +200,29 @@ def evaluate(
         "calls": {v.name: [] for v in variants},
     }
     prompts = held_out_prompts(options.prompts, options.seed)[shard[0] :: shard[1]]
+
+    def run(variant: Variant, batch: list[Prompt], **more: Any):
+        return run_batch(pipe, variant, batch, {**call, **more})
+
+    shown = measure_variants(run, variants, prompts, record, options, device)
+    write_pictures(shown, prompts, preset.generate.fps, out, f"{shard[0]}of{shard[1]}")
+    return record
+
+
+def measure_variants(
+    run: Run, variants: list[Variant], prompts: list[Prompt], record: dict, options, device
+) -> dict[str, list[np.ndarray]]:
+    """Generate and judge every prompt with every variant.
+
+    Args:
+        record: its `rows` and `calls` are filled, its `summary` is added.
+
+    Returns:
+        The first `options.show` clips of each variant.
+    """
     if device.type == "cuda":
         for variant in variants:  # compile and tune kernels outside the timing
-            run_batch(pipe, variant, prompts[: options.batch], {**call, "num_inference_steps": 2})
+            run(variant, prompts[: options.batch], num_inference_steps=2)
     shown: dict[str, list[np.ndarray]] = {v.name: [] for v in variants}
     with open_judges(options.judges) as judges:
         waiting = []
@@ -194,7 +231,7 @@ def evaluate(
             dense = None
             for variant in variants:
                 wait_for([row for _, row in waiting])  # judges would share the cores with what is timed next
-                clips, seconds, denoise, calls = run_batch(pipe, variant, batch, call)
+                clips, seconds, denoise, calls = run(variant, batch)
                 if variant.name == "dense":
                     dense = clips
                 record["calls"][variant.name].append(calls)
@@ -203,24 +240,34 @@ def evaluate(
                     reference = dense[i] if dense is not None and variant.name != "dense" else None
                     cost = {"seconds": seconds / len(batch), "denoise_seconds": denoise / len(batch)}
                     waiting.append(
-                        (variant.name, submit_clip(judges, pipe.device, prompt, clips[i], reference, cost))
+                        (variant.name, submit_clip(judges, device, prompt, clips[i], reference, cost))
                     )
             print(f"{min(start + options.batch, len(prompts))} of {len(prompts)} prompts", flush=True)
         for name, row in waiting:
             record["rows"][name].append(row.result())
     record["summary"] = summarise(record)
-    write_pictures(shown, prompts, preset.generate.fps, out, f"{shard[0]}of{shard[1]}")
-    return record
+    return shown
 
 
 def run_batch(
-    pipe, variant: Variant, batch: list[Prompt], call: dict
+    pipe,
+    variant: Variant,
+    batch: list[Prompt],
+    call: dict,
+    *,
+    guidance: str = "guidance_scale",
+    shift: str = "flow_shift",
 ) -> tuple[np.ndarray, float, float, dict]:
     """Generate a batch.
 
+    Args:
+        call: arguments of the pipeline.
+        guidance: the pipeline's name for the guidance scale.
+        shift: the scheduler's name for the shift of its noise schedule.
+
     Returns:
-        uint8 `[B, F, H, W, 3]`, seconds of the whole generation, seconds until the last step was done (text encoding
-        included, decoding not), and what attention ran.
+        uint8 `[B, F, H, W, 3]` or, of images, `[B, H, W, 3]`; seconds of the whole generation; seconds until the last
+        step was done (text encoding included, decoding not); and what attention ran.
     """
     import torch
 
@@ -230,7 +277,7 @@ def run_batch(
 
     steps = call.get("num_inference_steps", variant.steps)
     if variant.guidance is not None:
-        call = {**call, "guidance_scale": variant.guidance}
+        call = {**call, guidance: variant.guidance}
     denoised = 0.0
 
     def after_step(_, step: int, __, kwargs: dict) -> dict:
@@ -244,7 +291,7 @@ def run_batch(
         handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse)) if variant.sparse else None
         if variant.shift is not None:
             stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
-            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=variant.shift)
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift: variant.shift})
         if variant.kernel:
             backends = torch.nn.attention.SDPBackend
             # Attention with a mask, as in the text encoder, is not for all kernels: `math` takes what another cannot.
@@ -299,11 +346,14 @@ def compare_on(device: Any, dense: np.ndarray, clip: np.ndarray) -> dict:
 def measure_clip(
     prompt: Prompt, clip: np.ndarray, dense: np.ndarray | None, cost: dict, compared: dict | None = None
 ) -> dict:
-    """Judge one clip and compare it with the dense one, if it was not yet. Runs in a judging process."""
+    """Judge one clip and compare it with the dense one, if it was not yet. Runs in a judging process.
+
+    One of a single frame is an image.
+    """
     import torch
 
     torch.set_num_threads(1)
-    reading = judge_clip(clip)
+    reading = judge_clip(clip) if len(clip) > 1 else judge_image(clip[0])
     objects = [
         {"colour": o.colour, "shape": o.shape, "motion": o.motion, "presence": o.presence, "fit": o.fit}
         for o in reading.objects
@@ -336,19 +386,19 @@ def write_pictures(
     """A contact sheet of the first prompts and, for each, a clip with the variants side by side."""
     from dit_accel.pipelines.video import write_clip
 
-    try:
+    suffix = ".gif"
+    with contextlib.suppress(ImportError):
         import av  # noqa: F401
 
         suffix = ".mp4"
-    except ImportError:
-        suffix = ".gif"
     rows = {}
     for i, prompt in enumerate(prompts[: len(next(iter(shown.values())))]):
         for name, clips in shown.items():
             chosen = spread_frames(len(clips[i]), 8)
             rows[f"{prompt.index} {name}: {prompt.text}"] = clips[i][chosen]
         side_by_side = np.concatenate([clips[i] for clips in shown.values()], axis=2)
-        write_clip(out / f"prompt-{prompt.index}{suffix}", side_by_side, fps, ", ".join(shown))
+        form = suffix if len(side_by_side) > 1 else ".png"
+        write_clip(out / f"prompt-{prompt.index}{form}", side_by_side, fps, ", ".join(shown))
     if rows:
         draw_sheet(rows, [f"frame {i}" for i in chosen]).save(out / f"sheet-{tag}.png")
 

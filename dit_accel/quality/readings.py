@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 ATTRIBUTES = ("colour", "shape", "motion", "background")
+STILL_ATTRIBUTES = ("colour", "shape", "background")  # of an image, in which every object is still
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
-"""Procedural clips with captions: what the small shipped models learn and what the judge is tested on.
+"""Procedural clips and stills with captions: what the small shipped models learn and what the judge is tested on.
 
 A `Scene` says what is in a clip (objects, motions, background); `write_caption` says it in English; `render_scenes`
 draws it. Everything that a caption names can be read back from the pixels, so a generated clip can be judged
 without a learned model. Lengths are fractions of the frame's shorter side, times run from 0 (first frame) to 1
-(last frame): one scene can be drawn at any size and length.
+(last frame): one scene can be drawn at any size and length. A still is a scene whose objects have the motion
+`STILL` and whose background does not pan; drawn with one frame it is an image.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 MOTIONS = ("left", "right", "up", "down", "around", "bounce", "grow", "spin")
+STILL = "still"  # of the objects of a still; clips have none of it, and captions no word for it
 BACKGROUNDS = ("checkered", "striped", "gradient", "cloudy")
 RADII = {"small": 0.105, "medium": 0.14, "large": 0.175}
 
@@ -94,16 +96,25 @@ def sample_scene(rng: random.Random, *, held_out: bool = False, n_objects: int |
     """
     count = n_objects or (2 if rng.random() < 0.45 else 1)
     background = _sample_background(rng)
-    while True:
-        objects: list[SceneObject] = []
-        for _ in range(count):
-            for _ in range(40):
-                candidate = _sample_object(rng, held_out, smaller=count > 1)
-                if all(_kept_apart(candidate, other) for other in objects):
-                    objects.append(candidate)
-                    break
-        if len(objects) == count:
-            return Scene(tuple(sorted(objects, key=lambda thing: thing.x)), background)
+    return Scene(
+        _place_objects(rng, count, lambda: _sample_object(rng, held_out, smaller=count > 1)), background
+    )
+
+
+def is_held_out_still(colour: str, shape: str) -> bool:
+    """Whether stills for training never show this pair: six of the thirty, each colour once and each shape at least."""
+    return (list(COLOURS).index(colour) + 2 * SHAPES.index(shape)) % len(SHAPES) == 0
+
+
+def sample_still(rng: random.Random, *, held_out: bool = False, n_objects: int | None = None) -> Scene:
+    """Draw a scene in which nothing moves. With `held_out`, every object is a (colour, shape) that training never
+    shows.
+
+    Objects, and so captions, go from left to right, as in clips.
+    """
+    count = n_objects or (2 if rng.random() < 0.45 else 1)
+    background = replace(_sample_background(rng), pan=(0.0, 0.0))
+    return Scene(_place_objects(rng, count, lambda: _sample_still_object(rng, held_out)), background)
 
 
 def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
@@ -119,9 +130,10 @@ def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def describe_object(thing: SceneObject) -> str:
-    """The words of a caption that speak of one object: "a small blue circle spinning"."""
+    """The words of a caption that speak of one object: "a small blue circle spinning"; of a still one no motion."""
     size = "" if thing.size == "medium" else thing.size + " "
-    return f"a {size}{thing.colour} {thing.shape} {MOTION_WORDS[thing.motion]}"
+    words = f"a {size}{thing.colour} {thing.shape}"
+    return words if thing.motion == STILL else f"{words} {MOTION_WORDS[thing.motion]}"
 
 
 def render_scenes(
@@ -204,6 +216,33 @@ def object_path(thing: SceneObject, time: Tensor) -> tuple[Tensor, Tensor, Tenso
     elif thing.motion == "spin":
         angle = 2 * math.pi * (thing.phase + thing.turn * 1.25 * time)
     return x, y, radius, angle
+
+
+def _place_objects(
+    rng: random.Random, count: int, draw: Callable[[], SceneObject]
+) -> tuple[SceneObject, ...]:
+    """`count` objects that keep apart, from left to right."""
+    while True:
+        objects: list[SceneObject] = []
+        for _ in range(count):
+            for _ in range(40):
+                candidate = draw()
+                if all(_kept_apart(candidate, other) for other in objects):
+                    objects.append(candidate)
+                    break
+        if len(objects) == count:
+            return tuple(sorted(objects, key=lambda thing: thing.x))
+
+
+def _sample_still_object(rng: random.Random, held_out: bool) -> SceneObject:
+    while True:
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        if is_held_out_still(colour, shape) == held_out:
+            break
+    size = rng.choice(tuple(RADII))
+    margin = 1.2 * RADII[size]
+    x, y = rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin)
+    return SceneObject(colour, shape, size, STILL, x, y, reach=0.0, turn=1, phase=0.0)
 
 
 def _sample_object(rng: random.Random, held_out: bool, smaller: bool) -> SceneObject:

@@ -1,16 +1,10 @@
-"""Self-attention as training wants it: rotary positions that fuse, and the faster of torch's two fused kernels."""
+"""Self-attention as training wants it: rotary positions that fuse."""
 
 from __future__ import annotations
-
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
 class FusedRotaryProcessor:
@@ -34,25 +28,3 @@ class FusedRotaryProcessor:
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def time_backends(attend: Callable[[], Tensor]) -> list[float]:
-    """Seconds that `attend` takes, forward and backward, on a GPU under each of `BACKENDS`; best of five."""
-    best = []
-    for backend in BACKENDS:
-        times = []
-        with sdpa_kernel(backend):
-            for _ in range(7):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                attend().sum().backward()
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
-        best.append(min(times[2:]))
-    return best
-
-
-def prefer(backend: SDPBackend):
-    """A context in which scaled_dot_product_attention takes `backend` where it can."""
-    others = [b for b in BACKENDS if b != backend]
-    return sdpa_kernel([backend, *others, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import torch
 from diffusers import WanPipeline
+from tiny_models.folder import write_folder
+from tiny_models.shards import load_shards
+from tiny_models.text import make_text_encoder
 
-from .models import load_shards, load_vae, make_pipeline, make_text_encoder, make_tokenizer, make_transformer
+from .models import load_vae, make_pipeline, make_tokenizer, make_transformer
 
 
 def build_pipeline(run: Path, vae_from: Path) -> WanPipeline:
@@ -23,16 +24,4 @@ def build_pipeline(run: Path, vae_from: Path) -> WanPipeline:
 
 
 def export_pipeline(run: Path, vae_from: Path, to: Path) -> None:
-    """Write the pipeline next to `to` and swap it in, so that an interrupted export leaves the old one."""
-    draft = to.with_name(to.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    build_pipeline(run, vae_from).to(torch.bfloat16).save_pretrained(
-        draft, max_shard_size="12MB", safe_serialization=True
-    )
-    shutil.rmtree(to, ignore_errors=True)
-    draft.replace(to)
-    files = [f for f in to.rglob("*") if f.is_file()]
-    print(
-        f"{to}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB in {len(files)} files, "
-        f"largest {max(f.stat().st_size for f in files) / 2**20:.1f} MiB"
-    )
+    write_folder(build_pipeline(run, vae_from), to)

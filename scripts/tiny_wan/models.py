@@ -1,26 +1,20 @@
-"""The parts of tiny-wan as stock diffusers and transformers classes, and how they are saved."""
+"""The parts of tiny-wan as stock diffusers classes, and how they are put together."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-from dit_accel.quality.scenes import sample_scene, write_caption
+from tiny_models import text
+from tiny_models.shards import load_shards
+from tiny_models.text import TEXT_DIM
+from transformers import PreTrainedTokenizerFast
 
 LATENT_CHANNELS = 16
-TEXT_DIM = 128
 PROMPT_LENGTH = 512  # what WanPipeline pads prompt embeddings to by default
 FLOW_SHIFT = 5.0
-SHARD_BYTES = 12 * 2**20
 
 
 def make_vae(
@@ -58,47 +52,7 @@ def make_transformer() -> WanTransformer3DModel:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on captions: every caption word is one token, any other text still tokenises."""
-    rng = random.Random(0)
-    captions = [write_caption(sample_scene(rng), rng) for _ in range(4000)]
-    model = Tokenizer(BPE(unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    model.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>", "<unk>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=768, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(captions, trainer)
-    model.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", model.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=PROMPT_LENGTH,
-    )
-
-
-def make_text_encoder(vocabulary: int) -> UMT5EncoderModel:
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=TEXT_DIM,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=32,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    return text.make_tokenizer(PROMPT_LENGTH)
 
 
 def make_scheduler() -> UniPCMultistepScheduler:
@@ -118,33 +72,6 @@ def make_pipeline(tokenizer, text_encoder, transformer, vae) -> WanPipeline:
         vae=vae.eval(),
         scheduler=make_scheduler(),
     )
-
-
-def save_shards(tensors: dict[str, torch.Tensor], folder: Path, stem: str) -> list[Path]:
-    """Write `stem-1.safetensors`, `stem-2.safetensors`, ... each under `SHARD_BYTES`; old shards are replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().clone().contiguous()  # tied weights may not share memory
-        size += tensor.nbytes
-    paths = []
-    for number, shard in zip(itertools.count(1), shards, strict=False):
-        path = folder / f"{stem}-{number}.safetensors"
-        draft = path.with_suffix(".partial")
-        save_file(shard, draft)
-        draft.replace(path)
-        paths.append(path)
-    return paths
-
-
-def load_shards(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    paths = sorted(folder.glob(f"{stem}-*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"no {stem}-*.safetensors in {folder}; train that stage first")
-    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:

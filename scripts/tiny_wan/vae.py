@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, WanResample
+from tiny_models.shards import save_shards
 from torch import Tensor, nn
 
 from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene
 
-from .models import make_vae, save_shards
+from .models import make_vae
 
 KL_WEIGHT = 2e-5
 OBJECT_WEIGHT = 4.0

@@ -64,16 +64,16 @@ def test_a_frame_is_coded_without_frames_two_latents_away(pair):
 
 
 def test_shards_come_back_and_stay_small(tmp_path, monkeypatch):
-    from tiny_wan import models
+    from tiny_models import shards
 
-    monkeypatch.setattr(models, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
     tensors = {f"w{i}": torch.randn(500) for i in range(5)}
-    paths = models.save_shards(tensors, tmp_path, "part")
+    paths = shards.save_shards(tensors, tmp_path, "part")
     assert len(paths) == 3
-    back = models.load_shards(tmp_path, "part")
+    back = shards.load_shards(tmp_path, "part")
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     with pytest.raises(FileNotFoundError, match="train that stage first"):
-        models.load_shards(tmp_path, "other")
+        shards.load_shards(tmp_path, "other")
 
 
 def test_training_never_shows_a_held_out_combination():
@@ -87,7 +87,8 @@ def test_training_never_shows_a_held_out_combination():
 
 
 def test_the_shipped_model_is_small_and_has_the_trained_layout(scripts_on_the_path):
-    from tiny_wan.models import make_text_encoder, make_tokenizer, make_transformer, make_vae
+    from tiny_models.text import make_text_encoder
+    from tiny_wan.models import make_tokenizer, make_transformer, make_vae
 
     files = [path for path in model_path("tiny-wan").rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in files) <= 15e6
@@ -107,7 +108,7 @@ def test_the_shipped_model_is_small_and_has_the_trained_layout(scripts_on_the_pa
 
 
 def test_labels_say_what_the_clip_shows(scripts_on_the_path):
-    from tiny_wan.labels import cover_latents, label_scenes
+    from tiny_models.labels import cover_latents, label_scenes
 
     rng = random.Random(3)
     scenes = [sample_scene(rng) for _ in range(12)]
@@ -130,7 +131,7 @@ def test_labels_say_what_the_clip_shows(scripts_on_the_path):
 
 
 def test_a_reader_that_knows_the_truth_is_hardly_wrong(scripts_on_the_path):
-    from tiny_wan.labels import TokenReader, cover_latents, label_scenes
+    from tiny_models.labels import TokenReader, cover_latents, label_scenes
 
     rng = random.Random(4)
     scenes = [sample_scene(rng) for _ in range(6)]
@@ -174,7 +175,7 @@ def test_training_goes_on_from_what_ships_and_saves_it(scripts_on_the_path, tmp_
 
 
 def test_batched_muon_moves_weights_as_torch_does(scripts_on_the_path):
-    from tiny_wan.muon import BatchedMuon
+    from tiny_models.muon import BatchedMuon
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 8), (8, 8), (8, 24), (24, 8)]
@@ -208,8 +209,8 @@ def test_attention_of_the_trainer_equals_the_stock_one(scripts_on_the_path):
 
 
 def test_every_word_is_labelled_with_what_it_speaks_of(scripts_on_the_path):
+    from tiny_models.captions import CaptionReader, tokenise
     from tiny_wan.models import make_tokenizer
-    from tiny_wan.text import CaptionReader, tokenise
 
     from dit_accel.quality.scenes import write_caption
 

@@ -1,4 +1,4 @@
-"""What every token of a clip shows, and a training-only head that learns to say so.
+"""What every token of a clip or an image shows, and a training-only head that learns to say so.
 
 Rendered clips come with their truth. A linear head in the middle of the transformer reads it off the hidden state of
 each token: whether an object covers it, which colour, shape and motion that object has, where the objects' centres
@@ -21,6 +21,7 @@ from dit_accel.quality.scenes import (
     COLOURS,
     MOTIONS,
     SHAPES,
+    STILL,
     Scene,
     object_masks,
     object_path,
@@ -39,7 +40,8 @@ class SceneLabels:
     """Truth of B clips of T latent frames; token grid `[T, H, W]`.
 
     `cover` bool `[B, 2, T, H, W]`; `centres` fp32 `[B, 2, 2, T]`, (x, y) as fractions of the frame; `objects` int64
-    `[B, 2, 3]` (colour, shape, motion), -100 without a second object; `ground` int64 `[B, 2]` (kind, direction of pan).
+    `[B, 2, 3]` (colour, shape, motion), -100 without a second object and for a still's motion; `ground` int64
+    `[B, 2]` (kind, direction of pan). An image is a clip of one frame.
     """
 
     cover: Tensor
@@ -55,12 +57,14 @@ class SceneLabels:
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
-def cover_latents(scenes: Sequence[Scene], frames: int, size: int, device: str) -> Tensor:
-    """How far each object covers each latent of square clips coded 2x in time and 4x in space: `[B, 2, T, h, w]`."""
+def cover_latents(scenes: Sequence[Scene], frames: int, size: int, device: str, factor: int = 4) -> Tensor:
+    """How far each object covers each latent of square clips coded 2x in time, `factor` in space: `[B, 2, T, h, w]`."""
     alone = [Scene((thing,), scene.background) for scene in scenes for thing in scene.objects]
     masks = object_masks(alone, frames, size, size, device)
-    first, rest = F.max_pool3d(masks[:, :, :1], (1, 4, 4)), F.max_pool3d(masks[:, :, 1:], (2, 4, 4))
-    found = torch.cat([first, rest], 2)[:, 0]
+    found = F.max_pool3d(masks[:, :, :1], (1, factor, factor))
+    if frames > 1:
+        found = torch.cat([found, F.max_pool3d(masks[:, :, 1:], (2, factor, factor))], 2)
+    found = found[:, 0]
     cover = found.new_zeros(len(scenes), MAX_OBJECTS, *found.shape[1:])
     clips = [index for index, scene in enumerate(scenes) for _ in scene.objects]
     slots = [slot for scene in scenes for slot in range(len(scene.objects))]
@@ -72,7 +76,7 @@ def label_scenes(scenes: Sequence[Scene], cover: Tensor, frames: int) -> SceneLa
     """The truth of clips of `frames` frames with the `cover` of their latents; patches are 2x2 latents."""
     latents = cover.shape[2]
     time = torch.arange(latents) * 2.0
-    time = (time - 0.5 * (time > 0)) / (frames - 1)  # a latent after the first holds two frames
+    time = (time - 0.5 * (time > 0)) / max(frames - 1, 1)  # a latent after the first holds two frames
     centres = torch.zeros(len(scenes), MAX_OBJECTS, 2, latents)
     objects = torch.full((len(scenes), MAX_OBJECTS, 3), _ABSENT)
     ground = torch.empty(len(scenes), 2, dtype=torch.int64)
@@ -83,10 +87,14 @@ def label_scenes(scenes: Sequence[Scene], cover: Tensor, frames: int) -> SceneLa
             x, y, _, _ = object_path(thing, time)
             centres[index, slot] = torch.stack([x, y])
             objects[index, slot] = torch.tensor(
-                [_COLOURS.index(thing.colour), SHAPES.index(thing.shape), MOTIONS.index(thing.motion)]
+                [_COLOURS.index(thing.colour), SHAPES.index(thing.shape), _index_motion(thing.motion)]
             )
     tokens = F.max_pool3d(cover, (1, 2, 2)) > 0.5
     return SceneLabels(tokens, *(t.to(cover.device) for t in (centres, objects, ground)))
+
+
+def _index_motion(motion: str) -> int:
+    return _ABSENT if motion == STILL else MOTIONS.index(motion)
 
 
 class TokenReader(nn.Module):

@@ -1,0 +1,45 @@
+"""The faster of torch's two fused attention kernels, measured where it will run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .ranks import Ranks
+
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+
+def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int):
+    """A context in which attention of so many tokens, heads of 64, takes the faster kernel; on a CPU nothing."""
+    if not ranks.device.startswith("cuda"):
+        return contextlib.nullcontext()
+    seconds = [_time_backend(backend, ranks.device, batch, tokens, heads) for backend in BACKENDS]
+    best = BACKENDS[int(ranks.agree(float(seconds[1] < seconds[0])))]
+    if ranks.first:
+        told = ", ".join(f"{b.name} {s * 1e3:.2f} ms" for b, s in zip(BACKENDS, seconds, strict=True))
+        print(f"a layer's attention, forward and backward: {told}; taking {best.name}", flush=True)
+    others = [b for b in BACKENDS if b != best]
+    return sdpa_kernel([best, *others, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+
+def _time_backend(backend: SDPBackend, device: str, batch: int, tokens: int, heads: int) -> float:
+    """Seconds of one layer's attention, forward and backward; best of five."""
+    shape = (batch, tokens, heads, 64)  # laid out as projections leave it
+    q, k, v = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
+        for _ in range(3)
+    )
+    times = []
+    with sdpa_kernel(backend):
+        for _ in range(7):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            F.scaled_dot_product_attention(q, k, v).sum().backward()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return min(times[2:])
