@@ -99,8 +99,7 @@ class Engine:
     def _wire(self, transformer: nn.Module, layers: dict[str, int]) -> None:
         attentions = {path: m for path, m in transformer.named_modules() if hasattr(m, "get_processor")}
         stocks = {path: _stock_of(path, attn) for path, attn in attentions.items()}
-        dispatching = getattr(self.adapter, "dispatching", dispatch.dispatching)
-        inner = {path: dispatching(stocks[path]) for path in layers}
+        inner = {path: self._dispatching(stocks[path]) for path in layers}
         for path in layers:
             if inner[path] is None:
                 raise UsageError(
@@ -124,6 +123,9 @@ class Engine:
         self._listener = Listener(self.trajectory)
         self._listener.join(transformer)
 
+    def _dispatching(self, stock: Any) -> Any | None:
+        return getattr(self.adapter, "dispatching", dispatch.dispatching)(stock)
+
     def _unhook(self) -> None:
         """Take the hooks away, and with them every effect but that of processors still set."""
         for handle in self._handles:
@@ -142,8 +144,8 @@ class Engine:
         if not self._handles:
             return
         for attn, seat in zip(self._modules(), self.seats, strict=True):
-            if _is_ours(attn.processor):
-                attn.set_processor(seat.stock)
+            if _acts(attn, seat):
+                attn.set_processor(seat.unwrap())
             del attn._dit_accel
         self._unhook()
 
@@ -221,22 +223,46 @@ class Engine:
         """Note that the forward returned."""
         self.trajectory.leave(self.role)
         self.call = self.order = None
+        for seat in self.seats:
+            if seat.has_weights:
+                seat.close()
+
+    def settle(self) -> None:
+        """Put processors with weights of their own back in place of ours, and follow an IP-Adapter that comes or goes.
+
+        Loading or unloading one puts a processor in place of ours. It is no opting out where ours are set beside it.
+        """
+        pairs = list(zip(self._modules(), self.seats, strict=True))
+        if not any(_acts(attn, seat) for attn, seat in pairs):
+            return
+        for attn, seat in pairs:
+            foreign = not _acts(attn, seat)
+            if seat.layer is None or not (seat.has_weights or isinstance(attn.processor, nn.Module)):
+                continue
+            if foreign:
+                inner = self._dispatching(attn.processor)
+                if inner is None:
+                    continue
+                seat.serve(attn.processor, inner)
+            attn.set_processor(seat.inner if seat.has_weights else _processor_of(self))
 
     def _in_use(self) -> bool:
         """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
+        self.settle()
         replaced = in_use = 0
         attending = []
         for attn, seat in zip(self._modules(), self.seats, strict=True):
-            processor = attn.processor
-            ours = _is_ours(processor)
-            if ours and processor.engine is None:
-                processor.adopt(self)
+            ours = _acts(attn, seat)
+            if ours and seat.has_weights:
+                seat.open()
+            if _is_ours(attn.processor) and attn.processor.engine is None:
+                attn.processor.adopt(self)
             if seat.layer is None:
                 self.tally.cross += ours
             else:
                 in_use += ours
                 replaced += not ours
-                attending.append(seat.stock if ours else processor)
+                attending.append(seat.stock if ours else attn.processor)
         self._set_once |= in_use > 0
         if in_use:
             parallel.check_processors(self._module(), attending)
@@ -310,6 +336,9 @@ class Engine:
             FallbackError: under `strict`, if the call would fall back unplanned.
             KernelUnavailable: if an executor was asked for by name and cannot run this.
         """
+        if seat.has_weights and query.shape[1] != key.shape[1]:  # an IP-Adapter's tokens, read besides the others
+            self.tally.cross += 1
+            return seat.dense(query, key, value, **call)
         reason = self._why_dense(seat, query, key, value, call)
         if reason is not None:
             if not (self._counted and reason is self._dense_reason):
@@ -516,13 +545,24 @@ def _is_ours(processor: Any) -> bool:
     return isinstance(processor, SparseProcessor)
 
 
+def _acts(attn: nn.Module, seat: Seat) -> bool:
+    """Whether an attention runs through us: by our processor, or by one with weights of its own that leads to us."""
+    return _is_ours(attn.processor) or (seat.has_weights and attn.processor is seat.inner)
+
+
+def _processor_of(engine: Engine) -> Any:
+    from dit_accel.processor import SparseProcessor
+
+    return SparseProcessor.of(engine)
+
+
 def _stock_of(path: str, attn: nn.Module) -> Any:
     """The processor that was there before us, however often we came."""
-    if not _is_ours(attn.processor):
-        return attn.processor
-    if not hasattr(attn, "_dit_accel"):
+    if hasattr(attn, "_dit_accel"):
+        return attn._dit_accel.unwrap() if _acts(attn, attn._dit_accel) else attn.processor
+    if _is_ours(attn.processor):
         raise UsageError(f"{path} has a SparseProcessor made for another transformer; set its own first.")
-    return attn._dit_accel.stock
+    return attn.processor
 
 
 def _resolve_layers(layers: tuple[int, ...], n_layers: int) -> frozenset[int]:

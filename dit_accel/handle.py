@@ -108,6 +108,7 @@ def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **
                 engine = Engine(transformer, options, method, trajectory, tally, role)
                 engines.append(engine)
                 _set_processor(transformer, SparseProcessor.of(engine))
+                engine.settle()
         except BaseException:
             for engine in engines:
                 engine.remove()

@@ -73,8 +73,7 @@ class Reorder:
 def keeps_tokens(transformer: nn.Module) -> bool:
     """Whether a cache of diffusers stands on the transformer, which may use tokens of one forward in another.
 
-    They are its stateful hooks, however they came: `enable_cache` notes what it did, `apply_first_block_cache` does
-    not.
+    They are its stateful hooks, however they came: `enable_cache` leaves a note, `apply_first_block_cache` does not.
     """
     registries = (module.__dict__.get("_diffusers_hook") for module in transformer.modules())
     return any(

@@ -166,6 +166,15 @@ class SparseProcessor:
     def _parallel_config(self, value: Any) -> None:
         self._set_stock_value("_parallel_config", value)
 
+    def _refuse_scale(self, value: Any) -> None:
+        raise UsageError(
+            "A SparseProcessor has no scale: this is an IP-Adapter's, whose own processors are back in place after the "
+            "first forward. Set it then, or before making the attention sparse, or use `dit_accel.accelerate`."
+        )
+
+    # `set_ip_adapter_scale` writes it on whatever processor there is; on ours it would be lost in silence.
+    scale = property(fset=_refuse_scale)
+
     def _stock_value(self, name: str) -> Any:
         if self.engine is None:
             return self._pending.get(name)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch as host
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger("dit_accel")
 
@@ -46,17 +46,50 @@ class Seat:
     """
 
     def __init__(self, owner: Any, stock: Any, layer: int | None, inner: Any = None) -> None:
-        self.owner, self.stock, self.layer = owner, stock, layer
-        self.accepts = frozenset(inspect.signature(stock.__call__).parameters)
-        # The processor that runs: for a self-attention the one with our function in its slot.
-        self.inner = stock
-        if layer is not None:
-            self.inner = inner
-            self.inner._attention_backend = slot()
-            self.inner._parallel_config = self
+        self.owner, self.layer = owner, layer
+        self.serve(stock, stock if layer is None else inner)
         # A tensor, because torch.compile would make one graph per layer out of Python numbers. Always on the
         # CPU, also under `with torch.device("meta")`.
         self.key = torch.tensor(_entry().add(self), device="cpu")
+
+    def serve(self, stock: Any, inner: Any) -> None:
+        """Take a stock processor, and the one that runs in its place, instead of those before."""
+        self.stock, self.inner = stock, inner
+        self.accepts = frozenset(inspect.signature(stock.__call__).parameters)
+        if self.layer is not None and not self.has_weights:
+            self.open()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a self-attention's processor has weights of its own, as an IP-Adapter's.
+
+        Such a one must stay among the model's modules, where it is moved, cast, saved, told its scale: `inner`, which
+        shares them with the stock one, then is the attention's processor itself. diffusers takes any parallel config on
+        it for context parallelism, so that it leads to us in forwards only.
+        """
+        return self.layer is not None and isinstance(self.inner, nn.Module)
+
+    def open(self) -> None:
+        """Lead `inner` to our function. What diffusers set on one that is in place goes to the stock processor."""
+        for name, own in (("_attention_backend", slot()), ("_parallel_config", self)):
+            value = getattr(self.inner, name)
+            if self.has_weights and value is not own and value is not getattr(self.stock, name):
+                setattr(self.stock, name, value)
+            setattr(self.inner, name, own)
+
+    def close(self) -> None:
+        """Let `inner` look like the stock processor."""
+        for name in ("_attention_backend", "_parallel_config"):
+            setattr(self.inner, name, getattr(self.stock, name))
+
+    def unwrap(self) -> Any:
+        """The stock processor, with all that was set on the one in its place."""
+        if self.has_weights:
+            self.open()
+            ours = ("_attention_backend", "_parallel_config")
+            vars(self.stock).update({name: x for name, x in vars(self.inner).items() if name not in ours})
+            self.close()
+        return self.stock
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         """What diffusers would have computed here, with the backend the stock processor has."""

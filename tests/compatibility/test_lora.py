@@ -1,5 +1,7 @@
 """LoRA: loaded, switched off, fused, unfused and unloaded, before and after the installation."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -70,7 +72,8 @@ def test_a_strength_given_at_the_call(family):
     ours, stock = family.make(), family.make()
     load(ours), load(stock)
     family.install(ours)
-    name = "joint_attention_kwargs" if family.name == "flux" else "attention_kwargs"
+    names = inspect.signature(type(ours).forward).parameters
+    name = "attention_kwargs" if "attention_kwargs" in names else "joint_attention_kwargs"
     half, whole = (family.run(stock, **{name: {"scale": scale}}) for scale in (0.5, 1.0))
     assert not torch.allclose(half, whole, atol=1e-3)
     torch.testing.assert_close(family.run(ours, **{name: {"scale": 0.5}}), half, rtol=1e-4, atol=1e-4)
