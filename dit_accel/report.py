@@ -120,7 +120,7 @@ class Tally:
     def of(cls, trajectory: Trajectory) -> Tally:
         """A tally that counts this trajectory's runs."""
         tally = cls()
-        trajectory.on_new_run(tally.note_run)
+        trajectory.on_run_start(tally.note_run)
         return tally
 
     def note_run(self) -> None:

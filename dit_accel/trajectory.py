@@ -92,12 +92,18 @@ class Trajectory:
         self._train_timesteps = train_timesteps
         self._timesteps: object = None
         self._listeners: list[Callable[[], None]] = []
+        self._counters: list[Callable[[], None]] = []
         self.run = 0
         self._over = True  # the next forward starts a new run
         self._forget()
 
     def on_new_run(self, listener: Callable[[], None]) -> None:
+        """Have what was learnt dropped: at each new run, and where a branch gets another prompt in mid-run."""
         self._listeners.append(listener)
+
+    def on_run_start(self, counter: Callable[[], None]) -> None:
+        """Have new runs counted, and nothing else."""
+        self._counters.append(counter)
 
     def begin(self) -> None:
         """Declare that the next forward starts a new run."""
@@ -114,7 +120,7 @@ class Trajectory:
         if self._starts_a_run(role, noise, facts.shape, context, identity, bool(facts.variant)):
             self.run += 1
             self._forget()
-            for listener in self._listeners:
+            for listener in (*self._listeners, *self._counters):
                 listener()
         self._over = False
         self._timesteps = self._timesteps_now()
@@ -234,6 +240,7 @@ class Trajectory:
         new = type(self)(pipe, self._train_timesteps)
         memo[id(self)] = new
         new._listeners = [copy.deepcopy(listener, memo) for listener in self._listeners]
+        new._counters = [copy.deepcopy(counter, memo) for counter in self._counters]
         return new
 
 

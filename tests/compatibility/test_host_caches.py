@@ -7,11 +7,11 @@ import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
 
-STEPS = 6
+STEPS = 5
 
 
 def first_block(pipe):
-    return FirstBlockCacheConfig(threshold=0.3)
+    return FirstBlockCacheConfig(threshold=0.6)
 
 
 def pyramid(pipe):
@@ -72,7 +72,7 @@ def test_beside_a_cache(pipeline, cache, when):
     if when == "before":
         pipe.transformer.enable_cache(cache(pipe))
     with pipeline.accelerate(pipe) as handle:
-        if when == "after":
+        if when == "after":  # what was learnt without the cache is no harm
             torch.testing.assert_close(run(pipeline, pipe), plain, rtol=1e-4, atol=1e-4)
             handle.report(clear=True)
             pipe.transformer.enable_cache(cache(pipe))
@@ -88,6 +88,7 @@ def test_beside_a_cache(pipeline, cache, when):
     assert not hooks_left(pipe.transformer)
 
 
+@pytest.mark.parametrize("cache", [first_block, pyramid, taylor], ids=lambda cache: cache.__name__)
 def test_removed_before_the_cache_is(pipeline, cache):
     _, true = cached_truth(pipeline, cache)
     pipe = pipeline.make()
