@@ -49,7 +49,7 @@ def test_an_adapter_that_is_gone(family, feature, when):
 
 
 def test_loading_fusing_and_unloading_while_installed(family):
-    """A session: each stage equals stock's, and the adapter leaves nothing behind."""
+    """Load, switch off, fuse, unload: each stage equals stock's, and the adapter leaves nothing behind."""
     ours, stock = family.make(), family.make()
     processor = family.install(ours)
     plain = family.run(ours)
