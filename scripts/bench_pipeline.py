@@ -5,8 +5,8 @@
     python scripts/bench_pipeline.py --report full.json flux.json --docs docs/full-size.md
     python scripts/bench_pipeline.py --tiny                                      # the same code in a moment, on a CPU
 
-Dense is stock diffusers with the attention it chooses itself. A sparse variant is a step and layers of a preset that are
-sparse; its dense steps are not in it, nor is its lower bound of tokens. Before anything is timed, each arrangement of
+Dense is stock diffusers with the attention it chooses itself. A sparse variant is a step and layers of a preset that
+are sparse; its dense steps are not in it, nor is its lower bound of tokens. Before anything is timed, each arrangement of
 tokens is checked on a smaller grid: reading everything through the sparse kernel must equal dense, as nearly as dense
 attention by another kernel does; else the variant is not timed and the exit code is 1.
 
@@ -343,7 +343,8 @@ def print_case(told: dict[str, Any]) -> None:
         print(
             f"  {name:26}{_ms(one['seconds'] * 1e3):>16}{f'{_ms(low * 1e3)} - {_ms(high * 1e3)}':>17}"
             f"{one['times_as_fast']:7.2f}x{_percent(one['attention_share']):>11}{_ms(one['attention_ms_per_layer']):>12}"
-            f"{_ms(one['predict_ms_per_layer']) if 'options' in one else '':>12}{_gigabytes(one['peak_above_bytes']):>9}"
+            f"{_ms(one['predict_ms_per_layer']) if 'options' in one else '':>12}"
+            f"{_gigabytes(one['peak_above_bytes']):>9}"
             f"{'' if one.get('keep') is None else format(one['keep'], '8.3f')}",
             flush=True,
         )
