@@ -6,9 +6,9 @@
     python scripts/bench_pipeline.py --tiny                                      # the same code in a moment, on a CPU
 
 Dense is stock diffusers with the attention it chooses itself. A sparse variant is a step and layers of a preset that
-are sparse; its dense steps are not in it, nor is its lower bound of tokens. Before anything is timed, each arrangement of
-tokens is checked on a smaller grid: reading everything through the sparse kernel must equal dense, as nearly as dense
-attention by another kernel does; else the variant is not timed and the exit code is 1.
+are sparse; its dense steps are not in it, nor is its lower bound of tokens. Before anything is timed, every arrangement
+of tokens is checked on a smaller grid: reading everything through the sparse kernel must equal dense, as nearly as
+dense attention by another kernel does; else the variant is not timed and the exit code is 1.
 
 Cases whose dense forward takes long are built with fewer layers, unless --whole is given. Their times are scaled to the
 published depth by the time of each kind of block, and marked; a preset's dense layers are left out of them.
