@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import EnvironmentProblem, UsageError
-from dit_accel.pipelines.weights import check_safetensors
+from dit_accel.pipelines.weights import check_safetensors, left_out
 
 OFFLOADS = ("none", "model", "group")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,12 @@ def load_stock(
     vae = kind if vae_dtype is None or kind == torch.float32 else getattr(torch, vae_dtype)
     try:
         pipe = cls.from_pretrained(
-            str(folder), dtype={"default": kind, "vae": vae}, use_safetensors=True, local_files_only=True
+            str(folder),
+            dtype={"default": kind, "vae": vae},
+            use_safetensors=True,
+            local_files_only=True,
+            # diffusers wants to be told that a component which it can do without is left out
+            **dict.fromkeys(left_out(folder)),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise EnvironmentProblem(f"cannot load {folder}: {_first_line(error)}") from error

@@ -142,6 +142,12 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
+def left_out(folder: Path) -> list[str]:
+    """Names of the components that model_index.json says the model is without."""
+    index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
+
+
 def _weight_files(place: Path) -> list[Path]:
     indices = sorted(place.glob("*.safetensors.index.json"))
     if indices:
