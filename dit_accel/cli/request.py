@@ -278,7 +278,8 @@ def settle(request: Request, *, download: bool) -> tuple[Request, Path]:
     if request.image is None and begins == "always":
         raise UsageError(f"{request.preset.model} makes videos that begin at a picture; give --image FILE")
     rule, options = recipe.size_rule(folder), request.preset.generate
-    if request.image is not None and request.preset.provenance["generate.width"] != "cli":
+    asked = {request.preset.provenance[f"generate.{side}"] for side in ("width", "height")}
+    if request.image is not None and "cli" not in asked:
         width, height = rule.in_shape(*request.picture_size, options.width * options.height)
         values = {"generate.width": width, "generate.height": height}
         request = replace(request, preset=request.preset.with_values(values, "image"))

@@ -125,6 +125,10 @@ def test_without_a_size_the_video_has_the_pictures_shape(
     assert preset["sources"]["generate.width"] == preset["sources"]["generate.height"] == "image"
     code, out, _ = told(*I2V, "--model", wan22_i2v_folder, "--image", first, "--dry-run", "--size", "64x48")
     assert code == 0 and "first.png (120x40)" in out and "count" not in out
+    one_side = ("--set", "generate.height=704", "--dry-run", "--json")
+    code, out, _ = told(*I2V, "--model", wan22_i2v_folder, "--image", first, *one_side)
+    generate = json.loads(out)["preset"]["generate"]
+    assert code == 0 and (generate["width"], generate["height"]) == (1280, 704)
 
 
 def test_a_dry_run_says_what_it_could_not_check(told: Callable, first: Path) -> None:

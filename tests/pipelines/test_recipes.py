@@ -194,6 +194,35 @@ def test_a_16_bit_autoencoder_is_what_the_family_needs(folders: Callable) -> Non
         assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, vae)
 
 
+@pytest.mark.parametrize("name", ["flux dev", "sd3.5", "hunyuanvideo"])
+def test_a_lora_changes_the_result_by_its_strength(
+    name: str, folders: Callable, tmp_path: Path, one_thread: None
+) -> None:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    case = CASES[name]
+    drives = recipe(case.recipe)
+    pipe = load(name, folders(name), False)
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(0)
+    for key, weight in pipe.transformer.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=3.0)
+    type(pipe).save_lora_weights(
+        tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer)
+    )
+    (file,) = tmp_path.glob("*.safetensors")
+    made = {
+        loras: drives.generate(drives.load(folders(name), loras=loras), case.options, "x", seed=3)
+        for loras in ((), (f"{file}=0",), (str(file),))
+    }
+    plain, none, whole = made.values()
+    assert np.array_equal(plain, none) and not np.array_equal(plain, whole)
+    with pytest.raises(UsageError, match="this model has one transformer"):
+        drives.load(folders(name), loras=[f"low:{file}"])
+
+
 def test_another_familys_model_is_refused(folders: Callable) -> None:
     for name in RECIPES:
         other = "flux dev" if name != "flux" else "sd3.5"
