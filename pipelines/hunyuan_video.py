@@ -63,7 +63,7 @@ def _rule(spatial: int, temporal: int, patch: int, patch_t: int) -> SizeRule:
 
 
 def load(model: str | Path, **options: Any) -> Any:
-    """Load a stock pipeline, ready to run, its VAE in tiles and in float16 where all else is 16-bit.
+    """Load a stock pipeline, ready to run, its VAE in tiles and, where all else is 16-bit on a GPU, in float16.
 
     Args:
         model: folder or hub id.

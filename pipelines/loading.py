@@ -31,7 +31,7 @@ def load_stock(
         device: a torch device, or "auto": the first GPU, else the CPU.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 on a GPU; float32 on a CPU, where
             bfloat16 is about three times slower.
-        vae_dtype: what the autoencoder runs in where all else is 16-bit; None: as all else.
+        vae_dtype: what the autoencoder runs in where all else is 16-bit (float16 on a GPU only); None: as all else.
         offload: "none", "model" (whole components wait in main memory) or "group" (layers do).
         flow_shift: shift of the noise schedule; None leaves the model's own.
         loras: LoRA files or folders, each with an optional strength: `style.safetensors=0.8`.
@@ -56,6 +56,8 @@ def load_stock(
         raise UsageError(
             f"offload {offload!r} moves weights between a GPU and main memory; on the CPU use 'none'"
         )
+    if vae_dtype == "float16" and where.type == "cpu":
+        vae_dtype = "float32"  # few of torch's CPU operations know float16
     vae = kind if vae_dtype is None or kind == torch.float32 else getattr(torch, vae_dtype)
     try:
         pipe = cls.from_pretrained(

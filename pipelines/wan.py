@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from dit_accel.preset import GenerateOptions
 
-__all__ = ["MAKES", "find", "generate", "load", "pick_device", "place", "size_rule", "size_rule_of", "start_image"]
+__all__ = [
+    "MAKES",
+    "find",
+    "generate",
+    "load",
+    "pick_device",
+    "place",
+    "size_rule",
+    "size_rule_of",
+    "start_image",
+]
 
 MAKES = "video"
 _FROM_TEXT, _FROM_IMAGE = "WanPipeline", "WanImageToVideoPipeline"

@@ -93,6 +93,15 @@ def test_the_grids_are_the_published_ones(script):
     assert {name: case.grid for name, case in script.CASES.items()} == TOKENS
 
 
+def test_every_case_has_sparse_presets_for_its_model(script):
+    from dit_accel.preset import load_preset
+
+    for case in script.CASES.values():
+        assert len(case.presets) == 2
+        for name in case.presets:
+            assert load_preset(name).model == case.model and load_preset(name).sparse is not None
+
+
 def test_a_record_tells_time_share_memory_and_what_ran(timed):
     folder, printed = timed
     record = json.loads((folder / "r.json").read_text())
