@@ -29,6 +29,7 @@ import dit_accel.presets as shipped
 from dit_accel.errors import UsageError, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions, override
+from dit_accel.pipelines import RECIPES
 
 STATUSES = ("measured", "provisional")
 _HEAD = {"description": str, "pipeline": str, "model": str, "status": str}
@@ -40,9 +41,10 @@ class GenerateOptions:
 
     width: int = 832  # pixels
     height: int = 480  # pixels
-    frames: int = 81
+    frames: int = 81  # 1 for images
     steps: int = 50  # denoising steps
-    guidance: float = 5.0  # classifier-free guidance scale; 1 or less turns guidance off
+    # guidance scale; classifier-free guidance is off at 1 or less; models that were distilled take it as a number
+    guidance: float = 5.0
     guidance_2: float | None = None  # for the low-noise expert of Wan 2.2; none: as `guidance`
     fps: float = 16.0  # frames per second of the file written
     negative_prompt: str = ""
@@ -264,8 +266,8 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
 
 
 def pipeline_names() -> tuple[str, ...]:
-    """The recipes a preset may name: files of dit_accel.pipelines that define `load` and `generate`."""
-    return ("wan",)
+    """The recipes a preset may name."""
+    return RECIPES
 
 
 def _generate_options(values: Mapping[str, Any], where: str) -> GenerateOptions:

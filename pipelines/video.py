@@ -1,4 +1,4 @@
-"""Write clips and read them back: MP4, GIF or PNG frames by suffix. Nothing half-written is left."""
+"""Write clips and images and read them back: MP4, GIF or PNG by suffix. Nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import numpy as np
 from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
 
 SUFFIXES = (".mp4", ".gif", ".png")
+IMAGE_SUFFIXES = (".png",)  # of a single image
 _CRF = "14"  # x264 constant quality: finer than an eye finds, yet not lossless; measure on frames
 
 
-def check_writable(path: Path) -> None:
-    """Raise before the work starts if a clip could not be written to `path`.
+def check_writable(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Raise before the work starts if a clip (or, with `IMAGE_SUFFIXES`, an image) could not be written to `path`.
 
     A file is created and removed, since permissions alone say nothing about a full or read-only disk; in the
     nearest folder that exists, since missing ones are made only when there is a clip to put there.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise unknown_name("output format", path.suffix or path.name, SUFFIXES)
+    if path.suffix.lower() not in suffixes:
+        raise unknown_name("output format", path.suffix or path.name, suffixes)
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
     folder = path.parent

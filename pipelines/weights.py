@@ -14,14 +14,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
 from dit_accel.presets import model_path, shipped_models
 
+if TYPE_CHECKING:
+    from dit_accel.preset import GenerateOptions
+
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all; a download then takes what it takes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
+_COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _NO_WEIGHTS = re.compile(r"Tokenizer|Scheduler|Processor|FeatureExtractor")
 
@@ -85,7 +88,14 @@ def _from_hub(model: str, download: bool) -> Path:
     )
     if trouble:
         raise EnvironmentProblem(f"{model} {state} and the hub cannot be used ({trouble}): {way_out}")
-    return check_folder(Path(hub.snapshot_download(model, allow_patterns=_HUB_FILES)))
+    index = Path(hub.snapshot_download(model, allow_patterns=["model_index.json"]))
+    return check_folder(Path(hub.snapshot_download(model, **_wanted_files(index))))
+
+
+def _wanted_files(folder: Path) -> dict[str, list[str]]:
+    """What of a repository belongs to the pipeline: some hold the same weights once more, for other programs."""
+    named = [f"{name}/{kind}" for name in components(folder) for kind in _COMPONENT_FILES]
+    return {"allow_patterns": ["model_index.json", *named], "ignore_patterns": ["*.fp16.*", "*.fp16-*"]}
 
 
 def _no_answer(ask: Callable[[], Any], seconds: float = HUB_SECONDS) -> str | None:
@@ -130,6 +140,12 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
             found[name] = (entry[0], entry[1])
     return found
+
+
+def left_out(folder: Path) -> list[str]:
+    """Names of the components that model_index.json says the model is without."""
+    index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
 
 
 def _weight_files(place: Path) -> list[Path]:
@@ -198,7 +214,7 @@ class SizeRule:
 
     width_step: int  # pixels
     height_step: int  # pixels
-    frame_step: int  # frames = 1 + k * frame_step
+    frame_step: int | None  # frames = 1 + k * frame_step; none: single images
 
     def check(self, width: int, height: int, frames: int) -> None:
         """Raise UsageError with the nearest legal size or frame count."""
@@ -208,6 +224,10 @@ class SizeRule:
                 f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights "
                 f"in steps of {self.height_step}; the nearest is {near_w}x{near_h}"
             )
+        if self.frame_step is None:
+            if frames != 1:
+                raise UsageError(f"{frames} frames: this model makes single images; leave frames at 1")
+            return
         near_f = 1 + self.frame_step * max(0, math.floor((frames - 1) / self.frame_step + 0.5))
         if frames != near_f:
             below = 1 + (frames - 1) // self.frame_step * self.frame_step
@@ -215,6 +235,27 @@ class SizeRule:
                 f"{frames} frames: this model makes 1 + {self.frame_step}k frames; "
                 f"the nearest are {below} and {below + self.frame_step}"
             )
+
+    def in_shape(self, width: int, height: int, area: int) -> tuple[int, int]:
+        """The size in the shape of `width` x `height` with about so many pixels, rounded down to what can be made."""
+        high = math.sqrt(area * height / width)
+        wide = area / high
+        return (
+            max(self.width_step, round(wide) // self.width_step * self.width_step),
+            max(self.height_step, round(high) // self.height_step * self.height_step),
+        )
+
+
+def refuse_branches(options: GenerateOptions) -> None:
+    """Raise UsageError where options ask for what a model with distilled guidance does not have."""
+    if options.negative_prompt:
+        raise UsageError(
+            "negative_prompt: this model has its guidance built in and runs without a negative branch; leave it out"
+        )
+    if options.guidance_2 is not None:
+        raise UsageError(
+            f"guidance_2={options.guidance_2}: this model has one transformer; guidance alone applies"
+        )
 
 
 def _nearest(value: int, step: int) -> int:

@@ -75,6 +75,31 @@ def wan22_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wan(tmp_path_factory.mktemp("wan22"), two_experts=True)
 
 
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random FLUX.1 dev of three layers, with its text encoders."""
+    from dit_accel.testing import tiny_flux_with_text
+
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_flux_with_text(guidance_embeds=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan22_i2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan 2.2 image to video: two experts that are given the picture as channels, no image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    from dit_accel.testing import tiny_wan_pipeline
+
+    # Wan 2.2 has the picture's channels, but no image encoder and no image tokens in its cross-attention
+    parts = tiny_wan_pipeline(two_experts=True, transformer={"in_channels": 36, "num_layers": 4}).components
+    pipe = WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
+    folder = tmp_path_factory.mktemp("wan22-i2v")
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def save_wan(folder: Path, *, two_experts: bool) -> Path:
     import torch
 

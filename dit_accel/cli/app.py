@@ -21,7 +21,7 @@ EXIT_CODES = (
 
 app = typer.Typer(
     name="dit-accel",
-    help="Make diffusers video transformers faster, and say truthfully what that cost.",
+    help="Make diffusers video and image transformers faster, and say truthfully what that cost.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,

@@ -1,4 +1,4 @@
-"""`dit-accel generate`: text in, a video out, and what it cost."""
+"""`dit-accel generate`: text in, a video or an image out, and what it cost."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ def generate(
         Path | None, typer.Option(help="A text file with one prompt a line; # starts a remark.")
     ] = None,
     negative_prompt: options.NegativePrompt = None,
+    image: options.Image = None,
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     seed: options.Seed = None,
+    count: Annotated[
+        int, typer.Option(help="So many of each prompt, with seeds SEED, SEED + 1, and so on.")
+    ] = 1,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -43,7 +47,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.mp4, .gif or .png, or a folder (default: outputs/PRESET-SEED/).",
+            help="FILE.mp4, .gif or .png (images: .png), or a folder (default: outputs/PRESET-SEED/).",
             show_default=False,
         ),
     ] = None,
@@ -61,14 +65,14 @@ def generate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's record on stdout.")] = False,
     no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Keep prompt and settings out of the video file.")
+        bool, typer.Option("--no-metadata", help="Keep prompt and settings out of the file.")
     ] = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Make videos from text.
+    """Make videos or images from text, or videos from a first picture and text.
 
-    The clips' paths go to stdout, everything else to stderr. Beside them lies run.json: versions, every value
+    Their paths go to stdout, everything else to stderr. Beside them lies run.json: versions, every value
     with its source, timings and the report of what really ran.
     """
     request = requests.build(
@@ -76,6 +80,8 @@ def generate(
         model=model,
         prompt=prompt,
         prompts_file=prompts_file,
+        image=image,
+        count=count,
         generate=dict(
             frames=frames, steps=steps, guidance=guidance, fps=fps, negative_prompt=negative_prompt
         ),
@@ -94,7 +100,7 @@ def generate(
         _show(request, as_json)
         return
     requests.check_outputs(request, compare_dense)
-    folder = requests.prepare(request)
+    request, folder = requests.prepare(request)
     from dit_accel.cli.run import run
 
     record = run(
@@ -112,12 +118,16 @@ def generate(
 
 def _show(request: requests.Request, as_json: bool) -> None:
     try:
-        found = str(requests.find_model(request, download=False))
+        request, found = requests.settle(request, download=False)
     except EnvironmentProblem as problem:
         found = None
-        remark(f"note: {problem}; sizes are checked once the model is there")
+        remark(
+            f"note: {problem}; {'sizes and --image' if request.image else 'sizes'} are checked once the model is there"
+        )
     if as_json:
-        print(json.dumps({**request.to_dict(), "model_folder": found}, indent=2))
+        print(
+            json.dumps({**request.to_dict(), "model_folder": None if found is None else str(found)}, indent=2)
+        )
         return
     from rich.markup import escape
     from rich.table import Table

@@ -37,6 +37,7 @@ def inspect(
     ] = None,
     prompt: options.Prompt = None,
     negative_prompt: options.NegativePrompt = None,
+    image: options.Image = None,
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
@@ -86,6 +87,7 @@ def inspect(
         preset=preset,
         model=model,
         prompt=prompt,
+        image=image,
         generate=dict(frames=frames, steps=steps, guidance=guidance, negative_prompt=negative_prompt),
         machine=dict(device=device, dtype=dtype, offload=offload, lora=tuple(lora or ())),
         settings=set_ or (),
@@ -94,14 +96,15 @@ def inspect(
     )
     if request.preset.sparse is None:
         raise UsageError(f"preset {request.preset.name!r} is dense: it reads everything; choose a fast one")
+    name = "image.png" if request.recipe.MAKES == "image" else "clip.mp4"
     request = replace(
         request,
-        outputs=(_folder(output, request) / "clip.mp4",),
+        outputs=(_folder(output, request) / name,),
         sources={**request.sources, "output": "default" if output is None else "cli"},
     )
     earlier = _check_folder(request.outputs[0].parent)
     check_writable(request.outputs[0])
-    model_folder = requests.prepare(request)
+    request, model_folder = requests.prepare(request)
     record = _run(request, model_folder, earlier, rows, every, layer, quiet, verbose)
     print(json.dumps(record, indent=2) if as_json else "\n".join(record["files"]))
 
@@ -150,12 +153,13 @@ def _run(
         What inspect.json holds.
     """
     from dit_accel import accelerate
-    from dit_accel.cli.making import announce, load, open_record, timed
+    from dit_accel.cli.making import announce, load, open_record, picture_for, timed
     from dit_accel.pipelines.video import write_clip
     from dit_accel.quality.recall import Recorder
 
     announce(request, quiet=quiet, verbose=verbose)
     preset = request.preset
+    picture = picture_for(request, quiet=quiet)
     pipe = load(request, model_folder)
     record = {**open_record(request, pipe), "rows": rows, "every": every}
     recorder = Recorder(rows, lambda call: call.step % every == 0)
@@ -174,7 +178,7 @@ def _run(
 
         handle.observe(watch)
         try:
-            frames, seconds = timed(pipe, request, request.prompts[0], "inspect", quiet)
+            frames, seconds = timed(pipe, request, request.clips[0], picture, "inspect", quiet)
         except BaseException:
             if recorder.seen:
                 finish(False, handle.report())

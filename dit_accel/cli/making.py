@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.cli.request import Request
+from dit_accel.cli.request import Clip, Request
 from dit_accel.cli.terminal import remark
 from dit_accel.cli.versions import machine, versions
-from dit_accel.pipelines import wan
+from dit_accel.pipelines.pictures import fit_picture, open_picture, share_cut
 
 
 def announce(request: Request, *, quiet: bool, verbose: bool) -> None:
@@ -27,13 +27,23 @@ def announce(request: Request, *, quiet: bool, verbose: bool) -> None:
     if not verbose:
         _hush()
     preset = request.preset
-    remark(f"preset {preset.name} · {preset.model} · seed {request.seed}", quiet=quiet)
+    seeds = f"seed {request.seed}"
+    if request.count > 1:
+        seeds = f"seeds {request.seed} to {request.seed + request.count - 1}"
+    remark(f"preset {preset.name} · {preset.model} · {seeds}", quiet=quiet)
+    if preset.status == "provisional":
+        remark(
+            "note: this preset is provisional: its values are not yet backed by a measurement", quiet=quiet
+        )
 
 
 def load(request: Request, folder: Path) -> Any:
     """The pipeline of a request, from the model's folder."""
-    return wan.load(
+    recipe = request.recipe
+    both = recipe.start_image(folder) == "optional"
+    return recipe.load(
         str(folder),
+        **({"from_image": True} if both and request.image is not None else {}),
         device=request.machine["device"],
         dtype=request.machine["dtype"],
         offload=request.machine["offload"],
@@ -54,12 +64,31 @@ def open_record(request: Request, pipe: Any) -> dict[str, Any]:
     }
 
 
-def timed(pipe: Any, request: Request, prompt: str, title: str, quiet: bool) -> tuple[np.ndarray, float]:
+def picture_for(request: Request, *, quiet: bool) -> Any:
+    """The picture at which a request's videos begin, in their size; None where there is none."""
+    if request.image is None:
+        return None
+    options = request.preset.generate
+    picture = open_picture(request.image)
+    cut = share_cut(picture, options.width, options.height)
+    if cut > 0.05:
+        remark(
+            f"note: {cut:.0%} of {request.image} are cut off: it is {picture.width}x{picture.height}, the video "
+            f"{options.width}x{options.height}",
+            quiet=quiet,
+        )
+    return fit_picture(picture, options.width, options.height)
+
+
+def timed(
+    pipe: Any, request: Request, clip: Clip, picture: Any, title: str, quiet: bool
+) -> tuple[np.ndarray, float]:
     """Frames and the seconds of the whole generation: text encoding, denoising and decoding."""
     options = request.preset.generate
+    begins = {} if picture is None else {"image": picture}
     with _bar(options.steps, title, quiet) as tick:
         began = time.perf_counter()
-        frames = wan.generate(pipe, options, prompt, seed=request.seed, callback=tick)
+        frames = request.recipe.generate(pipe, options, clip.prompt, seed=clip.seed, callback=tick, **begins)
         return frames, round(time.perf_counter() - began, 3)
 
 

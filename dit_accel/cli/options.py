@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Prompt = Annotated[str | None, typer.Option(help="What the video shall show.")]
+Prompt = Annotated[str | None, typer.Option(help="What the video or image shall show.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What it shall not show.")]
+Image = Annotated[
+    Path | None,
+    typer.Option(
+        help="The picture at which the video begins, for a model that begins at one.", show_default=False
+    ),
+]
 Model = Annotated[
     str | None, typer.Option(help="Shipped name, folder or hub id; overrides the preset's model.")
 ]
-Size = Annotated[str | None, typer.Option(help="Width and height in pixels.", metavar="WxH")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Width and height in pixels; with --image its shape, if left out.", metavar="WxH"),
+]
 Frames = Annotated[int | None, typer.Option(help="Number of frames.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 turns it off and halves the time.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale; 1 turns it off and halves the time, where it is not built in."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise; drawn and printed if left out.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 Dtype = Annotated[

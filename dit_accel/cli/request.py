@@ -6,12 +6,15 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dit_accel.errors import EnvironmentProblem, UsageError
-from dit_accel.pipelines.video import check_writable
+from dit_accel.pipelines import recipe
+from dit_accel.pipelines.pictures import open_picture
+from dit_accel.pipelines.video import IMAGE_SUFFIXES, SUFFIXES, check_writable
 from dit_accel.preset import Preset, load_preset, parse_setting
 
 RECORD = "run.json"
@@ -21,15 +24,38 @@ MACHINE = {"device": "auto", "dtype": "auto", "offload": "none", "lora": ()}
 
 
 @dataclass(frozen=True)
+class Clip:
+    """One video or image of a request."""
+
+    prompt: str
+    seed: int
+    output: Path
+
+
+@dataclass(frozen=True)
 class Request:
     """Everything one `generate` command asks for."""
 
     preset: Preset
     prompts: tuple[str, ...]
-    seed: int
-    outputs: tuple[Path, ...]  # one a prompt
+    seed: int  # of the first of each prompt
+    outputs: tuple[Path, ...]  # `count` of each prompt, one after the other
     machine: Mapping[str, Any]  # device, dtype, offload, loras
     sources: Mapping[str, str]  # of prompt, seed, output and the machine's values
+    image: Path | None = None  # the picture at which a video begins
+    picture_size: tuple[int, int] | None = None  # its width and height
+    count: int = 1
+
+    @property
+    def recipe(self) -> ModuleType:
+        return recipe(self.preset.pipeline)
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """What is to be made, in order."""
+        seeds = range(self.seed, self.seed + self.count)
+        asked = [(prompt, seed) for prompt in self.prompts for seed in seeds]
+        return tuple(Clip(*what, output) for what, output in zip(asked, self.outputs, strict=True))
 
     @property
     def record(self) -> Path:
@@ -50,6 +76,10 @@ class Request:
             else f"{len(self.prompts)} prompts, first: {self.prompts[0]}"
         )
         rows += [("prompt", first, self.sources["prompt"]), ("seed", str(self.seed), self.sources["seed"])]
+        if self.count > 1:
+            rows.append(("count", str(self.count), "cli"))
+        if self.image is not None:
+            rows.append(("image", "{} ({}x{})".format(self.image, *self.picture_size), "cli"))
         for group in ("generate", "sparse"):
             for key, value in (told[group] or {}).items():
                 rows.append((f"{group}.{key}", show(value), self.preset.provenance[f"{group}.{key}"]))
@@ -64,7 +94,11 @@ class Request:
         return {
             "preset": self.preset.to_dict(),
             "seed": self.seed,
+            "count": self.count,
             "prompts": list(self.prompts),
+            "image": None
+            if self.image is None
+            else {"path": str(self.image), "size": list(self.picture_size or ())},
             "machine": dict(self.machine),
             "outputs": [str(path) for path in self.outputs],
             "sources": dict(self.sources),
@@ -88,6 +122,8 @@ def build(
     model: str | None,
     prompt: str | None,
     prompts_file: Path | None = None,
+    image: Path | None = None,
+    count: int = 1,
     generate: Mapping[str, Any],
     machine: Mapping[str, Any],
     settings: Sequence[str],
@@ -101,6 +137,8 @@ def build(
     Args:
         generate: values of dedicated flags, by their names in the preset's table of that name.
         machine: device, dtype, offload and loras.
+        image: a picture; its file is read here.
+        count: so many of each prompt.
         settings: texts of `--set`; a dedicated flag wins over them.
     """
     chosen = load_preset(preset or PRESET)
@@ -119,13 +157,23 @@ def build(
         chosen = chosen.with_values({"sparse.strict": True}, "cli")
     prompts = read_prompts(prompt, prompts_file)
     number = seed if seed is not None else secrets.randbelow(2**31)
-    if not 0 <= number < 2**63:
-        raise UsageError(f"seed {number}: a whole number from 0 to 2^63 - 1")
+    if count < 1:
+        raise UsageError(f"--count {count}: at least 1 is needed")
+    if not 0 <= number <= 2**63 - count:
+        raise UsageError(f"seed {number}: a whole number from 0 to 2^63 - {count}")
+    picture = None if image is None else open_picture(image.expanduser())
+    suffix = _suffixes(chosen)[0]
+    seeds = range(number, number + count)
     return Request(
         preset=chosen,
         prompts=prompts,
         seed=number,
-        outputs=name_outputs(output, chosen.name, number, len(prompts), numbered=prompts_file is not None),
+        outputs=name_outputs(
+            output, chosen.name, seeds, len(prompts), suffix, numbered=prompts_file is not None or count > 1
+        ),
+        image=None if image is None else image.expanduser(),
+        picture_size=None if picture is None else picture.size,
+        count=count,
         machine=machine,
         sources={key: "default" if value == MACHINE[key] else "cli" for key, value in machine.items()}
         | {
@@ -166,26 +214,33 @@ def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
 
 
 def name_outputs(
-    output: str | None, preset: str, seed: int, count: int, *, numbered: bool
+    output: str | None, preset: str, seeds: Sequence[int], prompts: int, suffix: str, *, numbered: bool
 ) -> tuple[Path, ...]:
-    """One path a prompt: `{preset}-{seed}-{n}.mp4` in a folder, or the file as named, numbered for a list."""
+    """A path for each seed of each prompt: `{preset}-{seed}-{n}` in a folder, n being the prompt's number; or the file
+    as named, numbered for several."""
     safe = re.sub(r"[^\w.-]", "_", preset)
     if output is None:
-        output = f"outputs/{safe}-{seed}/"
+        output = f"outputs/{safe}-{seeds[0]}/"
     path = Path(output).expanduser()
     if output.endswith(("/", "\\")) or path.is_dir() or not path.suffix:
-        return tuple(path / f"{safe}-{seed}-{n:04d}.mp4" for n in range(1, count + 1))
+        return tuple(path / f"{safe}-{seed}-{n:04d}{suffix}" for n in range(1, prompts + 1) for seed in seeds)
     if not numbered:
         return (path,)
-    return tuple(path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, count + 1))
+    return tuple(
+        path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, prompts * len(seeds) + 1)
+    )
+
+
+def _suffixes(preset: Preset) -> tuple[str, ...]:
+    """What files a preset's recipe can be written to, the usual one first."""
+    return IMAGE_SUFFIXES if recipe(preset.pipeline).MAKES == "image" else SUFFIXES
 
 
 def check_outputs(request: Request, dense_too: bool) -> None:
     """Raise before any work if an output could not be written, or if run.json is somebody else's."""
     for path in dict.fromkeys(request.outputs):
-        check_writable(path)
-        if dense_too:
-            check_writable(dense_name(path))
+        for name in (path, dense_name(path)) if dense_too else (path,):
+            check_writable(name, _suffixes(request.preset))
     if request.record.exists():
         try:
             ours = json.loads(request.record.read_text(encoding="utf-8")).get("tool") == "dit_accel"
@@ -202,25 +257,46 @@ def dense_name(path: Path) -> Path:
     return path.with_name(f"{path.stem}-dense{path.suffix}")
 
 
-def find_model(request: Request, *, download: bool) -> Path:
-    """The model's folder; raises if there is none or if it cannot make this size."""
-    from dit_accel.pipelines import wan
+def settle(request: Request, *, download: bool) -> tuple[Request, Path]:
+    """The request with what depends on the model's files, and the model's folder.
 
-    folder = wan.find(request.preset.model, download=download)
-    options = request.preset.generate
-    wan.size_rule(folder).check(options.width, options.height, options.frames)
-    return folder
+    A video that begins at a picture takes its shape, with as many pixels as the preset has, unless a size was asked
+    for.
+
+    Raises:
+        EnvironmentProblem: there is no such model.
+        UsageError: it cannot make this size, or a picture is missing or of no use to it.
+    """
+    recipe = request.recipe
+    folder = recipe.find(request.preset.model, download=download)
+    begins = recipe.start_image(folder)
+    if request.image is not None and begins == "never":
+        raise UsageError(
+            f"--image {request.image}: {request.preset.model} starts from text alone; leave it out, or choose a model "
+            "of image to video"
+        )
+    if request.image is None and begins == "always":
+        raise UsageError(f"{request.preset.model} makes videos that begin at a picture; give --image FILE")
+    rule, options = recipe.size_rule(folder), request.preset.generate
+    asked = {request.preset.provenance[f"generate.{side}"] for side in ("width", "height")}
+    if request.image is not None and "cli" not in asked:
+        width, height = rule.in_shape(*request.picture_size, options.width * options.height)
+        values = {"generate.width": width, "generate.height": height}
+        request = replace(request, preset=request.preset.with_values(values, "image"))
+        options = request.preset.generate
+    rule.check(options.width, options.height, options.frames)
+    return request, folder
 
 
-def prepare(request: Request) -> Path:
-    """The model's folder, downloaded if need be, and torch and diffusers imported.
+def prepare(request: Request) -> tuple[Request, Path]:
+    """The settled request and the model's folder, downloaded if need be, and torch and diffusers imported.
 
     They come in last: whatever could be refused without them has been.
     """
-    folder = find_model(request, download=True)
+    request, folder = settle(request, download=True)
     try:
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise EnvironmentProblem(f"{error}: pip install 'dit-accel[diffusers]'") from error
-    return folder
+    return request, folder

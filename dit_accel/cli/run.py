@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dit_accel import accelerate
-from dit_accel.cli.making import announce, load, open_record, timed
-from dit_accel.cli.request import Request, dense_name
+from dit_accel.cli.making import announce, load, open_record, picture_for, timed
+from dit_accel.cli.request import Clip, Request, dense_name
 from dit_accel.cli.terminal import remark
 from dit_accel.pipelines.video import write_clip, write_text
 
@@ -35,10 +35,7 @@ def run(
         What run.json holds.
     """
     announce(request, quiet=quiet, verbose=verbose)
-    if request.preset.status == "provisional":
-        remark(
-            "note: this preset is provisional: its values are not yet backed by a measurement", quiet=quiet
-        )
+    picture = picture_for(request, quiet=quiet)
     began = time.perf_counter()
     pipe = load(request, folder)
     record = {
@@ -46,9 +43,9 @@ def run(
         "timings": {"load_seconds": round(time.perf_counter() - began, 3)},
         "clips": [],
     }
-    for number, (prompt, path) in enumerate(zip(request.prompts, request.outputs, strict=True), start=1):
-        title = f"{number}/{len(request.prompts)} " if len(request.prompts) > 1 else ""
-        clip = _make(pipe, request, prompt, path, title, record, compare_dense, metadata, quiet, verbose)
+    for number, asked in enumerate(request.clips, start=1):
+        title = f"{number}/{len(request.clips)} " if len(request.clips) > 1 else ""
+        clip = _make(pipe, request, asked, picture, title, record, compare_dense, metadata, quiet, verbose)
         record["clips"].append(clip)
         write_text(request.record, json.dumps(record, indent=2) + "\n")
         if print_files:
@@ -59,8 +56,8 @@ def run(
 def _make(
     pipe: Any,
     request: Request,
-    prompt: str,
-    path: Path,
+    asked: Clip,
+    picture: Any,
     title: str,
     record: dict[str, Any],
     compare_dense: bool,
@@ -69,20 +66,20 @@ def _make(
     verbose: bool,
 ) -> dict[str, Any]:
     sparse = request.preset.sparse
-    clip: dict[str, Any] = {"prompt": prompt, "seed": request.seed}
+    clip: dict[str, Any] = {"prompt": asked.prompt, "seed": asked.seed}
     report = None
     if sparse is None:
-        frames, clip["seconds"] = timed(pipe, request, prompt, f"{title}dense", quiet)
+        frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}dense", quiet)
     else:
         # One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
         with accelerate(pipe, sparse) as handle:
-            frames, clip["seconds"] = timed(pipe, request, prompt, f"{title}sparse", quiet)
+            frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}sparse", quiet)
             report = handle.report()
         clip["report"] = report.to_dict()
     dense = None
     if compare_dense:
         # Second on purpose: what a first run pays for warming up counts against the fast path, not for it.
-        dense, seconds = timed(pipe, request, prompt, f"{title}dense", quiet)
+        dense, seconds = timed(pipe, request, asked, picture, f"{title}dense", quiet)
         clip["dense"] = {
             "seconds": seconds,
             "time_ratio": round(seconds / clip["seconds"], 3),
@@ -92,9 +89,11 @@ def _make(
     comment = {key: record[key] for key in ("tool", "versions", "preset", "machine")} | clip
     text = json.dumps(comment, separators=(",", ":")) if metadata else None
     fps = request.preset.generate.fps
-    clip["files"] = [str(file) for file in write_clip(path, frames, fps, text)]
+    clip["files"] = [str(file) for file in write_clip(asked.output, frames, fps, text)]
     if dense is not None:
-        clip["dense"]["files"] = [str(file) for file in write_clip(dense_name(path), dense, fps, None)]
+        clip["dense"]["files"] = [
+            str(file) for file in write_clip(dense_name(asked.output), dense, fps, None)
+        ]
     if verbose and report is not None:
         remark(str(report))
     remark(bargain(clip, report, request.preset.name), quiet=quiet)

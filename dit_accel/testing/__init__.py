@@ -28,6 +28,12 @@ from dit_accel.testing.qwen_image import (
 from dit_accel.testing.sd3 import tiny_sd3_inputs, tiny_sd3_pipeline, tiny_sd3_transformer
 from dit_accel.testing.text import byte_tokenizer
 from dit_accel.testing.wan import tiny_wan_inputs, tiny_wan_pipeline, tiny_wan_transformer
+from dit_accel.testing.with_text import (
+    tiny_flux_with_text,
+    tiny_hunyuan_video_from_image,
+    tiny_hunyuan_video_with_text,
+    tiny_sd3_with_text,
+)
 
 __all__ = [
     "byte_tokenizer",
@@ -38,15 +44,18 @@ __all__ = [
     "tiny_flux_inputs",
     "tiny_flux_pipeline",
     "tiny_flux_transformer",
+    "tiny_flux_with_text",
     "tiny_framepack_inputs",
     "tiny_framepack_pipeline",
     "tiny_framepack_transformer",
     "tiny_hunyuan_video15_inputs",
     "tiny_hunyuan_video15_pipeline",
     "tiny_hunyuan_video15_transformer",
+    "tiny_hunyuan_video_from_image",
     "tiny_hunyuan_video_inputs",
     "tiny_hunyuan_video_pipeline",
     "tiny_hunyuan_video_transformer",
+    "tiny_hunyuan_video_with_text",
     "tiny_ltx_inputs",
     "tiny_ltx_pipeline",
     "tiny_ltx_transformer",
@@ -58,6 +67,7 @@ __all__ = [
     "tiny_sd3_inputs",
     "tiny_sd3_pipeline",
     "tiny_sd3_transformer",
+    "tiny_sd3_with_text",
     "tiny_wan_inputs",
     "tiny_wan_pipeline",
     "tiny_wan_transformer",

@@ -45,8 +45,8 @@ def test_help_tells_the_exit_codes_and_every_option(cli: Callable, tmp_path: Pat
     assert time.monotonic() - began < 5  # a fraction of a second on a machine that does nothing else
     assert "130 interrupted" in told
     for option in (
-        "--preset --prompt --prompts-file --negative-prompt --model --size --frames --steps --guidance --seed "
-        "--device --dtype --offload --fps --lora --set --dry-run --compare-dense --strict --json --no-metadata "
+        "--preset --prompt --prompts-file --negative-prompt --image --count --model --size --frames --steps --guidance "
+        "--seed --device --dtype --offload --fps --lora --set --dry-run --compare-dense --strict --json --no-metadata "
         "--quiet --verbose --output"
     ).split():
         assert option in told

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,22 @@ pytestmark = pytest.mark.skipif(
     reason="torch was built without gloo",
 )
 Results = Callable[[str], list[dict[str, Any]]]
+ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
-    """Both processes' results of a case. They run once, through all of them."""
-    folder = tmp_path_factory.mktemp("two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", cases.__file__]
-    logs = [(folder / f"log {rank}").open("w") for rank in range(cases.WORLD)]
-    processes = [
-        subprocess.Popen([*command, str(rank), folder], env=environment, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Both processes' results of a case. They run once, through all of them.
+
+    gloo's own threads rarely corrupt the heap under diffusers' all-to-all (torch 2.13: "malloc(): unaligned tcache
+    chunk" in `AsyncAlltoallWork`, once in some thousand of these runs). No code of this project is native, so where a
+    signal ends a process, both begin again; whatever Python raises counts at once.
+    """
+    for _ in range(ATTEMPTS):
+        folder = tmp_path_factory.mktemp("two")
+        codes = _run_both(folder)
+        if min(codes) >= 0:
+            break
 
     def results(name: str) -> list[dict[str, Any]]:
         files = [folder / f"{name} {rank}.pt" for rank in range(cases.WORLD)]
@@ -51,7 +47,25 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
             )
         return [torch.load(file) for file in files]
 
-    yield results
+    return results
+
+
+def _run_both(folder: Path) -> list[int]:
+    """The exit codes of both processes, negative where a signal ended one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", cases.__file__]
+    logs = [(folder / f"log {rank}").open("w") for rank in range(cases.WORLD)]
+    processes = [
+        subprocess.Popen([*command, str(rank), folder], env=environment, stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
 
 
 def _log(folder: Path) -> str:

@@ -114,19 +114,23 @@ def test_an_unreachable_hub_is_given_up_in_time(tmp_path: Path) -> None:
         "import socket, sys, os\n"
         "server = socket.create_server(('127.0.0.1', 0))\n"
         "os.environ |= {'HF_ENDPOINT': f'http://127.0.0.1:{server.getsockname()[1]}', 'HF_HOME': sys.argv[1]}\n"
-        "os.environ['HF_HUB_OFFLINE'] = '0'\n"
+        "os.environ['HF_HUB_OFFLINE'] = sys.argv[2]\n"
         "from dit_accel.cli.app import run\n"
         "sys.exit(run(['generate', '--preset', 'wan21-fast', '--prompt', 'x', '-o', sys.argv[1] + '/x.mp4']))\n"
     )
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, tmp_path], capture_output=True, text=True, timeout=60
-    )
-    seconds = time.monotonic() - began
+
+    def ask(online: bool) -> tuple[float, subprocess.CompletedProcess[str]]:
+        command = [sys.executable, "-P", "-c", code, tmp_path, str(int(not online))]
+        began = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        return time.monotonic() - began, done
+
+    without, _ = ask(online=False)  # what the program itself takes, on a machine that may be busy
+    seconds, done = ask(online=True)
     assert done.returncode == 3
     assert done.stderr.startswith("error: Wan-AI/Wan2.1-T2V-14B-Diffusers is not in the local cache")
     assert "hub cannot be used" in done.stderr and done.stderr.count("\n") == 1
-    assert seconds < 5
+    assert seconds < 2 * without + 6
     assert not (tmp_path / "x.mp4").exists()
 
 

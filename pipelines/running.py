@@ -1,0 +1,52 @@
+"""Run a stock pipeline once: the same for all recipes. The denoising loop is diffusers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dit_accel.errors import DitAccelError
+
+
+def run_stock(
+    pipe: Any, call: dict[str, Any], *, seed: int, callback: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Run a pipeline once.
+
+    Args:
+        call: the pipeline's arguments.
+        seed: seeds a CPU generator, so that the same seed starts from the same noise on every device.
+        callback: called after each step with the number of steps done. What it raises ends the run.
+
+    Returns:
+        uint8 `[F, H, W, 3]`, RGB; one frame for an image.
+
+    Raises:
+        DitAccelError: the run produced values that are not finite.
+    """
+    import torch
+
+    def after_step(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if callback is not None:
+            callback(step + 1)
+        return kwargs
+
+    try:
+        (made,) = pipe(
+            **call,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="np",
+            callback_on_step_end=after_step,
+            return_dict=False,
+        )
+    except BaseException:
+        # An aborted run leaves offloaded components on the GPU; the pipeline clears up only at a good end.
+        pipe.maybe_free_model_hooks()
+        raise
+    frames = np.asarray(made[0])  # [F, H, W, 3] or [H, W, 3], 0..1
+    if not np.isfinite(frames).all():
+        raise DitAccelError("the run produced values that are not finite; try --dtype bfloat16 or float32")
+    frames = np.rint(frames * 255).astype(np.uint8)
+    return frames if frames.ndim == 4 else frames[None]

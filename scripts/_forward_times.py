@@ -1,0 +1,235 @@
+"""Time forwards of a transformer, dense and sparse in turns, and see where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dit_accel import SparseOptions, SparseProcessor
+from dit_accel.testing import peak_bytes
+
+STEP = 0.01  # how far the noise level falls from one forward to the next
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Stock dense attention (`options` None), or sparse attention."""
+
+    name: str
+    options: SparseOptions | None = None
+    source: str = ""  # the preset it comes from, or "given"
+    dropped: tuple[str, ...] = ()  # what of the preset does not hold here
+
+
+class Stopwatch:
+    """Intervals on a device by name. On a GPU they are read from its own clock, and nothing waits meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._laps: dict[str, list[tuple[Any, Any]]] = {}
+
+    def now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def note(self, name: str, start: Any) -> None:
+        """Note an interval that began at `start` and ends now."""
+        self._laps.setdefault(name, []).append((start, self.now()))
+
+    def read(self) -> dict[str, list[float]]:
+        """Milliseconds of every interval."""
+        if not self._gpu:
+            return {name: [(b - a) * 1e3 for a, b in laps] for name, laps in self._laps.items()}
+        torch.cuda.synchronize()
+        return {name: [a.elapsed_time(b) for a, b in laps] for name, laps in self._laps.items()}
+
+
+class _WatchDense(TorchFunctionMode):
+    """Times torch's attention where at least so many keys meet as many queries, and names its kernel."""
+
+    def __init__(self, watch: Stopwatch, tokens: int) -> None:
+        super().__init__()
+        self.watch, self.tokens = watch, tokens
+        self.kernels: set[str] = set()
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        query, key = given["query"], given["key"]
+        if query.shape[-2] != key.shape[-2] or key.shape[-2] < self.tokens:
+            return function(*args, **kwargs)
+        self.kernels.add(_kernel_of(given))
+        start = self.watch.now()
+        out = function(*args, **kwargs)
+        self.watch.note("attention", start)
+        return out
+
+
+def _kernel_of(given: dict[str, Any]) -> str:
+    """Which of torch's attention kernels such a call gets."""
+    choice = torch._fused_sdp_choice(given["query"], given["key"], given["value"], given.get("attn_mask"))
+    return torch.nn.attention.SDPBackend(choice).name.lower()
+
+
+@contextlib.contextmanager
+def installed(transformer: nn.Module, options: SparseOptions | None) -> Iterator[SparseProcessor | None]:
+    """The transformer with sparse attention while the block runs; stock again behind it."""
+    if options is None:
+        yield None
+        return
+    processor = SparseProcessor(transformer, **options.to_mapping())
+    transformer.set_attn_processor(processor)
+    try:
+        yield processor
+    finally:
+        processor.remove()
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a call with all its work on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@dataclass
+class Sample:
+    """What one round tells of a variant."""
+
+    seconds: float  # of a forward; the mean where plans serve several steps
+    report: Any  # None for dense
+    peak_bytes: int | None  # above what was held before; None on a CPU
+
+
+def take_sample(
+    transformer: nn.Module,
+    variant: Variant,
+    inputs: Callable[[float], dict[str, Any]],
+    noise: float,
+    warm: bool,
+) -> Sample:
+    """Run a variant: one forward that is not timed, if asked for or sparse, then those that are.
+
+    Args:
+        inputs: the arguments of a forward at a noise level.
+        noise: where the timed forwards begin. Where plans serve several steps so many are timed, one prediction falls
+            among them, and the mean is told.
+    """
+    device = next(transformer.parameters()).device
+    options = variant.options
+    steps = 1 if options is None else options.predict_every
+    with installed(transformer, options) as processor:
+        if warm or options is not None:
+            transformer(**inputs(noise + STEP))
+        held = _reset_peak(device)
+        spent = 0.0
+        for step in range(steps):
+            given = inputs(noise - STEP * step)
+            spent += seconds_of(lambda given=given: transformer(**given), device)
+        peak = None if held is None else torch.cuda.max_memory_allocated(device) - held
+        report = None if processor is None else processor.report
+    return Sample(spent / steps, report, peak)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def watch_forward(
+    transformer: nn.Module,
+    variant: Variant,
+    inputs: Callable[[float], dict[str, Any]],
+    noise: float,
+    tokens: int,
+    lists: tuple[str, ...],
+) -> dict[str, Any]:
+    """Where a forward's time goes. Watching costs something: the time of a forward is taken unwatched.
+
+    Args:
+        tokens: so many keys at least make an attention one of those that may be sparse.
+        lists: the transformer's lists of blocks.
+
+    Returns:
+        `attention_ms` of each layer (prediction included), `predict_ms` in all, `blocks_ms` of each list, `forward_ms`,
+        the kernels of dense attention, and on a CPU the peak of memory above what was held before.
+    """
+    device = next(transformer.parameters()).device
+    with installed(transformer, variant.options) as processor:
+        transformer(**inputs(noise + STEP))
+        watch, dense = Stopwatch(device), contextlib.nullcontext()
+        handles = _watch_blocks(transformer, lists, watch)
+        if processor is None:
+            dense = _WatchDense(watch, tokens)
+        else:
+            engine = processor.engine
+            engine.attend = _timed(engine.attend, watch, "attention")
+            engine.planner.plan = _timed(engine.planner.plan, watch, "predict")
+        given = inputs(noise)
+        start = watch.now()
+        try:
+            with dense:
+                transformer(**given)
+            watch.note("forward", start)
+        finally:
+            for handle in handles:
+                handle.remove()
+            if processor is not None:
+                del engine.attend, engine.planner.plan
+        peak = None if device.type == "cuda" else peak_bytes(lambda: transformer(**given))[0]
+    told = watch.read()
+    return {
+        "forward_ms": told["forward"][0],
+        "attention_ms": told.get("attention", []),
+        "predict_ms": sum(told.get("predict", [])),
+        "blocks_ms": {name: sum(told[name]) for name in lists},
+        "dense_kernels": sorted(getattr(dense, "kernels", ())),
+        "peak_bytes": peak,
+    }
+
+
+def _timed(function: Callable, watch: Stopwatch, name: str) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = watch.now()
+        out = function(*args, **kwargs)
+        watch.note(name, start)
+        return out
+
+    return run
+
+
+def _watch_blocks(transformer: nn.Module, lists: tuple[str, ...], watch: Stopwatch) -> list[Any]:
+    started: list[Any] = []
+    handles = []
+    for name in lists:
+        for block in getattr(transformer, name):
+            handles.append(block.register_forward_pre_hook(lambda *_: started.append(watch.now())))
+            handles.append(block.register_forward_hook(lambda *_, name=name: watch.note(name, started.pop())))
+    return handles
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """`|a - b| / |b|` in the Euclidean norm, in float32."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
