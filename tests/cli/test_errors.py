@@ -50,7 +50,7 @@ def test_bad_input(name: str, cli: Callable, tmp_path: Path) -> None:
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert done.stdout == "" and not list(tmp_path.iterdir())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # loading torch and weights would take longer on the same machine
 
 
 @pytest.fixture

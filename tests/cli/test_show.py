@@ -42,7 +42,7 @@ def test_torch_is_not_imported(arguments: tuple[str, ...], tmp_path: Path) -> No
 def test_help_tells_the_exit_codes_and_every_option(cli: Callable, tmp_path: Path) -> None:
     began = time.monotonic()
     told = cli("generate", "--help", cwd=tmp_path, COLUMNS="200").stdout
-    assert time.monotonic() - began < 5  # a fraction of a second on a machine that does nothing else
+    assert time.monotonic() - began < 15  # a fraction of a second on a machine that does nothing else
     assert "130 interrupted" in told
     for option in (
         "--preset --prompt --prompts-file --negative-prompt --image --count --model --size --frames --steps --guidance "
