@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from dit_accel.caches import Cache, load_cache
 from dit_accel.engine import Engine, Observer
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions
@@ -20,6 +21,8 @@ from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    from dit_accel.caches.engine import CacheEngine
+    from dit_accel.caches.trials import Trial
     from dit_accel.preset import Preset
 
 _ROLES = ("transformer", "transformer_2")  # Wan 2.2 has an expert for the noisy half and one for the rest
@@ -28,8 +31,10 @@ _ROLES = ("transformer", "transformer_2")  # Wan 2.2 has an expert for the noisy
 class Handle:
     """What `accelerate` installed. Also a context manager that removes it at its end."""
 
-    def __init__(self, trajectory: Trajectory, tally: Tally, engines: list[Engine]) -> None:
-        self._trajectory, self._tally, self._engines = trajectory, tally, engines
+    def __init__(
+        self, trajectory: Trajectory, tally: Tally, engines: list[Engine], caches: list[CacheEngine]
+    ) -> None:
+        self._trajectory, self._tally, self._engines, self._caches = trajectory, tally, engines, caches
 
     def report(self, *, clear: bool = False) -> Report:
         """What ran since the start, or since the report was last cleared.
@@ -38,7 +43,8 @@ class Handle:
             clear: count from zero afterwards.
         """
         keep = self._engines[0].keep_requested if self._engines else None
-        report = self._tally.report(keep, sum(engine.bytes_held() for engine in self._engines))
+        held = sum(part.bytes_held() for part in (*self._engines, *self._caches))
+        report = self._tally.report(keep, held)
         if clear:
             self._tally.clear()
         return report
@@ -46,6 +52,19 @@ class Handle:
     def begin(self) -> None:
         """Declare that the next forward starts a new run. Pipelines are understood without this."""
         self._trajectory.begin()
+
+    def decisions(self) -> dict[str, str]:
+        """What the step caches decided in the latest run, as their option `schedule` takes it, by transformer.
+
+        A step counts as computed (1) if any branch of guidance computed it. Replayed, it costs no look at the tensors.
+        """
+        return {
+            cache.role: "".join("01"[computed] for computed in cache.decisions) for cache in self._caches
+        }
+
+    def trials(self) -> list[Trial]:
+        """What step caches with `dry_run` noted so far: see `dit_accel.caches.trials`."""
+        return [trial for cache in self._caches for trial in cache.trials]
 
     def observe(self, observer: Observer | None) -> None:
         """Have a function told of every sparse call before it runs; None ends that.
@@ -59,8 +78,8 @@ class Handle:
 
     def remove(self) -> None:
         """Undo exactly what was installed. Does nothing the second time, or once another handle took over."""
-        for engine in self._engines:
-            engine.remove()
+        for part in (*self._caches, *self._engines):
+            part.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -71,27 +90,44 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Handle({', '.join(map(repr, self._engines)) or 'nothing installed'})"
+        parts = [*map(repr, self._engines), *map(repr, self._caches)]
+        return f"Handle({', '.join(parts) or 'nothing installed'})"
 
 
-def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **overrides: Any) -> Handle:
-    """Make a pipeline (or a bare transformer) attend sparsely.
+def accelerate(
+    pipe: Any,
+    preset: str | Preset | SparseOptions | None = None,
+    *,
+    cache: str | Mapping[str, Any] | Cache | Literal[False] | None = None,
+    **overrides: Any,
+) -> Handle:
+    """Make a pipeline (or a bare transformer) attend sparsely, reuse what it computed in earlier steps, or both.
 
     Args:
         pipe: a diffusers pipeline with a `transformer`, and perhaps a `transformer_2`; or such a transformer.
         preset: a preset's name or file, a loaded preset, sparse options, or None for options by keyword
         alone.
-            A dense preset without overrides installs nothing.
+            A dense preset without overrides and cache installs nothing.
+        cache: a step cache's name, a mapping with `name` and its options, or a cache (see `dit_accel.caches`); None
+            takes the preset's, False takes none.
         overrides: sparse options that replace the preset's; `method` may be a method object.
 
     Returns:
         The handle; leave its `with` block or call `remove()` to undo everything.
 
     Raises:
-        UnknownNameError: an unknown preset, option, method, token order or executor.
+        UnknownNameError: an unknown preset, option, method, cache, token order or executor.
         UnknownModelError: a transformer of no known family.
-        UsageError: a value outside its range. The pipeline is left as it was.
+        UsageError: a value outside its range, or a cache that this transformer cannot have. The pipeline is left as
+            it was.
     """
+    if isinstance(preset, str):
+        from dit_accel.preset import load_preset
+
+        preset = load_preset(preset)
+    if cache is None:
+        cache = getattr(preset, "cache", None)
+    step_cache = load_cache(cache) if cache else None
     method = overrides.get("method")
     if method is None or isinstance(method, str):
         options = _options(preset, overrides)
@@ -102,18 +138,35 @@ def accelerate(pipe: Any, preset: str | Preset | SparseOptions | None = None, **
     trajectory = Trajectory(None if pipe in transformers.values() else pipe)
     tally = Tally.of(trajectory)
     engines: list[Engine] = []
-    if options is not None and method is not None:
-        try:
-            for role, transformer in transformers.items():
+    caches: list[CacheEngine] = []
+    handle = Handle(trajectory, tally, engines, caches)
+    try:
+        for role, transformer in transformers.items():
+            engine = None
+            if options is not None and method is not None:
                 engine = Engine(transformer, options, method, trajectory, tally, role)
                 engines.append(engine)
                 _set_processor(transformer, SparseProcessor.of(engine))
                 engine.settle()
-        except BaseException:
-            for engine in engines:
-                engine.remove()
-            raise
-    return Handle(trajectory, tally, engines)
+            if step_cache is not None:
+                caches.append(_cache_engine(transformer, step_cache, trajectory, tally, role, engine))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _cache_engine(
+    transformer: nn.Module,
+    cache: Cache,
+    trajectory: Trajectory,
+    tally: Tally,
+    role: str,
+    sparse: Engine | None,
+) -> CacheEngine:
+    from dit_accel.caches.engine import CacheEngine
+
+    return CacheEngine(transformer, cache, trajectory, tally, role, sparse)
 
 
 def _set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:
@@ -124,12 +177,8 @@ def _set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:
 
 
 def _options(
-    preset: str | Preset | SparseOptions | None, overrides: Mapping[str, Any]
+    preset: Preset | SparseOptions | None, overrides: Mapping[str, Any]
 ) -> SparseOptions | None:
-    if isinstance(preset, str):
-        from dit_accel.preset import load_preset
-
-        preset = load_preset(preset)
     options = preset if preset is None or isinstance(preset, SparseOptions) else preset.sparse
     if options is None:
         return SparseOptions.from_mapping(overrides) if overrides else None

@@ -71,16 +71,16 @@ class Reorder:
 
 
 def keeps_tokens(transformer: nn.Module) -> bool:
-    """Whether a cache of diffusers stands on the transformer, which may use tokens of one forward in another.
+    """Whether a cache stands on the transformer, of diffusers or ours, that may use tokens of one forward in another.
 
-    They are its stateful hooks, however they came: `enable_cache` leaves a note, `apply_first_block_cache` does not.
+    They are stateful hooks, however they came: `enable_cache` leaves a note, `apply_first_block_cache` does not.
     """
     registries = (module.__dict__.get("_diffusers_hook") for module in transformer.modules())
     return any(
-        hook._is_stateful and name != LISTENER
+        hook._is_stateful and not isinstance(hook, Listener)
         for registry in registries
         if registry is not None
-        for name, hook in registry.hooks.items()
+        for hook in registry.hooks.values()
     )
 
 
@@ -98,9 +98,9 @@ class Listener(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, trajectory: Trajectory) -> None:
+    def __init__(self, trajectory: Trajectory, name: str = LISTENER) -> None:
         super().__init__()
-        self.trajectory = trajectory
+        self.trajectory, self.name = trajectory, name
         self.contexts = StateManager(_NoState)
 
     def context(self) -> Context:
@@ -117,15 +117,15 @@ class Listener(ModelHook):
         self._made_registry = not hasattr(module, "_diffusers_hook")
         registry = HookRegistry.check_if_exists_or_initialize(module)
         self.fn_ref = HookFunctionReference()
-        registry.hooks[LISTENER] = self
-        registry._hook_order.insert(0, LISTENER)
+        registry.hooks[self.name] = self
+        registry._hook_order.insert(0, self.name)
         registry._fn_refs.insert(0, self.fn_ref)
 
     def part(self, module: nn.Module) -> None:
         registry = getattr(module, "_diffusers_hook", None)
-        if registry is None or registry.hooks.get(LISTENER) is not self:
+        if registry is None or registry.hooks.get(self.name) is not self:
             return
-        place = registry._hook_order.index(LISTENER)
-        del registry.hooks[LISTENER], registry._hook_order[place], registry._fn_refs[place]
+        place = registry._hook_order.index(self.name)
+        del registry.hooks[self.name], registry._hook_order[place], registry._fn_refs[place]
         if self._made_registry and not registry.hooks:
             del module._diffusers_hook

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import tomllib
 import types
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import dit_accel.presets as shipped
+from dit_accel.caches import Cache, cache_class, cache_names, load_cache
 from dit_accel.errors import UsageError, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions, override
@@ -75,6 +77,7 @@ class Preset:
     status: str  # "measured": the numbers rest on a record in scripts/results; "provisional": they do not yet
     generate: GenerateOptions
     sparse: SparseOptions | None
+    cache: Cache | None  # None: every step is computed
     provenance: Mapping[str, str]  # "generate.steps" -> "preset tiny-wan" | "default" | "cli"
     layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table), the weakest first
 
@@ -104,6 +107,7 @@ class Preset:
             **{key: getattr(self, key) for key in _HEAD},
             "generate": dataclasses.asdict(self.generate),
             "sparse": self.sparse.to_mapping() if self.sparse else None,
+            "cache": self.cache.to_mapping() if self.cache else None,
             "sources": dict(self.provenance),
         }
 
@@ -175,6 +179,8 @@ def _full_key(key: str) -> str:
         return key
     if group == "generate" and name in generate:
         return key
+    if group == "cache":  # as with sparse options: they belong to the cache
+        return key
     if group == "sparse":  # SparseOptions itself judges the name: some options belong to the method
         return key
     if not group:
@@ -228,7 +234,7 @@ def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[
 
 def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Preset:
     head: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {"generate": {}, "sparse": {}}
+    groups: dict[str, dict[str, Any]] = {"generate": {}, "sparse": {}, "cache": {}}
     sources: dict[str, str] = {}
     for source, table in layers:
         where = source if source.startswith("preset") else f"{source} setting"
@@ -236,7 +242,7 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
             if key in groups:
                 if not isinstance(value, Mapping):
                     raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
-                groups[key] = override(groups[key], value) if key == "sparse" else groups[key] | value
+                groups[key] = _OVERRIDES.get(key, operator.or_)(groups[key], dict(value))
                 sources |= {f"{key}.{option}": source for option in value}
             elif key in _HEAD:
                 head[key] = _checked(value, _HEAD[key], key, where)
@@ -252,17 +258,20 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
     if head.setdefault("status", "provisional") not in STATUSES:
         raise unknown_name(f"status of {where}", head["status"], STATUSES)
     head.setdefault("description", "")
-    dropped = {name for name in sources if name.startswith("sparse.")} - {
-        f"sparse.{name}" for name in groups["sparse"]
-    }
-    sources = {name: source for name, source in sources.items() if name not in dropped}
+    kept = {f"{group}.{option}" for group, table in groups.items() for option in table}
+    sources = {name: source for name, source in sources.items() if "." not in name or name in kept}
     generate = _generate_options(groups["generate"], where)
     sparse = _sparse_options(groups["sparse"], where) if groups["sparse"] else None
-    values = {"generate": dataclasses.asdict(generate), "sparse": sparse.to_mapping() if sparse else {}}
+    cache = _cache(groups["cache"], where) if groups["cache"] else None
+    values = {
+        "generate": dataclasses.asdict(generate),
+        "sparse": sparse.to_mapping() if sparse else {},
+        "cache": cache.to_mapping() if cache else {},
+    }
     for group, options in values.items():
         for option in options:
             sources.setdefault(f"{group}.{option}", "default")
-    return Preset(name=name, generate=generate, sparse=sparse, provenance=sources, layers=layers, **head)
+    return Preset(name, generate=generate, sparse=sparse, cache=cache, provenance=sources, layers=layers, **head)
 
 
 def pipeline_names() -> tuple[str, ...]:
@@ -292,6 +301,25 @@ def _sparse_options(values: Mapping[str, Any], where: str) -> SparseOptions:
         raise type(error)(f"{where}: {error}") from None
     except TypeError as error:
         raise UsageError(f"{where}: a sparse option has a value of the wrong type ({error})") from None
+
+
+def _cache(values: Mapping[str, Any], where: str) -> Cache:
+    try:
+        return load_cache(values)
+    except UsageError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _override_cache(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A change of name drops what was said to the former cache alone."""
+    base, name = dict(base), changes.get("name", base.get("name"))
+    if name != base.get("name") and name in cache_names():
+        known = {field.name for field in dataclasses.fields(cache_class(name))}
+        base = {key: value for key, value in base.items() if key in known}
+    return {**base, **changes}
+
+
+_OVERRIDES = {"sparse": override, "cache": _override_cache}
 
 
 def _checked(value: Any, kind: Any, key: str, where: str) -> Any:

@@ -32,6 +32,8 @@ class Report:
         str, int
     ]  # of sparse calls: how many were predicted, how many carried over from an earlier one
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
+    forwards: dict[str, int]  # under a step cache: how many were computed, how many reused
+    computed_reasons: dict[str, int]  # why they were computed
     runs: int
     bytes_held: int  # between forwards
     bytes_working: int  # for a while in a call, beside what dense attention takes: copies in orders of the heads' own
@@ -54,6 +56,8 @@ class Report:
             "plans": dict(self.plans),
             "stateless": dict(self.stateless),
             "fallbacks": dict(self.fallbacks),
+            "forwards": dict(self.forwards),
+            "computed_reasons": dict(self.computed_reasons),
             "runs": self.runs,
             "bytes_held": self.bytes_held,
             "bytes_working": self.bytes_working,
@@ -70,13 +74,20 @@ class Report:
         """The bargain in one line."""
         calls = self.sparse_calls + self.dense_calls
         if not calls:
-            return "No self-attention has run yet."
+            return self._forwards_line or "No self-attention has run yet."
         line = f"{self.sparse_calls} of {calls} self-attention calls sparse ({self.sparse_share:.0%})"
         if self.keep_achieved is not None:
             asked = "" if self.keep_requested is None else f" (asked {self.keep_requested:.1%})"
             line += f", reading {self.keep_achieved:.1%} of the keys{asked}"
         fallen = sum(self.fallbacks.values())
-        return f"{line}, {fallen or 'no'} fall-back{'' if fallen == 1 else 's'}."
+        line = f"{line}, {fallen or 'no'} fall-back{'' if fallen == 1 else 's'}."
+        return f"{self._forwards_line} {line}" if self._forwards_line else line
+
+    @property
+    def _forwards_line(self) -> str:
+        forwards = sum(self.forwards.values())
+        reused = self.forwards.get("reused", 0)
+        return f"{reused} of {forwards} forwards reused ({reused / forwards:.0%})." if forwards else ""
 
     def __str__(self) -> str:
         lines = [self.closing_line]
@@ -88,6 +99,8 @@ class Report:
             ("without memory because", self.stateless),
             ("dense because", self.dense_reasons),
             ("of these unplanned", self.fallbacks),
+            ("forwards", self.forwards),
+            ("computed because", self.computed_reasons),
         ):
             lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
         lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
@@ -113,6 +126,8 @@ class Tally:
     token_orders: Counter[str] = field(default_factory=Counter)
     plans: Counter[str] = field(default_factory=Counter)
     stateless: Counter[str] = field(default_factory=Counter)
+    forwards: Counter[str] = field(default_factory=Counter)
+    computed_reasons: Counter[str] = field(default_factory=Counter)
     # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
     kept: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -141,6 +156,12 @@ class Tally:
         if not planned:
             self.fallbacks[reason] += calls
 
+    def note_forward(self, reused: bool, reason: str) -> None:
+        """Count a forward under a step cache, and why it was computed."""
+        self.forwards["reused" if reused else "computed"] += 1
+        if not reused:
+            self.computed_reasons[reason] += 1
+
     def report(self, keep_requested: float | None, bytes_held: int) -> Report:
         """Add everything up; waits for the device."""
         kept = {place: (int(total) / place[2], calls) for place, (total, calls) in self.kept.items()}
@@ -159,6 +180,8 @@ class Tally:
             token_orders=dict(self.token_orders),
             plans=dict(self.plans),
             stateless=dict(self.stateless),
+            forwards=dict(self.forwards),
+            computed_reasons=dict(self.computed_reasons),
             runs=self.runs,
             bytes_held=bytes_held,
             bytes_working=self.bytes_working,

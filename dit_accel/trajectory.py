@@ -142,6 +142,11 @@ class Trajectory:
             n_layers=n_layers,
         )
 
+    def n_steps(self) -> int | None:
+        """How many steps the scheduler was set to; None where the pipeline is not known."""
+        timesteps = self._timesteps_now()
+        return None if timesteps is None else len(timesteps)
+
     def leave(self, role: str) -> None:
         """Note that the forward returned. One that never does makes the next forward start a new run."""
         self._open.discard(role)

@@ -1,0 +1,79 @@
+"""One file per step cache; the file's name is the cache's name.
+
+Between two steps of denoising a transformer's output changes little. A step cache computes some steps and makes up the
+others from what it kept. Each is a frozen dataclass `Cache`, made of five parts:
+
+- *boundary*, a class attribute: "call", all of the transformer, between its latents and its output; or "stack", its
+  blocks but for the first `head` and the last `tail` of them, which are always computed;
+- *signal and policy*, `judge(view, memory) -> error`: the error that reuse here would make, by the cache's own rule.
+  Reuse happens below `threshold`, within the limits that all caches share (`caches.cache.Cache`);
+- *predictor*, `fill(view, memory) -> parts`: what stands for the output, or for what the blocks add;
+- *store*, `learn(view, parts, memory)`: what it keeps of a computed step. The engine keeps `memory` apart for each
+  transformer and branch of guidance, and lets nothing into it of a forward that did not return.
+
+Published methods are such compositions, named as the field names them. `shared` caches decide once a step, for all
+branches. Cache files import torch only inside their functions, so that options can be checked without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.caches.cache import Cache
+from dit_accel.errors import UsageError, unknown_name
+
+_NO_CACHES = {"cache", "engine", "memory", "trials", "walk"}
+
+
+def cache_names() -> list[str]:
+    """Every step cache there is, by file name."""
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(__path__)
+        if not module.ispkg and module.name not in _NO_CACHES
+    )
+
+
+def cache_class(name: str) -> type[Cache]:
+    """The class of a cache.
+
+    Raises:
+        UnknownNameError: no such cache.
+    """
+    if name not in cache_names():
+        raise unknown_name("cache", name, cache_names())
+    return importlib.import_module(f"{__name__}.{name}").Cache
+
+
+def load_cache(given: str | Mapping[str, Any] | Cache) -> Cache:
+    """Build a cache.
+
+    Args:
+        given: a name; a mapping with `name` and the cache's options, as a preset's `[cache]` table; or a cache.
+
+    Raises:
+        UnknownNameError: no such cache, or an option it does not have.
+        UsageError: a value it refuses, or the name missing.
+    """
+    if isinstance(given, Cache):
+        return given
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"cache={given!r}: give a cache's name, a mapping with name and options, or a cache")
+    if "name" not in given:
+        raise UsageError(f"A cache needs its name: add name = one of {', '.join(cache_names())}.")
+    cls = cache_class(given["name"])
+    known = {field.name for field in dataclasses.fields(cls)}
+    options = {key: value for key, value in given.items() if key != "name"}
+    for key in options:
+        if key not in known:
+            raise unknown_name(f"option of cache {given['name']!r}", key, known)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UsageError(f"cache {given['name']!r}: an option has a value of the wrong type ({error})") from None

@@ -1,0 +1,126 @@
+"""Cache: what all step caches share, and what one sees of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dit_accel.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dit_accel.trajectory import Call
+
+# the output, or what the blocks add to the tokens of image or video; what they add to the text's, if they return any
+Parts = tuple["Tensor", "Tensor | None"]
+NEVER = float("inf")  # the error of a reuse that cannot be
+DEVICES = ("auto", "cpu")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a cache sees of one step before it is computed.
+
+    For boundary "call", `x` is the transformer's latent input, without the channels that condition it. For boundary
+    "stack" it is the tokens `[B, S, C]` where the blocks begin that may be left out, and `lead` what the blocks before
+    them added to these tokens, if there are any.
+    """
+
+    call: Call
+    x: Tensor
+    lead: Tensor | None = None
+    block: nn.Module | None = None  # the first block that may be left out
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # that this block is given, by name
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Limits that hold for every cache.
+
+    Raises:
+        UsageError: a value outside its range; the message names the range.
+    """
+
+    boundary: ClassVar[str] = "call"
+    shared: ClassVar[bool] = False  # whether one branch of guidance decides for all
+    head: ClassVar[int] = 0  # blocks at either end that are always computed
+    tail: ClassVar[int] = 0
+
+    threshold: float = 0.05  # reuse where the cache expects an error below this; 0 computes everything
+    warmup: int = 1  # steps that each transformer of a pipeline computes first
+    compute_above: float = 1.0  # compute while the noise level is above this
+    compute_below: float = 0.0  # compute while the noise level is below this
+    max_consecutive: int | None = None  # most steps in a row that are made up
+    max_reused: int | None = None  # most steps of a run that are made up
+    schedule: str | None = None  # decisions made beforehand, a digit a step: 1 computes, 0 reuses; nothing is judged
+    dry_run: bool = False  # compute every step, and note what reuse would have cost
+    min_steps: int = 10  # off where the schedule has fewer steps: such models leave no step like the one before
+    store_device: str = "auto"  # where memory is kept between steps: "auto", where it is made, or "cpu"
+
+    def __post_init__(self) -> None:
+        need(number(self.threshold) and self.threshold >= 0, "threshold", self.threshold, "a number from 0 on")
+        need(whole(self.warmup) and self.warmup >= 1, "warmup", self.warmup, "a whole number from 1 on")
+        for name in ("compute_above", "compute_below"):
+            value = getattr(self, name)
+            need(number(value) and 0 <= value <= 1, name, value, "a noise level from 0 to 1")
+        for name in ("max_consecutive", "max_reused"):
+            value = getattr(self, name)
+            need(value is None or (whole(value) and value >= 0), name, value, "a whole number from 0 on")
+        plan = self.schedule
+        legal = plan is None or (isinstance(plan, str) and plan and set(plan) <= {"0", "1"} and plan[0] == "1")
+        need(legal, "schedule", plan, "a text of 1 (compute) and 0 (reuse), a digit a step, the first of them 1")
+        need(isinstance(self.dry_run, bool), "dry_run", self.dry_run, "true or false")
+        need(whole(self.min_steps) and self.min_steps >= 0, "min_steps", self.min_steps, "a whole number from 0 on")
+        need(self.store_device in DEVICES, "store_device", self.store_device, " or ".join(map(repr, DEVICES)))
+        if self.schedule is not None and self.dry_run:
+            raise UsageError("schedule and dry_run exclude each other: a dry run computes every step. Drop one.")
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The name and all options, as in a preset's `[cache]` table."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def judge(self, view: View, memory: dict[str, Any]) -> float:
+        """The error that reuse would make at this step; `NEVER` where the memory does not suffice.
+
+        Args:
+            memory: the branch's; what is written into it is kept if the forward returns.
+        """
+        raise NotImplementedError
+
+    def fill(self, view: View, memory: dict[str, Any]) -> Parts:
+        """What stands for a step that is not computed."""
+        raise NotImplementedError
+
+    def learn(self, view: View, parts: Parts, memory: dict[str, Any]) -> None:
+        """Take from a computed step what later ones need. The tensors are the cache's own."""
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, int]:
+        """The most tensors that one branch's memory holds, by kind, of which `CacheEngine.declare` makes bytes.
+
+        "latents"; "hidden", tokens of image or video; "text", tokens of it; "time", a projected time embedding;
+        "figures", a number for each sample.
+        """
+        raise NotImplementedError
+
+
+def need(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise UsageError(f"cache option {name}={value!r} is out of range: {allowed}.")
+
+
+def whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+

@@ -1,0 +1,41 @@
+"""First-block cache: what the first block adds tells whether the others may be left out.
+
+Source: ParaAttention, diffusers' FirstBlockCache. The first block runs at every step; where what it adds differs from
+what it added at the step *computed last* by less than the threshold (relative L1, the worst of the batch), the other
+blocks add what they added then. Published thresholds for FLUX.1 dev: .06 to .12. diffusers' own knows neither warm-up
+nor limits, keeps state of requests that broke off, and does not tell another size or batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dit_accel.caches import cache as base
+from dit_accel.caches.cache import NEVER, Parts, View
+
+
+@dataclass(frozen=True)
+class Cache(base.Cache):
+    """Stack without its first block, relative L1 against the step computed last, what was added is held."""
+
+    boundary: ClassVar[str] = "stack"
+    head: ClassVar[int] = 1
+
+    threshold: float = 0.08
+
+    def judge(self, view: View, memory: dict[str, Any]) -> float:
+        from dit_accel.caches.parts.measures import relative_l1, worst
+
+        if view.lead is None:
+            return NEVER
+        return worst(relative_l1(view.lead, memory["lead"]))
+
+    def fill(self, view: View, memory: dict[str, Any]) -> Parts:
+        return memory["added"]
+
+    def learn(self, view: View, parts: Parts, memory: dict[str, Any]) -> None:
+        memory["lead"], memory["added"] = view.lead, parts
+
+    def kept(self) -> dict[str, int]:
+        return {"hidden": 2, "text": 1}
