@@ -1,0 +1,72 @@
+"""Every cache on every family that it can serve, on the pipelines of the laws."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dit_accel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
+from bench import Bench
+from families import FAMILIES
+
+# Options under which each reuses some steps of a short run and computes others, on random models.
+CACHES: dict[str, dict[str, Any]] = {
+    "easy": {"name": "easy", "threshold": 0.5, "max_consecutive": 1},
+    "latent": {"name": "latent", "threshold": 0.5, "max_consecutive": 1},
+    "first_block": {"name": "first_block", "threshold": 2.0, "max_consecutive": 1},
+    "dual_block": {"name": "dual_block", "threshold": 2.0, "fn": 1, "bn": 0, "warmup": 1, "max_consecutive": 1},
+    "tea": {"name": "tea", "threshold": 2.0, "coefficients": (1.0, 0.0), "max_consecutive": 1},
+    "mag": {"name": "mag", "threshold": 0.5, "ratios": (1.0, *[0.9] * 30), "max_consecutive": 1},
+    "taylor": {"name": "taylor", "interval": 2, "warmup": 1},
+}
+STACK = {"first_block", "dual_block", "tea", "mag", "taylor"}
+TIMED = {"wan-t2v", "wan-i2v", "wan-two-experts"}  # whose blocks are given the time embedding itself
+WHOLE_ONLY = {"flux2-klein", "hunyuan-video15-t2v"}  # whose blocks diffusers does not describe as one stack
+STEPS = 8
+
+
+def options_of(cache: str, family: str, **more: Any) -> dict[str, Any]:
+    found = {**CACHES[cache], "min_steps": 0, **more}
+    return {**found, "signal": "time" if family in TIMED else "modulated"} if cache == "tea" else found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pair" in metafunc.fixturenames:
+        pairs = [
+            (family, cache) for family in FAMILIES for cache in CACHES if not (family in WHOLE_ONLY and cache in STACK)
+        ]
+        metafunc.parametrize("pair", pairs, indirect=True, ids=lambda pair: "-".join(pair))
+    elif "cache" in metafunc.fixturenames:
+        metafunc.parametrize("cache", list(CACHES))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Equal to the bit from run to run."""
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(*request.param)
+
+
+class Pair:
+    """A family's pipeline and a cache for it."""
+
+    def __init__(self, family: str, cache: str) -> None:
+        self.family, self.cache = family, cache
+        self.bench = Bench(FAMILIES[family], FAMILIES[family].make())
+
+    def sample(self, **call: Any) -> Any:
+        return self.bench.sample(**{"steps": STEPS, **call})
+
+    def install(self, **more: Any) -> dit_accel.Handle:
+        return dit_accel.accelerate(self.bench.pipe, cache=options_of(self.cache, self.family, **more))
+
+    def __repr__(self) -> str:
+        return f"{self.family}-{self.cache}"
