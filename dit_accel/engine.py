@@ -84,6 +84,8 @@ class Engine:
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._counted = False  # whether these dense calls were counted when the forward began
+        # once the forward returns: calls of cross-attention, and the order of its tokens where it is sparse
+        self._to_count: list[Any] = [0, ""]
         self._layouts: dict[tuple, TokenLayout] = {}
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
@@ -186,13 +188,14 @@ class Engine:
         facts = self.adapter.read(self._module(), given)
         self.call = self.trajectory.enter(self.role, facts, self._listener.context(), self.n_layers)
         self.order = None
+        self._to_count = [0, ""]
         if not self._in_use():
             return None
         hidden = given["hidden_states"]
         self._counted = False
         self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
         if self._dense_reason is None:
-            self.tally.token_orders[self._lay_out(given, facts)] += 1
+            self._to_count[1] = self._lay_out(given, facts)
         elif self._dense_reason[1] and keeps_tokens(self._module()):
             self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
         if self.order is None or not hasattr(self.adapter, "order_arguments"):
@@ -222,10 +225,22 @@ class Engine:
     def leave(self) -> None:
         """Note that the forward returned."""
         self.trajectory.leave(self.role)
+        self._count_forward()
         self.call = self.order = None
         for seat in self.seats:
             if seat.has_weights:
                 seat.close()
+
+    def skip(self) -> None:
+        """Note that a step cache makes this forward up: what was to be counted of it does not happen."""
+        self._to_count = [0, ""]
+
+    def _count_forward(self) -> None:
+        cross, order = self._to_count
+        self.tally.cross += cross
+        if order:
+            self.tally.token_orders[order] += 1
+        self._to_count = [0, ""]
 
     def settle(self) -> None:
         """Put processors with weights of their own back in place of ours, and follow an IP-Adapter that comes or goes.
@@ -258,7 +273,7 @@ class Engine:
             if _is_ours(attn.processor) and attn.processor.engine is None:
                 attn.processor.adopt(self)
             if seat.layer is None:
-                self.tally.cross += ours
+                self._to_count[0] += ours
             else:
                 in_use += ours
                 replaced += not ours
@@ -511,6 +526,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once, new._counted = {}, set(), False, False
+        new._to_count = [0, ""]
         new.padding, new._configs, new._full = None, dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)

@@ -177,6 +177,8 @@ class CacheEngine:
     def _run_whole(self, call: Call, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         verdict, view = self._decide_whole(call)
         if verdict.reuse:
+            if self.sparse is not None:
+                self.sparse.skip()
             made = self._made_up(view, verdict)
             self._commit(verdict, view, None)
             return (made,) if not self._given.get("return_dict", True) else _as_output(made)
