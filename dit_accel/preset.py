@@ -81,6 +81,11 @@ class Preset:
     provenance: Mapping[str, str]  # "generate.steps" -> "preset tiny-wan" | "default" | "cli"
     layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table), the weakest first
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it asks for what diffusers does without us."""
+        return self.sparse is None and self.cache is None
+
     def with_values(self, values: Mapping[str, Any], source: str) -> Preset:
         """The same preset with some values replaced.
 

@@ -113,6 +113,7 @@ def _summarise_variant(record: dict, variant: str) -> dict:
         "denoise_seconds_per_prompt": mean(row["denoise_seconds"] for row in rows),
         "sparse_share": sparse / (sparse + dense) if sparse + dense else 0.0,
         "achieved_keep": sum(k * n for k, n in weighted) / sum(n for _, n in weighted) if weighted else None,
+        "forwards": dict(sum((Counter(c.get("forwards", {})) for c in calls), Counter())),
         "fallbacks": dict(sum((Counter(c["fallbacks"]) for c in calls), Counter())),
         "executors": dict(sum((Counter(c["executors"]) for c in calls), Counter())),
     }
@@ -150,6 +151,8 @@ def print_record(record: dict) -> None:
                 f"   sparse calls {figures['sparse_share']:.1%}, achieved keep {keep}, executors "
                 f"{figures['executors'] or 'none'}, fall-backs {figures['fallbacks'] or 'none'}"
             )
+        if figures["forwards"]:
+            print(f"   forwards {figures['forwards']}")
         if "psnr_mean" in figures:
             print_fidelity(figures)
         for name, cell in figures["accuracy"].items():

@@ -105,6 +105,7 @@ def read_preset(options: argparse.Namespace) -> Preset:
         status="provisional",
         generate=generate,
         sparse=SparseOptions.from_mapping(SPARSE),
+        cache=None,
         provenance={},
         layers=(),
     )
@@ -133,7 +134,7 @@ def evaluate(
         "model": Path(options.model).name,
         "preset": preset.name,
         "variants": [v.name for v in variants],
-        "options": {v.name: v.sparse and v.sparse.to_mapping() for v in variants},
+        "options": {v.name: v.options for v in variants},
         "grid": [sampling.height, sampling.width],
         "size": sampling.width,
         "frames": 1,

@@ -8,9 +8,9 @@
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
-(`shift=5`), or the kernel of dense attention (`kernel=math`: the noise floor of PSNR). Without a first word a variant
-is `fast`, or `dense` if it names no sparse option. Every variant starts a prompt from the same noise. Figures from
-random weights say nothing about quality.
+(`shift=5`), the kernel of dense attention (`kernel=math`: the noise floor of PSNR), or puts a step cache on it
+(`cache=easy,cache.threshold=0.1`). Without a first word a variant is `fast`, or `dense` if it names no sparse option.
+Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from _quality_record import describe_environment, merge_records, print_record, s
 from _run_arguments import GRIDS, add_run_arguments
 
 import dit_accel
+from dit_accel.caches import Cache, load_cache
 from dit_accel.methods import method_options
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset, load_preset
@@ -55,6 +56,13 @@ class Variant:
     kernel: str | None  # of dense attention; None: what torch chooses
     guidance: float | None = None  # None: the preset's
     shift: float | None = None  # of the noise schedule; None: the preset's
+    cache: Cache | None = None  # None: every step is computed
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """What was asked for beyond stock dense attention, None if nothing was."""
+        told = self.sparse.to_mapping() if self.sparse else None
+        return {**(told or {}), "cache": self.cache.to_mapping()} if self.cache else told
 
 
 class Run(Protocol):
@@ -125,6 +133,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         settings[key] = parse_value(value)
     steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
     guidance, shift = settings.pop("guidance", None), settings.pop("shift", None)
+    cache = pop_cache(settings)
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
         raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")
@@ -133,7 +142,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
     if head == "dense":
         if settings:
             raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
-        return Variant(text, None, steps, kernel, guidance, shift)
+        return Variant(text, None, steps, kernel, guidance, shift, cache)
     if preset.sparse is None:
         raise SystemExit(
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
@@ -145,7 +154,13 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
             **{name: preset.sparse.method_options[name] for name in shared},
             **settings,
         }
-    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift)
+    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift, cache)
+
+
+def pop_cache(settings: dict[str, Any]) -> Cache | None:
+    """Take `cache` (its name) and `cache.option` out of a variant's settings."""
+    given = {key: settings.pop(key) for key in list(settings) if key.split(".")[0] == "cache"}
+    return load_cache({key.partition(".")[2] or "name": value for key, value in given.items()}) if given else None
 
 
 def parse_value(text: str) -> Any:
@@ -183,7 +198,7 @@ def evaluate(
         "model": Path(options.model).name,
         "preset": preset.name,
         "variants": [v.name for v in variants],
-        "options": {v.name: v.sparse and v.sparse.to_mapping() for v in variants},
+        "options": {v.name: v.options for v in variants},
         "grid": options.grid,
         "size": side,
         "frames": frames,
@@ -288,7 +303,9 @@ def run_batch(
         return kwargs
 
     with contextlib.ExitStack() as stack:
-        handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse)) if variant.sparse else None
+        handle = None
+        if variant.sparse or variant.cache:
+            handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse, cache=variant.cache or False))
         if variant.shift is not None:
             stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift: variant.shift})
@@ -319,6 +336,7 @@ def run_batch(
         "keep": report.keep_achieved if report else None,
         "fallbacks": dict(report.fallbacks) if report else {},
         "executors": dict(report.executors) if report else {},
+        "forwards": dict(report.forwards) if report else {},
     }
     return np.rint(video * 255).astype(np.uint8), seconds, denoised - began, calls
 

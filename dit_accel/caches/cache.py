@@ -68,6 +68,8 @@ class Cache:
         for name in ("max_consecutive", "max_reused"):
             value = getattr(self, name)
             need(value is None or (whole(value) and value >= 0), name, value, "a whole number from 0 on")
+        if whole(self.schedule):  # digits without quotes are a number in TOML
+            object.__setattr__(self, "schedule", str(self.schedule))
         plan = self.schedule
         legal = plan is None or (isinstance(plan, str) and plan and set(plan) <= {"0", "1"} and plan[0] == "1")
         need(legal, "schedule", plan, "a text of 1 (compute) and 0 (reuse), a digit a step, the first of them 1")

@@ -92,7 +92,7 @@ def generate(
         strict=strict,
         output=output,
     )
-    if compare_dense and request.preset.sparse is None:
+    if compare_dense and request.preset.is_stock:
         raise UsageError(
             f"--compare-dense: preset {request.preset.name!r} is dense already; choose a fast one"
         )

@@ -65,15 +65,14 @@ def _make(
     quiet: bool,
     verbose: bool,
 ) -> dict[str, Any]:
-    sparse = request.preset.sparse
     clip: dict[str, Any] = {"prompt": asked.prompt, "seed": asked.seed}
     report = None
-    if sparse is None:
+    if request.preset.is_stock:
         frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}dense", quiet)
     else:
         # One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
-        with accelerate(pipe, sparse) as handle:
-            frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}sparse", quiet)
+        with accelerate(pipe, request.preset) as handle:
+            frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}fast", quiet)
             report = handle.report()
         clip["report"] = report.to_dict()
     dense = None

@@ -47,6 +47,21 @@ def test_end_to_end(which: str, cli: Callable, tmp_path: Path, request: pytest.F
     assert "provisional" in done.stderr and "seed 7" in done.stderr
 
 
+def test_a_step_cache(cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
+    cache = ("--set", "cache.name=easy", "--set", "cache.schedule=1101", "--set", "cache.min_steps=0")
+    done = cli(
+        *FAST, "--steps", "4", *cache, "--model", wan21_folder, "--prompt", "x", "-o", "a.mp4", "--json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    (clip,) = record["clips"]
+    assert clip["report"]["forwards"] == {"computed": 6, "reused": 2}
+    # 3 computed steps x 2 branches x 2 layers that are not dense
+    assert clip["report"]["self_attention_calls"] == {"sparse": 12, "dense": 12}
+    assert record["preset"]["cache"]["name"] == "easy" and record["preset"]["sources"]["cache.schedule"] == "cli"
+    assert "2 of 8 forwards reused (25%)" in done.stderr
+
+
 def test_compare_dense_and_json(cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
     done = cli(
         *FAST, "--model", wan21_folder, "--prompt", "x", "-o", "a.gif", "--compare-dense", "--json", "--strict",

@@ -148,6 +148,7 @@ def test_unknown_names_and_missing_files(tmp_path: Path) -> None:
         ("sparse.dense_layers=[0, 1]", ("sparse.dense_layers", [0, 1])),
         ("order=raster", ("sparse.order", "raster")),
         ("neighbours=2", ("sparse.neighbours", 2)),  # the method's own
+        ("cache.name=easy", ("cache.name", "easy")),
         ("negative_prompt=a = b", ("generate.negative_prompt", "a = b")),
         ("model=some/where", ("model", "some/where")),
         ("sparse.strict=true", ("sparse.strict", True)),
