@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from dit_accel.caches import Cache, load_cache
+from dit_accel.caches.engine import CacheEngine, remove_cache
 from dit_accel.engine import Engine, Observer
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions
@@ -21,7 +22,6 @@ from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from dit_accel.caches.engine import CacheEngine
     from dit_accel.caches.trials import Trial
     from dit_accel.preset import Preset
 
@@ -149,24 +149,13 @@ def accelerate(
                 _set_processor(transformer, SparseProcessor.of(engine))
                 engine.settle()
             if step_cache is not None:
-                caches.append(_cache_engine(transformer, step_cache, trajectory, tally, role, engine))
+                caches.append(CacheEngine(transformer, step_cache, trajectory, tally, role, engine))
+            else:
+                remove_cache(transformer)
     except BaseException:
         handle.remove()
         raise
     return handle
-
-
-def _cache_engine(
-    transformer: nn.Module,
-    cache: Cache,
-    trajectory: Trajectory,
-    tally: Tally,
-    role: str,
-    sparse: Engine | None,
-) -> CacheEngine:
-    from dit_accel.caches.engine import CacheEngine
-
-    return CacheEngine(transformer, cache, trajectory, tally, role, sparse)
 
 
 def _set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:

@@ -42,7 +42,7 @@ class Verdict:
 
 
 class CacheEngine:
-    """A step cache on one transformer.
+    """A step cache on one transformer. It takes over from one that is there.
 
     Args:
         transformer: of a known family.
@@ -54,7 +54,7 @@ class CacheEngine:
 
     Raises:
         UnknownModelError: a transformer of no known family.
-        UsageError: blocks that this cache cannot leave out, or another cache there. Nothing has been touched then.
+        UsageError: blocks that this cache cannot leave out. Nothing has been touched then.
     """
 
     def __init__(
@@ -89,8 +89,6 @@ class CacheEngine:
     # -- installing and removing
 
     def _wire(self, transformer: nn.Module) -> None:
-        if getattr(transformer, "_diffusers_hook", None) and walk.ROOT in transformer._diffusers_hook.hooks:
-            raise UsageError("This transformer has a step cache already; remove it first.")
         blocks: list[nn.Module] = []
         forms: list[walk.Form] = []
         if self.cache.boundary == "stack":
@@ -102,6 +100,7 @@ class CacheEngine:
                     f"and this transformer has {len(blocks)}: leave at least one to be made up."
                 )
         self._end = len(blocks) - self.cache.tail
+        remove_cache(transformer)
         try:
             for index, (block, form) in enumerate(zip(blocks, forms, strict=True)):
                 self._removers.append(walk.set_hook(block, walk.BlockHook(self, index, form), walk.BLOCK))
@@ -407,6 +406,14 @@ class CacheEngine:
             "A transformer with a step cache cannot be copied: diffusers' hooks of the copy would run the original. "
             "Call the handle's remove() first, and install again."
         )
+
+
+def remove_cache(transformer: nn.Module) -> None:
+    """Remove the step cache that is there, if one is."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = None if registry is None else registry.hooks.get(walk.ROOT)
+    if hook is not None:
+        hook.engine.remove()
 
 
 def _latents(transformer: nn.Module, hidden: Tensor) -> Tensor:

@@ -411,11 +411,20 @@ def test_bad_options(given, message):
     assert not any("_diffusers_hook" in block.__dict__ for block in model.transformer.blocks)
 
 
-def test_one_cache_at_a_time():
+def test_a_second_cache_takes_over():
     model = Model()
-    accelerate(model, "easy")
-    with pytest.raises(UsageError, match="has a step cache already"):
-        accelerate(model, "latent")
+    first = accelerate(model, {"name": "first_block", "threshold": 1e9, "min_steps": 0})
+    second = accelerate(model, ALWAYS)
+    for time in (900, 800, 700):
+        model("cond", time)
+    assert first.report().forwards == {} and second.report().forwards == {"computed": 2, "reused": 1}
+    first.remove()  # does nothing any more
+    model("cond", 600)
+    assert second.report().forwards["reused"] == 2
+    dit_accel.accelerate(model.transformer, keep=0.5, min_tokens=0)
+    assert not second._caches[0].installed
+    second.remove()
+    assert "forward" not in model.transformer.__dict__
 
 
 def test_blocks_that_are_no_one_stack():
