@@ -224,7 +224,9 @@ def jobs_of(methods: list[str], keeps: list[float], preset: Preset, bench: Bench
     jobs = [Job(None, dense=f"kernel={kernel}") for kernel in noise_floor(bench, tokens)]
     fewer = {round(bench.steps * share) for share in STEP_SHARES} - {0, bench.steps}
     jobs += [Job(None, dense=f"steps={n}") for n in sorted(fewer, reverse=True)]
-    return jobs + [Job(method, keep) for keep in keeps for method in methods if _is_for(METHODS[method], keep)]
+    return jobs + [
+        Job(method, keep) for keep in keeps for method in methods if _is_for(METHODS[method], keep)
+    ]
 
 
 def _is_for(entry: Entry, keep: float) -> bool:
