@@ -32,12 +32,12 @@ def train_hunyuan(vae_from: Path, guide_from: Path | None, options: StageOptions
     def make(text_from: Path | None, device: str) -> HunyuanStudent:
         teacher = None
         if guide_from is not None:
-            teacher = make_student()
+            teacher = make_student(tokenizer)
             teacher.load(guide_from)
             teacher.to(device).eval().requires_grad_(False).hurry()
             if options.pace.compiled:
                 teacher.compile_parts()
-        student = make_student(text_from, teacher)
+        student = make_student(tokenizer, text_from, teacher)
         student.hurry()
         return student
 
@@ -57,9 +57,10 @@ def make_coder(vae: nn.Module) -> Coder:
     return Coder(lambda clip: vae.encode(clip).latent_dist.mode(), LATENT_CHANNELS, FACTOR, PERIOD)
 
 
-def make_student(text_from: Path | None = None, teacher: HunyuanStudent | None = None) -> HunyuanStudent:
+def make_student(
+    tokenizer: CaptionTokenizer, text_from: Path | None = None, teacher: HunyuanStudent | None = None
+) -> HunyuanStudent:
     """A fresh student; its text encoder may come from a run's `text-*` shards."""
-    tokenizer = CaptionTokenizer(make_tokenizers()[0])
     told = tokenizer([""], padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
     empty = told.input_ids, told.attention_mask
     return HunyuanStudent(load_llama(text_from, len(tokenizer)), tokenizer.before, empty, teacher)

@@ -9,13 +9,15 @@ from tiny_models.folder import write_folder
 
 from .dit import make_student
 from .models import load_vae
+from .text import CaptionTokenizer, make_tokenizers
 
 
 def build_pipeline(run: Path, vae_from: Path) -> HunyuanVideoPipeline:
     """A stock pipeline (fp32) of the shards in `run` (dit-*, text-*, clip-*) and the VAE of `vae_from`."""
-    student = make_student()
+    tokenizers = make_tokenizers()
+    student = make_student(CaptionTokenizer(tokenizers[0]))
     student.load(run)
-    return student.make_pipeline(load_vae(vae_from))
+    return student.make_pipeline(load_vae(vae_from), *tokenizers)
 
 
 def export_hunyuan(run: Path, vae_from: Path, to: Path) -> None:

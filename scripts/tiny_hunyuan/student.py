@@ -13,10 +13,11 @@ from diffusers import HunyuanVideoPipeline
 from tiny_models.pool import Drawn
 from tiny_models.students import ClipStudent
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from .attention import MORE, WideProcessor
 from .models import make_clip, make_scheduler, make_transformer
-from .text import Reader, make_tokenizers
+from .text import Reader
 
 STRONGEST = 6.0  # guidance that is drawn
 
@@ -100,8 +101,9 @@ class HunyuanStudent(ClipStudent):
             velocity = velocity + (self.guidance - 1).view(-1, *[1] * (noisy.ndim - 1)) * (given - other)
         return velocity
 
-    def make_pipeline(self, vae: nn.Module) -> HunyuanVideoPipeline:
-        tokenizer, tokenizer_2 = make_tokenizers()
+    def make_pipeline(
+        self, vae: nn.Module, tokenizer: PreTrainedTokenizerFast, tokenizer_2: PreTrainedTokenizerFast
+    ) -> HunyuanVideoPipeline:
         return HunyuanVideoPipeline(
             text_encoder=self.text_encoder.eval(),
             tokenizer=tokenizer,

@@ -56,7 +56,8 @@ def _train_bpe() -> Tokenizer:
 
 def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """Llama's, for templates with a prompt inside, and CLIP's, for the prompt alone. They have one vocabulary."""
-    llama, clip = _train_bpe(), _train_bpe()
+    llama = _train_bpe()
+    clip = Tokenizer.from_str(llama.to_str())
     begins = CROP - len(llama.encode(_BEFORE).ids)
     assert begins > 0, "the template has more tokens than the pipeline cuts away"
     ids = [(token, llama.token_to_id(token)) for token in (_BEGIN, _END)]

@@ -53,7 +53,7 @@ def train_vae(options: VaeOptions) -> dict:
     # twice as large, and half as long: everything moves twice as fast
     large = ClipPool(rng, max(1, options.clips // 12), options.frames // 2 + 1, 2 * options.size, pace.device)
     print(f"rendered in {time.time() - started:.0f} s", flush=True)
-    tiles = _Tiles(small, large, options.batch, random.Random(pace.seed))
+    tiles = Tiles(small, large, options.batch, random.Random(pace.seed))
     average, record = fit(vae.to(pace.device), tiles.draw, pace, started, tiles.code)
     normalise_latents(
         average, *measure_latents(average, lambda _: small.draw_clips(options.batch, options.frames))
@@ -74,7 +74,7 @@ def train_vae(options: VaeOptions) -> dict:
     return record
 
 
-class _Tiles:
+class Tiles:
     """Draws tiles and codes them. Those of an even step begin where a clip does."""
 
     def __init__(self, small: ClipPool, large: ClipPool, batch: int, rng: random.Random):
