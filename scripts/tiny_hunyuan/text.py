@@ -38,7 +38,7 @@ def _train_bpe() -> Tokenizer:
     The two line feeds before a prompt are one token whatever follows, or the template's length would depend on it.
     """
     rng = random.Random(0)
-    captions = [write_caption(sample_scene(rng), rng) for _ in range(4000)]
+    captions = [write_caption(sample_scene(rng), rng) for _ in range(1000)]
     instructions = [part.strip() for part in re.split(r"<\|\w+\|>", _BEFORE) if part.strip()]
     model = Tokenizer(BPE(unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
