@@ -6,7 +6,6 @@ says. Here too the template is that long: each of its words is one token, and to
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import BatchEncoding, LlamaModel, PreTrainedTokenizerFast
 
-from dit_accel.quality.scenes import sample_scene, write_caption
+from dit_accel.quality.scenes import BACKGROUNDS, COLOURS, MOTION_WORDS, RADII, SHAPES, sample_scene
 
 from .models import CLIP_TOKENS, SKIPPED, make_llama
 
@@ -35,10 +34,19 @@ _LONGEST = 512  # tokens of prompt and template
 def _train_bpe() -> Tokenizer:
     """A byte-level BPE in which every word of captions and template is one token, and any other text still tokenises.
 
-    The two line feeds before a prompt are one token whatever follows, or the template's length would depend on it.
+    It is made from lists of words, not from drawn captions: every machine makes the same one. The two line feeds before
+    a prompt are one token whatever follows, or the template's length would depend on it.
     """
-    rng = random.Random(0)
-    captions = [write_caption(sample_scene(rng), rng) for _ in range(1000)]
+    captions = " ".join(
+        [
+            *COLOURS,
+            *SHAPES,
+            *MOTION_WORDS.values(),
+            *RADII,
+            *BACKGROUNDS,
+            "a and, over background with panning",
+        ]
+    )
     instructions = [part.strip() for part in re.split(r"<\|\w+\|>", _BEFORE) if part.strip()]
     model = Tokenizer(BPE(unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -49,7 +57,7 @@ def _train_bpe() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(captions + 200 * instructions, trainer)
+    model.train_from_iterator([captions, *instructions], trainer)
     model.add_tokens([AddedToken("\n\n", normalized=False)])
     return model
 
