@@ -24,7 +24,9 @@ LATENT_CHANNELS = 8
 FACTOR = 4  # pixels a latent, along a side
 PERIOD = 4  # frames a latent; the class's decoder knows no other
 TILE = 17  # frames that the stock autoencoder encodes and decodes at once
-FLOW_SHIFT = 5.0
+FLOW_SHIFT = (
+    5.0  # as tiny-wan's, whose grid is as large; HunyuanVideo's own is 7, for grids 29 times as large
+)
 TEXT_WIDTH = 96
 SKIPPED = 2  # the pipeline reads Llama before its last two layers; those are there and do nothing
 CLIP_TOKENS = 77  # what the pipeline pads CLIP's ids to

@@ -66,7 +66,11 @@ class HunyuanStudent(ClipStudent):
             block.attn.set_processor(WideProcessor())
 
     def compile_parts(self) -> None:
-        """Compile the blocks alone: the Llama's layers are small, and its states are collected by hooks."""
+        """Compile the blocks alone: the Llama's layers are small, and its states are collected by hooks.
+
+        Blocks of a class share one limit of graphs: two of them for every kind of clip, and again for the teacher.
+        """
+        torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 

@@ -254,10 +254,11 @@ class Drawing:
         return self.name, count, frames
 
 
-def test_every_stage_runs_and_the_folder_makes_a_clip(tmp_path, capsys):
+def test_every_stage_runs_and_the_folder_makes_a_clip(tmp_path, capsys, make_student):
     """From nothing to a clip, by the commands as they are written down: seconds on a CPU."""
     from train_tiny import main
 
+    import dit_accel
     from dit_accel.pipelines import hunyuan_video
     from dit_accel.preset import load_preset
 
@@ -304,7 +305,11 @@ def test_every_stage_runs_and_the_folder_makes_a_clip(tmp_path, capsys):
     assert weights < 7e6 and all(path.stat().st_size < 15e6 for path in folder.rglob("*"))
     assert not any(str(tmp_path) in path.read_text() for path in folder.rglob("*.json")), "no path is shipped"
 
-    import dit_accel
+    trained, shipped = make_student(), make_student()
+    trained.load(guided)
+    shipped.load(folder)
+    for (name, a), b in zip(trained.state_dict().items(), shipped.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2, msg=name)
 
     preset = load_preset(f"{PRESETS}#tiny-hunyuan-fast")
     assert preset.pipeline == "hunyuan_video" and preset.generate.flow_shift == 5
