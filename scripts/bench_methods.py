@@ -34,7 +34,7 @@ from _method_report import LOW_KEEP, print_table, write_report
 from _method_runs import Bench, measure, run_random, run_sparse, watch_run
 from _method_table import METHODS, Entry, Fit, Options, chosen_methods, fit
 from _quality_record import describe_environment
-from _run_arguments import GRIDS, add_run_arguments
+from _run_arguments import add_run_arguments, choose_size
 from evaluate_quality import Variant, open_judges, parse_value, parse_variant
 
 from dit_accel.options import SparseOptions
@@ -131,8 +131,7 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
     pipe = wan.load(
         options.model, device=str(device), dtype=options.dtype, flow_shift=preset.generate.flow_shift
     )
-    side, frames = GRIDS[options.grid]
-    side, frames = options.size or side, options.frames or frames
+    side, frames = choose_size(options, preset.generate)
     wan.size_rule_of(pipe).check(side, side, frames)
     grid = grid_of(pipe, side, frames)
     steps = options.steps or preset.generate.steps

@@ -3,8 +3,10 @@
     python scripts/evaluate_quality.py --model presets/models/tiny-wan --variants dense fast random steps=12 --out q
     python scripts/evaluate_quality.py --model DIR --grid large --variants dense keep=0.5 keep=0.25 random,keep=0.25 \
         --shard 0/4 --device cuda:0 --out q
+    python scripts/evaluate_quality.py --model DIR --preset FILE.toml#tiny-hunyuan-fast --variants dense fast --out q
     python scripts/evaluate_quality.py --merge q/record-0of4.json q/record-1of4.json ... --out q
 
+The model is one that knows the scenes of `dit_accel.quality.scenes`, a Wan or a HunyuanVideo: the preset says which.
 A variant is a comma-separated list. Its first word says what runs: `dense` (stock attention), `fast` (the preset's
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
@@ -29,7 +31,7 @@ from typing import Any, Protocol
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import numpy as np
 from _quality_record import describe_environment, merge_records, print_record, summarise
-from _run_arguments import GRIDS, add_run_arguments
+from _run_arguments import add_run_arguments, choose_size
 
 import dit_accel
 from dit_accel.caches import Cache, load_cache
@@ -46,6 +48,17 @@ KERNELS = {
     "efficient": "EFFICIENT_ATTENTION",
     "cudnn": "CUDNN_ATTENTION",
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a recipe's pipeline is called, apart from what all have in common."""
+
+    shift: str  # the scheduler's name for the shift of its noise schedule
+    negative: bool  # whether there is a negative branch; else guidance is built in
+
+
+CALLS = {"wan": Call("flow_shift", negative=True), "hunyuan_video": Call("shift", negative=False)}
 
 
 @dataclass(frozen=True)
@@ -175,24 +188,31 @@ def evaluate(
 ) -> dict:
     import torch
 
-    from dit_accel.pipelines import wan
+    from dit_accel.pipelines import recipe
+    from dit_accel.pipelines.loading import pick_device
 
-    device = wan.pick_device(options.device)
+    if preset.pipeline not in CALLS:
+        raise SystemExit(
+            f"preset {preset.name} is for {preset.pipeline}; this script drives {' and '.join(CALLS)}"
+        )
+    device = pick_device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    pipe = wan.load(
+    drive = recipe(preset.pipeline)
+    pipe = drive.load(
         options.model, device=str(device), dtype=options.dtype, flow_shift=preset.generate.flow_shift
     )
-    side, frames = GRIDS[options.grid]
-    side, frames = options.size or side, options.frames or frames
-    wan.size_rule_of(pipe).check(side, side, frames)
+    side, frames = choose_size(options, preset.generate)
+    drive.size_rule_of(pipe).check(side, side, frames)
+    own = CALLS[preset.pipeline]
     call = {
-        "negative_prompt": preset.generate.negative_prompt,
         "guidance_scale": preset.generate.guidance,
         "height": side,
         "width": side,
         "num_frames": frames,
     }
+    if own.negative:
+        call["negative_prompt"] = preset.generate.negative_prompt
     record = {
         "environment": describe_environment(device),
         "model": Path(options.model).name,
@@ -217,7 +237,7 @@ def evaluate(
     prompts = held_out_prompts(options.prompts, options.seed)[shard[0] :: shard[1]]
 
     def run(variant: Variant, batch: list[Prompt], **more: Any):
-        return run_batch(pipe, variant, batch, {**call, **more})
+        return run_batch(pipe, variant, batch, {**call, **more}, shift=own.shift)
 
     shown = measure_variants(run, variants, prompts, record, options, device)
     write_pictures(shown, prompts, preset.generate.fps, out, f"{shard[0]}of{shard[1]}")

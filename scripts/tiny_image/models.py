@@ -16,13 +16,10 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
 )
+from tiny_models import students
 from tiny_models.shards import load_shards
 from tiny_models.text import CAPTION_TOKENS, TEXT_DIM
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 LATENT_CHANNELS = 4
 FACTOR = 2  # pixels a latent, along a side
@@ -90,21 +87,7 @@ def make_sd3_transformer() -> SD3Transformer2DModel:
 
 
 def make_clip(vocabulary: int, *, projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A text encoder whose pooled output, of width `_POOLED`, is that of the first end-of-text token."""
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=_POOLED,
-        intermediate_size=2 * _POOLED,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CAPTION_TOKENS,
-        projection_dim=_POOLED,
-        hidden_act="gelu",
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+    return students.make_clip(vocabulary, _POOLED, CAPTION_TOKENS, projected=projected)
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
-from tiny_models.learner import Student
 from tiny_models.pool import Drawn
-from tiny_models.shards import load_shards, save_shards
+from tiny_models.students import ClipStudent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,30 +18,12 @@ from .models import (
 )
 from .text import encode, load_tokenizer
 
-_STEMS = {"transformer": "dit", "text_encoder": "text", "clip": "clip"}  # of the shards
 
+class ImageStudent(ClipStudent):
+    """One of the image models: which block is tapped, and how many tokens of text its attentions read."""
 
-class ImageStudent(Student):
-    """A `Student` with one or two small CLIP encoders beside the text encoder."""
-
-    folders: dict[str, str]  # part of this student -> folder of the pipeline
-    clip: nn.ModuleList
-
-    def save(self, out: Path) -> None:
-        """Write `dit-*`, `text-*` and `clip-*` shards."""
-        for name, stem in _STEMS.items():
-            save_shards(getattr(self, name).state_dict(), out, stem)
-
-    def load(self, folder: Path) -> None:
-        """Take over the weights of a run's shards (fp32), or of an exported pipeline folder (bf16, as it ships)."""
-        if not (folder / "transformer").is_dir():
-            for name, stem in _STEMS.items():
-                getattr(self, name).load_state_dict(load_shards(folder, stem))
-            return
-        for name, place in self.folders.items():
-            part = self.get_submodule(name)
-            shipped = type(part).from_pretrained(folder / place, dtype=torch.float32)
-            part.load_state_dict(shipped.state_dict())
+    tapped: int
+    text_tokens: int
 
     def make_pipeline(self, vae: nn.Module) -> DiffusionPipeline:
         raise NotImplementedError

@@ -14,11 +14,12 @@ from .ranks import Ranks
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
-def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int):
-    """A context in which attention of so many tokens, heads of 64, takes the faster kernel; on a CPU nothing."""
+def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int, width: int):
+    """A context in which attention of so many tokens, and heads so wide, takes the faster kernel; on a CPU none."""
     if not ranks.device.startswith("cuda"):
         return contextlib.nullcontext()
-    seconds = [_time_backend(backend, ranks.device, batch, tokens, heads) for backend in BACKENDS]
+    shape = (batch, tokens, heads, width)  # laid out as projections leave it
+    seconds = [_time_backend(backend, ranks.device, shape) for backend in BACKENDS]
     best = BACKENDS[int(ranks.agree(float(seconds[1] < seconds[0])))]
     if ranks.first:
         told = ", ".join(f"{b.name} {s * 1e3:.2f} ms" for b, s in zip(BACKENDS, seconds, strict=True))
@@ -27,9 +28,8 @@ def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int):
     return sdpa_kernel([best, *others, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
-def _time_backend(backend: SDPBackend, device: str, batch: int, tokens: int, heads: int) -> float:
+def _time_backend(backend: SDPBackend, device: str, shape: tuple[int, ...]) -> float:
     """Seconds of one layer's attention, forward and backward; best of five."""
-    shape = (batch, tokens, heads, 64)  # laid out as projections leave it
     q, k, v = (
         torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
         for _ in range(3)

@@ -16,8 +16,7 @@ def write_folder(pipe: DiffusionPipeline, to: Path) -> None:
     pipe.to(torch.bfloat16).save_pretrained(draft, max_shard_size="12MB", safe_serialization=True)
     shutil.rmtree(to, ignore_errors=True)
     draft.replace(to)
-    files = [f for f in to.rglob("*") if f.is_file()]
-    print(
-        f"{to}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB in {len(files)} files, "
-        f"largest {max(f.stat().st_size for f in files) / 2**20:.1f} MiB"
-    )
+    sizes = {f.relative_to(to): f.stat().st_size for f in to.rglob("*") if f.is_file()}
+    for part in sorted({name.parts[0] for name in sizes}):
+        print(f"{part}: {sum(size for name, size in sizes.items() if name.parts[0] == part)} bytes")
+    print(f"{to}: {sum(sizes.values())} bytes in {len(sizes)} files, largest {max(sizes.values())}")

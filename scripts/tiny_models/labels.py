@@ -57,13 +57,18 @@ class SceneLabels:
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
-def cover_latents(scenes: Sequence[Scene], frames: int, size: int, device: str, factor: int = 4) -> Tensor:
-    """How far each object covers each latent of square clips coded 2x in time, `factor` in space: `[B, 2, T, h, w]`."""
+def cover_latents(
+    scenes: Sequence[Scene], frames: int, size: int, device: str, factor: int = 4, period: int = 2
+) -> Tensor:
+    """How far each object covers each latent of square clips: `[B, 2, T, h, w]`.
+
+    A latent is `factor` pixels square; the first is one frame, the others `period` of them.
+    """
     alone = [Scene((thing,), scene.background) for scene in scenes for thing in scene.objects]
     masks = object_masks(alone, frames, size, size, device)
     found = F.max_pool3d(masks[:, :, :1], (1, factor, factor))
     if frames > 1:
-        found = torch.cat([found, F.max_pool3d(masks[:, :, 1:], (2, factor, factor))], 2)
+        found = torch.cat([found, F.max_pool3d(masks[:, :, 1:], (period, factor, factor))], 2)
     found = found[:, 0]
     cover = found.new_zeros(len(scenes), MAX_OBJECTS, *found.shape[1:])
     clips = [index for index, scene in enumerate(scenes) for _ in scene.objects]
@@ -72,11 +77,11 @@ def cover_latents(scenes: Sequence[Scene], frames: int, size: int, device: str, 
     return cover
 
 
-def label_scenes(scenes: Sequence[Scene], cover: Tensor, frames: int) -> SceneLabels:
+def label_scenes(scenes: Sequence[Scene], cover: Tensor, frames: int, period: int = 2) -> SceneLabels:
     """The truth of clips of `frames` frames with the `cover` of their latents; patches are 2x2 latents."""
     latents = cover.shape[2]
-    time = torch.arange(latents) * 2.0
-    time = (time - 0.5 * (time > 0)) / max(frames - 1, 1)  # a latent after the first holds two frames
+    time = torch.arange(latents) * float(period)
+    time = (time - 0.5 * (period - 1) * (time > 0)) / max(frames - 1, 1)  # the middle of a latent's frames
     centres = torch.zeros(len(scenes), MAX_OBJECTS, 2, latents)
     objects = torch.full((len(scenes), MAX_OBJECTS, 3), _ABSENT)
     ground = torch.empty(len(scenes), 2, dtype=torch.int64)

@@ -34,6 +34,8 @@ class Student(nn.Module):
     of `latents`) and leave in `words` what the encoder said `[B, CAPTION_TOKENS, width]`, and names its `blocks`.
     """
 
+    visual = 1  # place of the visual stream in what a block of two streams returns
+
     text_encoder: nn.Module
     transformer: nn.Module
     words: Tensor | None = None
@@ -49,13 +51,22 @@ class Student(nn.Module):
         config = self.transformer.config
         return config.num_attention_heads * config.attention_head_dim
 
+    @property
+    def head_width(self) -> int:
+        """Channels of a head as the attention kernel sees it."""
+        return self.transformer.config.attention_head_dim
+
     def tap(self, block: int) -> None:
-        """Keep in `hidden` what this block returns from now on; a pair of streams ends with the visual one."""
+        """Keep in `hidden` what this block returns from now on; of a pair of streams the visual one."""
 
         def keep(_module, _inputs, output) -> None:
-            self.hidden = output[1] if isinstance(output, tuple) else output
+            self.hidden = output[self.visual] if isinstance(output, tuple) else output
 
         self.blocks[block].register_forward_hook(keep)
+
+    def aim(self, velocity: Tensor, noisy: Tensor, sigma: Tensor, drawn: Drawn) -> Tensor:
+        """What the last `forward(noisy, sigma, drawn)` should have returned, given the velocity of the data."""
+        return velocity
 
     def compile_parts(self) -> None:
         """Compile the blocks and the text encoder: their bound methods, so that the hook of the tap stays outside."""
@@ -79,7 +90,7 @@ class Heads:
         modules = nn.ModuleDict(
             {
                 "reader": TokenReader(student.width),
-                "words": CaptionReader(student.text_encoder.config.d_model),
+                "words": CaptionReader(student.text_encoder.get_input_embeddings().embedding_dim),
             }
         )
         known = []
@@ -122,11 +133,13 @@ class Learner:
         noise = torch.randn_like(latents)
         sigma = draw_sigma(len(latents), latents.device, self.shift)
         blend = sigma.view(-1, *[1] * (latents.ndim - 1))
+        noisy = blend * noise + (1 - blend) * latents
         with torch.autocast(latents.device.type, torch.bfloat16):
-            velocity = self.student(blend * noise + (1 - blend) * latents, sigma, drawn)
+            velocity = self.student(noisy, sigma, drawn)
             tokens = self.heads.modules["reader"](self.student.hidden, drawn.labels)
             words = self.heads.modules["words"](self.student.words, drawn.words)
-        error = (velocity.float() - (noise - latents)).square()
+            aim = self.student.aim(noise - latents, noisy, sigma, drawn)
+        error = (velocity.float() - aim.float()).square()
         # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
         weight = 1 + OBJECT_WEIGHT * (1 - blend) * drawn.objects
         loss = (error * weight).sum() / (weight.sum() * error.shape[1])

@@ -60,7 +60,7 @@ def train_reading(
     rng, device = random.Random(f"text-{pace.seed}"), pace.device
     encoder = encoder.to(device)
     old = copy.deepcopy(encoder).eval().requires_grad_(False) if stay else None
-    reader = CaptionReader(encoder.config.d_model).to(device)
+    reader = CaptionReader(encoder.get_input_embeddings().embedding_dim).to(device)
     parameters = [*encoder.parameters(), *reader.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=pace.rate, betas=(0.9, 0.98), weight_decay=0.01)
     history, step, progress = [], 0, 0.0

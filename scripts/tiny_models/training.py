@@ -72,7 +72,8 @@ def train(
     device = ranks.device
     average = copy.deepcopy(student)
     student.tap(tapped)
-    attention = prefer_fastest(ranks, mix[0].batch, tokens, student.transformer.config.num_attention_heads)
+    heads_of = student.transformer.config.num_attention_heads
+    attention = prefer_fastest(ranks, mix[0].batch, tokens, heads_of, student.head_width)
     if pace.compiled:
         student.compile_parts()
     torch.manual_seed(pace.seed * 1000 + ranks.rank + 1)

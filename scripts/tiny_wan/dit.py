@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from tiny_models.clips import Mix, fill_pool
 from tiny_models.learner import Heads, Student
 from tiny_models.pool import Drawn
 from tiny_models.ranks import Ranks
@@ -19,7 +20,7 @@ from tiny_models.training import Pace, train
 from torch import Tensor, nn
 
 from .attention import FusedRotaryProcessor
-from .clips import Mix, fill_pool
+from .clips import make_coder
 from .models import FLOW_SHIFT, PROMPT_LENGTH, load_vae, make_tokenizer, make_transformer
 from .text import encode
 
@@ -31,15 +32,11 @@ class DitOptions:
     """See the command line's help for each field."""
 
     out: Path
-    minutes: float
     vae_from: Path
     text_from: Path
     resume: Path | None
     mix: tuple[Mix, ...]
-    rate: float
-    final: float
-    compiled: bool
-    seed: int
+    pace: Pace
     device: str
 
 
@@ -63,18 +60,19 @@ class WanStudent(Student):
 
 
 def train_dit(options: DitOptions) -> None:
-    """Train until `options.minutes` have passed; rank 0 writes `dit-*`, `text-*` shards (EMA, fp32) and `dit.json`."""
+    """Train until the time is up; rank 0 writes `dit-*`, `text-*` shards (EMA, fp32) and `dit.json`."""
     started = time.time()
     ranks = Ranks.join(options.device)
-    torch.manual_seed(options.seed * 1000 + ranks.rank)
+    torch.manual_seed(options.pace.seed * 1000 + ranks.rank)
     torch.backends.cuda.matmul.allow_tf32 = True
     tokenizer = make_tokenizer()
-    vae, rng = load_vae(options.vae_from).to(ranks.device), random.Random(f"{options.seed}-{ranks.rank}")
-    pools = [fill_pool(vae, tokenizer, rng, mix, ranks.device) for mix in options.mix]
+    vae, rng = load_vae(options.vae_from).to(ranks.device), random.Random(f"{options.pace.seed}-{ranks.rank}")
+    coder = make_coder(vae, ranks.device)
+    pools = [fill_pool(coder, tokenizer, rng, mix, ranks.device) for mix in options.mix]
     if ranks.first:
         print(f"rendered and encoded in {time.time() - started:.0f} s on {ranks.world} GPUs", flush=True)
 
-    torch.manual_seed(options.seed)  # equal initial weights on every rank
+    torch.manual_seed(options.pace.seed)  # equal initial weights on every rank
     student = WanStudent(load_encoder(options.text_from, len(tokenizer)))
     if options.resume:
         _resume(student.transformer, options.resume)
@@ -83,18 +81,17 @@ def train_dit(options: DitOptions) -> None:
     heads.modules.to(ranks.device)
     for block in student.blocks:
         block.attn1.set_processor(FusedRotaryProcessor())
-    first = options.mix[0]
     record = train(
         student,
         heads,
         pools,
         options.mix,
-        Pace(options.minutes, options.rate, options.final, options.compiled, options.seed),
+        options.pace,
         ranks,
         started=started,
         shift=FLOW_SHIFT,
         tapped=READ_AFTER,
-        tokens=((first.frames - 1) // 2 + 1) * (first.size // 8) ** 2,
+        tokens=coder.count_tokens(options.mix[0]),
         save=lambda average, heads: _save(options.out, average, heads),
     )
     if ranks.first:

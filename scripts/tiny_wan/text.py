@@ -19,11 +19,8 @@ def encode(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
     return encoder(ids, mask).last_hidden_state * mask[..., None]
 
 
-def train_text(
-    out: Path, resume: Path | None, minutes: float, batch: int, rate: float, seed: int, device: str
-):
-    """Train until `minutes` have passed; writes `text-*` and `words-*` (the reader) and `text.json`."""
+def train_text(out: Path, resume: Path | None, pace: TextPace) -> None:
+    """Train until the time is up; writes `text-*` and `words-*` (the reader) and `text.json`."""
     tokenizer = make_tokenizer()
     encoder = load_encoder(resume, len(tokenizer))
-    pace = TextPace(minutes, batch, rate, seed, device)
     train_reading(encoder, encode, sample_scene, tokenizer, out, pace, stay=resume is not None, trim=True)

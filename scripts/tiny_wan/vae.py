@@ -21,15 +21,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, WanResample
+from tiny_models.autoencoder import KL_WEIGHT, measure_reconstruction
+from tiny_models.clip_pool import ClipPool, draw_unseen_clip
 from tiny_models.shards import save_shards
 from torch import Tensor, nn
 
-from dit_accel.quality.scenes import object_masks, render_scenes, sample_scene
-
 from .models import make_vae
-
-KL_WEIGHT = 2e-5
-OBJECT_WEIGHT = 4.0
 
 
 class FrameConv(nn.Conv2d):
@@ -136,8 +133,8 @@ def train_vae(
     optimiser = torch.optim.AdamW(
         [p for p in vae.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99)
     )
-    small = _ClipPool(rng, clips_rendered, 33, 128, device)
-    large = _ClipPool(rng, max(2, clips_rendered // 26), 33, 352, device)
+    small = ClipPool(rng, clips_rendered, 33, 128, device)
+    large = ClipPool(rng, max(2, clips_rendered // 26), 33, 352, device)
     history, step, image_share = [], 0, 0.28
     while True:
         progress = (time.time() - started) / (60 * minutes)
@@ -189,8 +186,8 @@ def train_vae(
         "kl_weight": KL_WEIGHT,
     }
     record |= {
-        "reconstruction_128": measure_reconstruction(average, 48, 128, device),
-        "reconstruction_352": measure_reconstruction(average, 6, 352, device),
+        "reconstruction_128": measure_whole(average, 48, 128, device),
+        "reconstruction_352": measure_whole(average, 6, 352, device),
     }
     save_shards(export_vae(average.float().cpu(), base_dim, mean, std).state_dict(), out, "vae")
     (out / "vae.json").write_text(json.dumps(record, indent=1))
@@ -198,38 +195,6 @@ def train_vae(
         f"vae[{base_dim}, {rate:g}] {record['reconstruction_128']} {record['reconstruction_352']}", flush=True
     )
     return record
-
-
-class _ClipPool:
-    """Rendered clips kept as uint8 with their object masks, from which batches are cut."""
-
-    def __init__(self, rng: random.Random, count: int, frames: int, size: int, device: str):
-        self.clips = torch.empty(count, 3, frames, size, size, dtype=torch.uint8, device=device)
-        self.masks = torch.empty(count, 1, frames, size, size, dtype=torch.bool, device=device)
-        self.device = device
-        for i in range(count):
-            scene = [sample_scene(rng)]
-            clip = render_scenes(scene, frames, size, size, device)
-            self.clips[i] = ((clip[0] + 1) * 127.5).round().clamp(0, 255).byte()
-            self.masks[i] = object_masks(scene, frames, size, size, device)[0] > 0
-
-    def draw_frames(self, count: int) -> tuple[Tensor, Tensor]:
-        which = torch.randint(len(self.clips), (count,), device=self.device)
-        frame = torch.randint(self.clips.shape[2], (count,), device=self.device)
-        return self._as_float(
-            self.clips[which, :, frame][:, :, None], self.masks[which, :, frame][:, :, None]
-        )
-
-    def draw_clips(self, count: int, frames: int) -> tuple[Tensor, Tensor]:
-        which = torch.randint(len(self.clips), (count,), device=self.device)
-        first = int(torch.randint(self.clips.shape[2] - frames + 1, (1,)))
-        return self._as_float(
-            self.clips[which, :, first : first + frames], self.masks[which, :, first : first + frames]
-        )
-
-    @staticmethod
-    def _as_float(clips: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        return clips.float() / 127.5 - 1, 1 + OBJECT_WEIGHT * masks.float()
 
 
 def _warm_cosine(progress: float, step: int) -> float:
@@ -242,7 +207,7 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKLWan, pool: _ClipPool) -> tuple[list[float], list[float]]:
+def measure_latents(vae: AutoencoderKLWan, pool: ClipPool) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, for the pipeline's normalisation."""
     moments = [encode_clip(vae, pool.draw_clips(8, 33)[0]).float().chunk(2, 1)[0] for _ in range(12)]
     latents = torch.cat(moments).transpose(0, 1).flatten(1)
@@ -250,24 +215,11 @@ def measure_latents(vae: AutoencoderKLWan, pool: _ClipPool) -> tuple[list[float]
 
 
 @torch.no_grad()
-def measure_reconstruction(
-    vae: AutoencoderKLWan, count: int, size: int, device: str, frames: int = 33
-) -> dict:
-    """PSNR in dB over unseen full-length clips, overall and inside the moving objects (fp32, clamped like the VAE)."""
-    rng = random.Random(990_000)
-    overall, inside = [], []
-    for _ in range(count):
-        scene = [sample_scene(rng, held_out=True)]
-        clip = render_scenes(scene, frames, size, size, device)
-        mask = object_masks(scene, frames, size, size, device) > 0.5
-        output = decode_clip(vae, encode_clip(vae, clip).chunk(2, 1)[0]).clamp(-1, 1)
-        error = ((output - clip) / 2).square()
-        overall.append(-10 * math.log10(error.mean().item()))
-        inside.append(-10 * math.log10(error[mask.expand_as(error)].mean().item()))
-    return {
-        "clips": count,
-        "psnr": sum(overall) / count,
-        "psnr_min": min(overall),
-        "psnr_objects": sum(inside) / count,
-        "psnr_objects_min": min(inside),
-    }
+def measure_whole(vae: AutoencoderKLWan, count: int, size: int, device: str, frames: int = 33) -> dict:
+    """`measure_reconstruction` of full-length clips."""
+    return measure_reconstruction(
+        lambda clip: decode_clip(vae, encode_clip(vae, clip).chunk(2, 1)[0]),
+        lambda rng: draw_unseen_clip(rng, frames, size, device),
+        count,
+        "clips",
+    )

@@ -73,6 +73,26 @@ def test_shards_merge_into_one_record(model, tmp_path):
     assert any((tmp_path / "out").glob("prompt-0.*"))
 
 
+def test_a_hunyuanvideo_is_run_as_its_preset_says(tmp_path):
+    """Guidance is told as a number, the scheduler has its own name for the shift, and there is no negative prompt."""
+    pytest.importorskip("diffusers")
+    from dit_accel.testing import tiny_hunyuan_video_with_text
+
+    tiny_hunyuan_video_with_text().save_pretrained(tmp_path / "model")
+    preset = SCRIPT.parent / "tiny_hunyuan" / "presets.toml"
+    variants = ["dense", "fast,min_tokens=0,block=16,dense_above=1", "guidance=1", "shift=9"]
+    sizes = ("--size", 64, "--frames", 9, "--steps", 2, "--prompts", 2, "--batch", 2)
+    common = ("--model", "model", *sizes, "--judges", 1, "--show", 0, "--out", "out")
+    run(*common, "--preset", f"{preset}#tiny-hunyuan-fast", "--variants", *variants, cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert (record["guidance"], record["flow_shift"], record["frames"]) == (4.0, 5.0, 9)
+    assert record["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    summary = record["summary"]
+    assert summary[variants[1]]["sparse_share"] == 1 and summary[variants[1]]["fallbacks"] == {}
+    for other in variants[2:]:
+        assert summary[other]["psnr_mean"] < 90, "neither is lost on the way"
+
+
 def test_a_lost_shard_is_noticed(tmp_path):
     record = {"rows": {"dense": [{"prompt": 1}]}, "variants": ["dense"], "prompts": 2, "environment": {}}
     keys = ("model", "options", "grid", "seed", "steps", "size", "frames", "dtype", "batch")

@@ -161,11 +161,12 @@ def test_it_learns_what_it_is_shown(family, pool):
 
 def test_training_exports_what_the_stock_pipeline_loads_without_a_word(family, vae, tmp_path):
     import diffusers
-    from tiny_image.dit import ImageOptions, train_image
+    from tiny_image.dit import train_image
     from tiny_image.export import export_image
     from tiny_image.images import Mix
     from tiny_image.students import FAMILIES as STUDENTS
     from tiny_models.shards import save_shards
+    from tiny_models.stage import StageOptions
     from tiny_models.training import Pace
 
     save_shards(vae.state_dict(), tmp_path, "vae")
@@ -173,8 +174,8 @@ def test_training_exports_what_the_stock_pipeline_loads_without_a_word(family, v
     pace = Pace(minutes=0.005, rate=1e-3, final=0.1, compiled=False, seed=0)
 
     def go(out, resume):
-        options = (family, out, tmp_path, model_path("tiny-wan"), resume, mix, pace, "cpu")
-        train_image(ImageOptions(*options))
+        options = StageOptions(out, model_path("tiny-wan"), resume, mix, pace, "cpu")
+        train_image(family, tmp_path, options)
         return json.loads((out / "dit.json").read_text())
 
     first = go(tmp_path / "a", None)
@@ -214,7 +215,7 @@ def test_training_exports_what_the_stock_pipeline_loads_without_a_word(family, v
 def test_normalised_latents_carry_the_same_image(vae):
     import copy
 
-    from tiny_image.vae import normalise_latents
+    from tiny_models.autoencoder import normalise_latents
 
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     posterior = vae.encode(pixels).latent_dist
@@ -234,10 +235,11 @@ def test_normalised_latents_carry_the_same_image(vae):
 def test_the_autoencoder_trains_goes_on_and_is_recorded(tmp_path):
     from tiny_image.models import LATENT_CHANNELS, load_vae
     from tiny_image.vae import VaeOptions, train_vae
+    from tiny_models.autoencoder import CodePace
 
-    first = train_vae(VaeOptions(tmp_path / "a", None, 0.03, 1e-3, 4, 2, 32, 0, "cpu"))
+    first = train_vae(VaeOptions(tmp_path / "a", None, CodePace(0.03, 1e-3, 0, "cpu"), 4, 2, 32))
     # another seed: had it begun anew, its weights would be others altogether
-    second = train_vae(VaeOptions(tmp_path / "b", tmp_path / "a", 0.03, 1e-4, 4, 2, 32, 1, "cpu"))
+    second = train_vae(VaeOptions(tmp_path / "b", tmp_path / "a", CodePace(0.03, 1e-4, 1, "cpu"), 4, 2, 32))
     assert second["resumed"] and not first["resumed"] and first["history"] and second["history"]
     old, vae = (load_vae(tmp_path / name) for name in ("a", "b"))
     before, after = (torch.cat([p.flatten() for p in x.parameters()]) for x in (old, vae))
@@ -278,11 +280,15 @@ def test_a_mix_that_cannot_be_is_refused_with_what_is_allowed(text):
         Mix.parse(text)
 
 
-def test_the_commands_name_their_choices():
-    from train_tiny import app
-    from typer.testing import CliRunner
+def test_the_commands_name_their_choices(capsys):
+    from train_tiny import main
 
-    refused = CliRunner().invoke(app, ["image-dit", "flux", "--out", "x", "--mix", "30:1:1:1"])
-    assert refused.exit_code == 2 and "multiple of 8" in refused.output
-    refused = CliRunner().invoke(app, ["image-dit", "pixart", "--out", "x"])
-    assert refused.exit_code == 2 and "flux" in refused.output and "sd3" in refused.output
+    for arguments, told in (
+        (["image-dit", "flux", "--out", "x", "--mix", "30:1:1:1"], ("multiple of 8",)),
+        (["image-dit", "pixart", "--out", "x"], ("flux", "sd3")),
+        (["image-dit", "sd3", "--out", "x", "--resume", "y", "--text-from", "z"], ("leave --text-from out",)),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        said = capsys.readouterr().err
+        assert all(words in said for words in told)

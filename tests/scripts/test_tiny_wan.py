@@ -160,13 +160,14 @@ def test_a_reader_that_knows_the_truth_is_hardly_wrong(scripts_on_the_path):
 
 def test_training_goes_on_from_what_ships_and_saves_it(scripts_on_the_path, tmp_path):
     from safetensors.torch import load_file
-    from tiny_wan.clips import Mix
+    from tiny_models.clips import Mix
+    from tiny_models.training import Pace
     from tiny_wan.dit import DitOptions, train_dit
 
     shipped = model_path("tiny-wan")
     mix = (Mix.parse("32x9:2:1:2"),)
-    options = DitOptions(tmp_path, 0.05, shipped, shipped, shipped, mix, 1e-3, 0.1, False, 0, "cpu")
-    train_dit(options)
+    pace = Pace(minutes=0.05, rate=1e-3, final=0.1, compiled=False, seed=0)
+    train_dit(DitOptions(tmp_path, shipped, shipped, shipped, mix, pace, "cpu"))
     parts = {k: v for path in tmp_path.glob("dit-*.safetensors") for k, v in load_file(path).items()}
     before = {k: v for path in shipped.glob("transformer/*.safetensors") for k, v in load_file(path).items()}
     assert parts.keys() == before.keys()
@@ -233,9 +234,10 @@ def test_the_encoder_learns_which_words_belong_together(scripts_on_the_path, tmp
     """From the shipped encoder, in seconds: the loss of reading falls and what the transformer knows stays near."""
     import json
 
+    from tiny_models.reading import TextPace
     from tiny_wan.text import train_text
 
-    train_text(tmp_path, model_path("tiny-wan"), 0.15, 16, 2e-3, 0, "cpu")
+    train_text(tmp_path, model_path("tiny-wan"), TextPace(0.15, 16, 2e-3, 0, "cpu"))
     history = json.loads((tmp_path / "text.json").read_text())["history"]
     assert history[-1]["step"] > 5 and history[-1]["read"] < 12
     assert (tmp_path / "text-1.safetensors").is_file() and (tmp_path / "words-1.safetensors").is_file()
@@ -243,7 +245,7 @@ def test_the_encoder_learns_which_words_belong_together(scripts_on_the_path, tmp
 
 @pytest.mark.parametrize("text", ["128x33:24:0.5", "130x33:24:0.5:10", "128x34:24:0.5:10", "128x33:a:0.5:10"])
 def test_a_mix_that_cannot_be_is_refused_with_what_is_allowed(scripts_on_the_path, text):
-    from tiny_wan.clips import Mix
+    from tiny_models.clips import Mix
 
     with pytest.raises(ValueError, match="SIZExFRAMES:BATCH:SHARE:CLIPS|multiple of 16"):
         Mix.parse(text)

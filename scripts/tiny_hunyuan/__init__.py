@@ -1,0 +1,1 @@
+"""Training of tiny-hunyuan, a small HunyuanVideo (driven by `scripts/train_tiny.py`)."""
