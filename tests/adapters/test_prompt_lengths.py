@@ -16,6 +16,7 @@ MODELS = {
     "hunyuan-video": (testing.tiny_hunyuan_video_transformer, testing.tiny_hunyuan_video_inputs, 0),
     "hunyuan-video15": (testing.tiny_hunyuan_video15_transformer, testing.tiny_hunyuan_video15_inputs, 3),
     "framepack": (testing.tiny_framepack_transformer, testing.tiny_framepack_inputs, 9),
+    "qwen-image": (testing.tiny_qwen_image_transformer, testing.tiny_qwen_image_inputs, 0),  # text stands first
 }
 # of words that are no padding: nothing in common, two alike that are not neighbours, three alike unevenly apart
 LENGTHS = [(3, 19), (11, 2, 11), (17, 17, 5, 17)]
@@ -34,7 +35,7 @@ def accelerate(transformer, method, **options):
 
 def row_of(inputs, row, batch):
     """The arguments of one batch row alone."""
-    alone = {name: x[row : row + 1] if len(x) == batch else x for name, x in inputs.items() if "indices" not in name}
+    alone = {name: x[row : row + 1] for name, x in inputs.items() if len(x) == batch and "indices" not in name}
     return inputs | alone
 
 
@@ -77,10 +78,10 @@ def steps_of(model, method, choose, **options):
     inputs = {name: inputs_of(transformer, valid=n, batch=3, seed=i) for i, (name, n) in enumerate(valid.items())}
     outputs = []
     with accelerate(transformer, method, **options) as handle:
-        for step, timestep in enumerate((900.0, 600.0, 300.0)):
+        for step, noise in enumerate((1.8, 1.2, 0.6)):  # of the half that these inputs are at
             for name in valid:
                 call = choose(inputs[name])
-                call = call | {"timestep": torch.full_like(call["timestep"], timestep)}
+                call = call | {"timestep": call["timestep"] * noise}
                 call["hidden_states"] = call["hidden_states"] * (1 + step)
                 outputs.append(run(transformer, call))
         report = handle.report()
@@ -126,12 +127,13 @@ def test_each_group_is_told_what_it_is(model):
         run(transformer, inputs)
         achieved = handle.report().keep_achieved
     assert [call.rows for call, *_ in seen] == [(0, 2), (1,)] * LAYERS
+    unseen = 8 if make is testing.tiny_hunyuan_video15_transformer else 0  # glyphs' padding and the missing image
     for (call, shape, mask), words in zip(seen, (11, 2) * LAYERS, strict=True):
         kinds = {name: (first, last) for name, first, last in call.segments}
-        tokens = kinds["video"][1] + always + words
-        assert kinds["text"] == (kinds["video"][1], tokens) and kinds["pad"][0] == tokens
-        assert shape[0] == len(call.rows) and shape[1] == tokens == mask.shape[-1]
-        assert mask[..., kinds["text"][0] :].all() and mask[..., kinds["text"][0] :, :].all() and not mask.all()
+        first, last = kinds["text"]
+        assert last - first == always + words and kinds["pad"] == (last, last + 19 - words + unseen)
+        assert shape[0] == len(call.rows) and shape[1] == kinds["video"][1] - kinds["video"][0] + last - first
+        assert mask[..., first:last].all() and mask[..., first:last, :].all() and not mask.all()
     # over all pairs of tokens of both layers
     read = sum(int(mask.sum()) for *_, mask in seen)
     assert achieved == pytest.approx(read / sum(mask.numel() for *_, mask in seen))
@@ -159,17 +161,37 @@ def test_no_memory_is_kept_for_more_layouts_than_a_batch_needs():
     assert max(built) <= 8 * 5
 
 
+def test_padding_of_one_length_alone():
+    """Where text stands first padding is cut out of the middle, also if all rows have the same."""
+    transformer = testing.tiny_qwen_image_transformer()
+    for batch in (1, 2):
+        inputs = testing.tiny_qwen_image_inputs(transformer, valid=7, batch=batch)
+        true = run(transformer, inputs)
+        with accelerate(transformer, load_method("pooled", keep=1.0), order="tiles") as handle:
+            torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
+            report = handle.report()
+        tokens = 7 + 9 * 11
+        assert report.sparse_calls == LAYERS and report.bytes_working == 3 * batch * tokens * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_grouping(apart):
-    facts = Facts(timestep=1.0, grid=(1, 2, 3), shape=(), condition=None, text=9, text_valid=(4, 9, 4, 1, 4))
+def test_grouping(apart, text_first):
+    text = {"text": 9, "text_valid": (4, 9, 4, 1, 4), "text_first": text_first}
+    facts = Facts(timestep=1.0, grid=(1, 2, 3), shape=(), condition=None, **text)
     found = group_rows(facts, apart)
     rows = [(0,), (1,), (2,), (3,), (4,)] if apart else [(0, 2, 4), (1,), (3,)]
     assert [group.rows for group in found] == rows
-    x = torch.arange(5 * 15).view(5, 15, 1, 1)
+    x = 1 + torch.arange(5 * 15).view(5, 15, 1, 1)
     back = torch.zeros_like(x)
     for group in found:
-        assert group.take(x).shape == (len(group.rows), 6 + group.text, 1, 1) and not group.copies
-        assert group.take(x).data_ptr() == x[group.rows[0]].data_ptr(), "a view"
-        group.put(group.take(x), back)
-    for row, text in enumerate(facts.text_valid):
-        assert torch.equal(back[row, : 6 + text], x[row, : 6 + text]) and not back[row, 6 + text :].any()
+        taken = group.take(x)
+        assert taken.shape == (len(group.rows), 6 + group.text, 1, 1)
+        assert group.copies == (text_first and group.text < 9)
+        assert group.copies or taken.data_ptr() == x[group.rows[0]].data_ptr(), "a view"
+        group.put(taken, back)
+    for row, valid in enumerate(facts.text_valid):
+        there = torch.ones(15, dtype=torch.bool)
+        pad = slice(valid, 9) if text_first else slice(6 + valid, None)
+        there[pad] = False
+        assert torch.equal(back[row, there], x[row, there]) and not back[row, ~there].any()
