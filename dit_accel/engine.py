@@ -238,6 +238,7 @@ class Engine:
         pairs = list(zip(self._modules(), self.seats, strict=True))
         if not any(_acts(attn, seat) for attn, seat in pairs):
             return
+        self._set_once = True
         for attn, seat in pairs:
             foreign = not _acts(attn, seat)
             if seat.layer is None or not (seat.has_weights or isinstance(attn.processor, nn.Module)):
@@ -253,6 +254,7 @@ class Engine:
         """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
         self.settle()
         replaced = in_use = 0
+        strange = False  # one that was not here before us, though ours may have come and gone unseen
         attending = []
         for attn, seat in zip(self._modules(), self.seats, strict=True):
             ours = _acts(attn, seat)
@@ -266,10 +268,10 @@ class Engine:
                 in_use += ours
                 replaced += not ours
                 attending.append(seat.stock if ours else attn.processor)
-        self._set_once |= in_use > 0
+                strange |= not ours and attn.processor is not seat.stock
         if in_use:
             parallel.check_processors(self._module(), attending)
-        if self._set_once and replaced:
+        if replaced and (self._set_once or strange):
             self._count_dense("its processor was replaced after installation", False, replaced)
         return in_use > 0
 
