@@ -90,7 +90,8 @@ class Engine:
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
-        self._set_once = False
+        self._set_once = False  # whether our processors were seen in place
+        self._acted = False  # whether they were the last time
         unwrapped = inspect.unwrap(type(transformer).forward)
         self._names = tuple(inspect.signature(unwrapped).parameters)[1:]
         self._module = weakref.ref(transformer)
@@ -145,7 +146,7 @@ class Engine:
         """Restore every processor by identity and take every hook away. Does nothing the second time."""
         if not self._handles:
             return
-        for attn, seat in zip(self._modules(), self.seats, strict=True):
+        for attn, seat in self._pairs():
             if _acts(attn, seat):
                 attn.set_processor(seat.unwrap())
             del attn._dit_accel
@@ -167,12 +168,15 @@ class Engine:
         """Memory this engine keeps between forwards."""
         return self.planner.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
 
-    def _modules(self) -> list[nn.Module]:
+    def _pairs(self) -> list[tuple[nn.Module, Seat]]:
+        """Each attention with its seat. Those of an IP-Adapter's image projection may be gone."""
         if self._attentions is None:
             module = self._module()
             assert module is not None
-            self._attentions = [weakref.ref(module.get_submodule(path)) for path in self._paths]
-        return [ref() for ref in self._attentions]
+            found = dict(module.named_modules())
+            self._attentions = [weakref.ref(found[path]) if path in found else lambda: None for path in self._paths]
+        pairs = zip((ref() for ref in self._attentions), self.seats, strict=True)
+        return [(attn, seat) for attn, seat in pairs if attn is not None]
 
     # -- around one forward
 
@@ -235,10 +239,10 @@ class Engine:
 
         Loading or unloading one puts a processor in place of ours. It is no opting out where ours are set beside it.
         """
-        pairs = list(zip(self._modules(), self.seats, strict=True))
-        if not any(_acts(attn, seat) for attn, seat in pairs):
+        pairs = self._pairs()
+        if not any(_acts(attn, seat) for attn, seat in pairs) and not self._is_out_by_adapter(pairs):
             return
-        self._set_once = True
+        self._set_once = self._acted = True
         for attn, seat in pairs:
             foreign = not _acts(attn, seat)
             if seat.layer is None or not (seat.has_weights or isinstance(attn.processor, nn.Module)):
@@ -250,13 +254,21 @@ class Engine:
                 seat.serve(attn.processor, inner)
             attn.set_processor(seat.inner if seat.has_weights else _processor_of(self))
 
+    def _is_out_by_adapter(self, pairs: list[tuple[nn.Module, Seat]]) -> bool:
+        """Whether loading or unloading an IP-Adapter put others in place of all our processors since the last look."""
+        if not self._acted or not hasattr(self.adapter, "has_image_prompt"):
+            return False
+        has = self.adapter.has_image_prompt(self._module())
+        attending = [(attn, seat) for attn, seat in pairs if seat.layer is not None]
+        return all(has == isinstance(attn.processor, nn.Module) != seat.has_weights for attn, seat in attending)
+
     def _in_use(self) -> bool:
         """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
         self.settle()
         replaced = in_use = 0
         strange = False  # one that was not here before us, though ours may have come and gone unseen
         attending = []
-        for attn, seat in zip(self._modules(), self.seats, strict=True):
+        for attn, seat in self._pairs():
             ours = _acts(attn, seat)
             if ours and seat.has_weights:
                 seat.open()
@@ -269,6 +281,7 @@ class Engine:
                 replaced += not ours
                 attending.append(seat.stock if ours else attn.processor)
                 strange |= not ours and attn.processor is not seat.stock
+        self._acted = in_use > 0
         if in_use:
             parallel.check_processors(self._module(), attending)
         if replaced and (self._set_once or strange):
@@ -551,6 +564,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once, new._counted = {}, set(), False, False
+        new._acted = self._acted
         new.text, new.groups, new._configs, new._full = 0, (), dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)
