@@ -30,7 +30,8 @@ from dit_accel.rows import RowGroup, group_rows
 from dit_accel.trajectory import Call, Facts, Trajectory
 
 logger = logging.getLogger("dit_accel")
-# Told of each sparse call before it runs: where it is, its layout, query, key and value [B, S, H, D], and its plan.
+# Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
+# [B, S, H, D], and its plan.
 Observer = Callable[[Call, TokenLayout, Tensor, Tensor, Tensor, BlockPlan], None]
 
 # Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
@@ -400,14 +401,16 @@ class Engine:
         rows = group.rows if len(self.groups) > 1 else None
         now = dataclasses.replace(now, rows=rows, segments=group.segments)
         taken = [group.take(x) for x in (query, key, value)]
-        if group.copies:
-            self._note_working(sum(x.numel() * x.element_size() for x in taken))
-        return self._attend_rows(now, group.text, *taken, call)
+        held = sum(x.numel() * x.element_size() for x in taken) if group.copies else 0
+        return self._attend_rows(now, group.text, *taken, call, held)
 
     def _attend_rows(
-        self, now: Call, text: int, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+        self, now: Call, text: int, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any], held: int = 0
     ) -> tuple[Tensor, str, Tensor, int]:
         """Attend sparsely among batch rows with so many tokens of text and no padding.
+
+        Args:
+            held: bytes that were taken for this call already.
 
         Returns:
             `[B, S, H, D]`, the executor's name, and the pairs of tokens that were read and that are present.
@@ -424,12 +427,10 @@ class Engine:
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         copied = (plan.q_order is not None) + 2 * (plan.k_order is not None)
-        self._note_working(copied * query.numel() * query.element_size())
+        working = held + copied * query.numel() * query.element_size()
+        self.tally.bytes_working = max(self.tally.bytes_working, working)
         times = len(query) // plan.lead[0]  # rows for which a plan for all of them counts
         return out.transpose(1, 2), title, count_pairs(plan) * times, plan.n_pairs * times
-
-    def _note_working(self, size: int) -> None:
-        self.tally.bytes_working = max(self.tally.bytes_working, size)
 
     def _layout_of(self, query: Tensor, text: int) -> TokenLayout:
         """The layout of one call's tokens, where they are: offloading moves them after the root hook saw them."""

@@ -30,7 +30,7 @@ class Report:
     token_orders: dict[str, int]  # forwards with sparse calls, by the order their tokens had
     plans: dict[
         str, int
-    ]  # of sparse calls: how many were predicted, how many carried over from an earlier one
+    ]  # of sparse calls and groups of rows in them: how many were predicted, how many carried over from an earlier one
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     runs: int
     bytes_held: int  # between forwards

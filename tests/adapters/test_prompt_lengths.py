@@ -174,6 +174,23 @@ def test_padding_of_one_length_alone():
         assert report.sparse_calls == LAYERS and report.bytes_working == 3 * batch * tokens * 2 * 16 * 4
 
 
+@pytest.mark.parametrize("name", ["hunyuan-video", "qwen-image"])
+def test_memory_is_what_the_report_declares(name):
+    """As law 7 has it, where rows are copied and again brought into orders of the heads' own."""
+    make, inputs_of, _ = MODELS[name]
+    axes = {"axes_dims_rope": (16, 24, 24)} if name == "qwen-image" else {"rope_axes_dim": (16, 24, 24)}
+    transformer = make(num_attention_heads=4, attention_head_dim=64, **axes)
+    grid = (16, 30) if name == "qwen-image" else (4, 8, 15)
+    inputs = inputs_of(transformer, grid, text=100, valid=(77, 77, 100, 77), batch=4)
+    run(transformer, inputs)
+    dense, _ = testing.peak_bytes(lambda: run(transformer, inputs))
+    with accelerate(transformer, load_method("svg2", keep=0.25), block=64) as handle:
+        run(transformer, inputs)
+        peak, _ = testing.peak_bytes(lambda: run(transformer, inputs))
+        report = handle.report()
+    assert peak <= (dense + report.bytes_held + report.bytes_working) * 1.02
+
+
 @pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_grouping(apart, text_first):
