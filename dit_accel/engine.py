@@ -26,10 +26,12 @@ from dit_accel.options import SparseOptions
 from dit_accel.plan import BlockPlan
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
+from dit_accel.rows import RowGroup, group_rows
 from dit_accel.trajectory import Call, Facts, Trajectory
 
 logger = logging.getLogger("dit_accel")
-# Told of each sparse call before it runs: where it is, its layout, query, key and value [B, S, H, D], and its plan.
+# Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
+# [B, S, H, D], and its plan.
 Observer = Callable[[Call, TokenLayout, Tensor, Tensor, Tensor, BlockPlan], None]
 
 # Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
@@ -80,7 +82,8 @@ class Engine:
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
-        self.padding: int | None = None  # tokens at the end that a mask keeps out; None: calls have no mask
+        self.text = 0  # text tokens of this forward, padding included
+        self.groups: tuple[RowGroup, ...] = ()  # its batch rows by their padding; none: calls have no mask
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
         self._counted = False  # whether these dense calls were counted when the forward began
@@ -90,7 +93,8 @@ class Engine:
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
-        self._set_once = False
+        self._set_once = False  # whether our processors were seen in place
+        self._acted = False  # whether they were the last time
         unwrapped = inspect.unwrap(type(transformer).forward)
         self._names = tuple(inspect.signature(unwrapped).parameters)[1:]
         self._module = weakref.ref(transformer)
@@ -145,7 +149,7 @@ class Engine:
         """Restore every processor by identity and take every hook away. Does nothing the second time."""
         if not self._handles:
             return
-        for attn, seat in zip(self._modules(), self.seats, strict=True):
+        for attn, seat in self._pairs():
             if _acts(attn, seat):
                 attn.set_processor(seat.unwrap())
             del attn._dit_accel
@@ -167,12 +171,15 @@ class Engine:
         """Memory this engine keeps between forwards."""
         return self.planner.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
 
-    def _modules(self) -> list[nn.Module]:
+    def _pairs(self) -> list[tuple[nn.Module, Seat]]:
+        """Each attention with its seat. Those of an IP-Adapter's image projection may be gone."""
         if self._attentions is None:
             module = self._module()
             assert module is not None
-            self._attentions = [weakref.ref(module.get_submodule(path)) for path in self._paths]
-        return [ref() for ref in self._attentions]
+            found = dict(module.named_modules())
+            self._attentions = [weakref.ref(found[path]) if path in found else lambda: None for path in self._paths]
+        pairs = zip((ref() for ref in self._attentions), self.seats, strict=True)
+        return [(attn, seat) for attn, seat in pairs if attn is not None]
 
     # -- around one forward
 
@@ -209,9 +216,10 @@ class Engine:
             why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
             order = "raster" if why_raster else order
         text = facts.text if facts.text_valid is None else facts.text_valid[0]
+        # plans shared by branches must not depend on how rows are grouped in either
+        self.text, self.groups = facts.text, group_rows(facts, apart=self.options.share_plans)
         kind = facts.text_first, facts.first_frame_apart
         self.layout = self._layout_for(facts.grid, order, given["hidden_states"].device, text, *kind)
-        self.padding = None if facts.text_valid is None else facts.text - text
         self.order = None if order == "raster" else self.layout
         return f"raster: {why_raster}" if why_raster else order
 
@@ -247,9 +255,10 @@ class Engine:
 
         Loading or unloading one puts a processor in place of ours. It is no opting out where ours are set beside it.
         """
-        pairs = list(zip(self._modules(), self.seats, strict=True))
-        if not any(_acts(attn, seat) for attn, seat in pairs):
+        pairs = self._pairs()
+        if not any(_acts(attn, seat) for attn, seat in pairs) and not self._is_out_by_adapter(pairs):
             return
+        self._set_once = self._acted = True
         for attn, seat in pairs:
             foreign = not _acts(attn, seat)
             if seat.layer is None or not (seat.has_weights or isinstance(attn.processor, nn.Module)):
@@ -261,12 +270,21 @@ class Engine:
                 seat.serve(attn.processor, inner)
             attn.set_processor(seat.inner if seat.has_weights else _processor_of(self))
 
+    def _is_out_by_adapter(self, pairs: list[tuple[nn.Module, Seat]]) -> bool:
+        """Whether loading or unloading an IP-Adapter put others in place of all our processors since the last look."""
+        if not self._acted or not hasattr(self.adapter, "has_image_prompt"):
+            return False
+        has = self.adapter.has_image_prompt(self._module())
+        attending = [(attn, seat) for attn, seat in pairs if seat.layer is not None]
+        return all(has == isinstance(attn.processor, nn.Module) != seat.has_weights for attn, seat in attending)
+
     def _in_use(self) -> bool:
         """Whether our processor is set on any self-attention. Adopts empty ones, notices replaced ones."""
         self.settle()
         replaced = in_use = 0
+        strange = False  # one that was not here before us, though ours may have come and gone unseen
         attending = []
-        for attn, seat in zip(self._modules(), self.seats, strict=True):
+        for attn, seat in self._pairs():
             ours = _acts(attn, seat)
             if ours and seat.has_weights:
                 seat.open()
@@ -278,10 +296,11 @@ class Engine:
                 in_use += ours
                 replaced += not ours
                 attending.append(seat.stock if ours else attn.processor)
-        self._set_once |= in_use > 0
+                strange |= not ours and attn.processor is not seat.stock
+        self._acted = in_use > 0
         if in_use:
             parallel.check_processors(self._module(), attending)
-        if self._set_once and replaced:
+        if replaced and (self._set_once or strange):
             self._count_dense("its processor was replaced after installation", False, replaced)
         return in_use > 0
 
@@ -316,8 +335,6 @@ class Engine:
             return why_local, False
         if facts.loose and getattr(self.method, "needs_grid", False):
             return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
-        if facts.text_valid is not None and len(set(facts.text_valid)) > 1:
-            return "prompts of different lengths in one batch", False
         return None
 
     def _layout_for(
@@ -331,7 +348,8 @@ class Engine:
     ) -> TokenLayout:
         key = (grid, order, device, text, text_first, first_frame_apart)
         if key not in self._layouts:
-            if len(self._layouts) >= 8:  # a pipeline that changes size at every call must not fill the memory
+            # a pipeline that changes size at every call must not fill the memory
+            if len(self._layouts) >= 8 * max(1, len(self.groups)):
                 self._layouts.clear()
             tile = self.arrangement.tile if order == "tiles" else None
             options = dict(tile=tile, text=text, text_first=text_first, first_frame_apart=first_frame_apart)
@@ -369,12 +387,53 @@ class Engine:
         self, now: Call, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
     ) -> Tensor:
         """Attend sparsely, to all tokens of the forward and with all heads of this process."""
+        if not self.groups:
+            text = self.layout.text
+            if text and query.shape[1] == self.layout.n_video_tokens:  # the text takes no part in this attention
+                text = 0
+                now = dataclasses.replace(now, segments=(("video", 0, self.layout.n_video_tokens),))
+            whole, title, read, present = self._attend_rows(now, text, query, key, value, call)
+            self.tally.note_sparse(now, title, read, present)
+            return whole
+        whole, titles, read, present = None, {}, 0, 0
+        for group in self.groups:
+            out, title, *counts = self._attend_group(group, now, query, key, value, call)
+            titles[title] = None
+            read, present = read + counts[0], present + counts[1]
+            if group.is_everything:
+                whole = out
+            else:
+                # padding attends to nothing
+                whole = out.new_zeros(*query.shape[:3], out.shape[3]) if whole is None else whole
+                group.put(out, whole)
+        self.tally.note_sparse(now, " and ".join(titles), read, present)
+        return whole
+
+    def _attend_group(
+        self, group: RowGroup, now: Call, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+    ) -> tuple[Tensor, str, Tensor, int]:
+        """`_attend_rows` of a group, without its padding."""
+        rows = group.rows if len(self.groups) > 1 else None
+        now = dataclasses.replace(now, rows=rows, segments=group.segments)
+        taken = [group.take(x) for x in (query, key, value)]
+        held = sum(x.numel() * x.element_size() for x in taken) if group.copies else 0
+        return self._attend_rows(now, group.text, *taken, call, held)
+
+    def _attend_rows(
+        self, now: Call, text: int, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any], held: int = 0
+    ) -> tuple[Tensor, str, Tensor, int]:
+        """Attend sparsely among batch rows with so many tokens of text and no padding.
+
+        Args:
+            held: bytes that were taken for this call already.
+
+        Returns:
+            `[B, S, H, D]`, the executor's name, and the pairs of tokens that were read and that are present.
+        """
         from dit_accel.kernels.coarse import add_block_means
         from dit_accel.kernels.counting import count_pairs
 
-        layout, now = self._layout_of(query, now)
-        seen = query.shape[1]
-        query, key, value = (x[:, : layout.n_tokens] for x in (query, key, value))
+        layout = self._layout_of(query, text)
         plan = self.planner.plan(query, key, layout, now)
         if self.observer is not None:
             self.observer(now, layout, query, key, value, plan)
@@ -382,25 +441,19 @@ class Engine:
         out, lse, title = self._attend_sparsely(by_head, plan, layout, now, call)
         if plan.coarse is not None:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
-        self.tally.note_sparse(now, title, count_pairs(plan), plan.n_pairs)
         copied = (plan.q_order is not None) + 2 * (plan.k_order is not None)
-        self.tally.bytes_working = max(self.tally.bytes_working, copied * query.numel() * query.element_size())
-        out = out.transpose(1, 2)
-        # Padding attends to nothing, and nothing attends to it.
-        padding = seen - layout.n_tokens
-        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+        working = held + copied * query.numel() * query.element_size()
+        self.tally.bytes_working = max(self.tally.bytes_working, working)
+        times = len(query) // plan.lead[0]  # rows for which a plan for all of them counts
+        return out.transpose(1, 2), title, count_pairs(plan) * times, plan.n_pairs * times
 
-    def _layout_of(self, query: Tensor, now: Call) -> tuple[TokenLayout, Call]:
-        """The layout of one call's tokens, where they are, and the call as it is with them."""
-        layout, text = self.layout, self.layout.text
-        if text and query.shape[1] == layout.n_video_tokens:  # an attention that the text takes no part in
-            text = 0
-            now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
-        # offloading moves the tokens after the root hook saw them
-        if layout.starts.device != query.device or layout.text != text:
-            kind = layout.text_first, layout.first_frame_apart
-            layout = self._layout_for(layout.grid, layout.order, query.device, text, *kind)
-        return layout, now
+    def _layout_of(self, query: Tensor, text: int) -> TokenLayout:
+        """The layout of one call's tokens, where they are: offloading moves them after the root hook saw them."""
+        layout = self.layout
+        if layout.starts.device == query.device and layout.text == text:
+            return layout
+        kind = layout.text_first, layout.first_frame_apart
+        return self._layout_for(layout.grid, layout.order, query.device, text, *kind)
 
     def _attend_sparsely(
         self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
@@ -486,7 +539,8 @@ class Engine:
             return "causal attention or dropout", False
         if query.shape != key.shape:
             return "queries and keys of different shape", False
-        whole = (self.layout.n_tokens + (self.padding or 0), self.layout.n_video_tokens)
+        video = self.layout.n_video_tokens
+        whole = (video + self.text,) if self.groups else (video + self.text, video)
         expected = [parallel.tokens_here(tokens, seat.stock) for tokens in whole]
         if query.shape[1] not in expected:
             return f"{query.shape[1]} tokens where the grid has {expected[0]}", False
@@ -495,7 +549,7 @@ class Engine:
     def _is_padding(self, mask: Tensor, query: Tensor) -> bool:
         """Whether a call's mask is the one that keeps out the padding the adapter told of. Its numbers are not read."""
         shape = (query.shape[0], 1, 1, query.shape[1])
-        return self.padding is not None and mask.dtype == torch.bool and mask.shape == shape
+        return bool(self.groups) and mask.dtype == torch.bool and mask.shape == shape
 
     def _count_dense(self, reason: str, planned: bool, calls: int) -> None:
         if not planned and self.options.strict:
@@ -527,7 +581,8 @@ class Engine:
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once, new._counted = {}, set(), False, False
         new._to_count = [0, ""]
-        new.padding, new._configs, new._full = None, dict(self._configs), None
+        new._acted = self._acted
+        new.text, new.groups, new._configs, new._full = 0, (), dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
         new.trajectory = copy.deepcopy(self.trajectory, memo)
         new.planner = copy.deepcopy(self.planner, memo)

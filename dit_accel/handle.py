@@ -69,6 +69,8 @@ class Handle:
     def observe(self, observer: Observer | None) -> None:
         """Have a function told of every sparse call before it runs; None ends that.
 
+        Where prompts of one batch differ in length it is told of each group of rows alike; `call.rows` says which.
+
         Args:
             observer: takes the call, its layout, query, key and value `[B, S, H, D]` and the plan. It must not change
             them, and what it raises ends the run.

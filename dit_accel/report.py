@@ -30,7 +30,7 @@ class Report:
     token_orders: dict[str, int]  # forwards with sparse calls, by the order their tokens had
     plans: dict[
         str, int
-    ]  # of sparse calls: how many were predicted, how many carried over from an earlier one
+    ]  # of sparse calls and groups of rows in them: how many were predicted, how many carried over from an earlier one
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     forwards: dict[str, int]  # under a step cache: how many were computed, how many reused
     computed_reasons: dict[str, int]  # why they were computed

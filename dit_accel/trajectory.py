@@ -31,6 +31,8 @@ from torch import Tensor
 # A pipeline that makes new conditioning tensors for every call would otherwise grow the table without end.
 MAX_NAMELESS_BRANCHES = 8
 
+Segments = tuple[tuple[str, int, int], ...]  # kinds of tokens as (name, first, after the last)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,11 +43,12 @@ class Call:
     step: int  # denoising step within the run, from 0
     noise: float  # timestep / training timesteps, 0 to 1
     grid: tuple[int, int, int]  # frames, rows, columns, in tokens
-    segments: tuple[tuple[str, int, int], ...]  # kinds of tokens as (name, first, after the last)
+    segments: Segments  # kinds of tokens
     role: str  # which transformer of the pipeline
     n_layers: int
     layer: int | None = None
     first_head: int = 0  # the model's number of the first head seen here; heads may be shared out over processes
+    rows: tuple[int, ...] | None = None  # batch rows seen here; None: all of them
 
     def at(self, layer: int, first_head: int = 0) -> Call:
         """This call, seen from the self-attention of one layer and from some head on."""
@@ -64,7 +67,7 @@ class Facts:
     loose: str | None = None
     text: int = 0  # text tokens that take part in self-attention, padding included
     text_first: bool = False  # whether they stand before the others
-    # of each batch row, how many of these are no padding, which stands last; None: all
+    # of each batch row, how many of these are no padding, which stands behind them; None: all, and there is no mask
     text_valid: tuple[int, ...] | None = None
     first_frame_apart: bool = False  # whether the model tells the first frame's tokens by their place, the first ones
     # set where a step adds a forward that computes less than the others (skip-layer guidance): a branch of its own,
@@ -137,7 +140,7 @@ class Trajectory:
             step=step,
             noise=noise,
             grid=facts.grid,
-            segments=_segments(facts),
+            segments=segments_of(facts, facts.text if facts.text_valid is None else max(facts.text_valid)),
             role=role,
             n_layers=n_layers,
         )
@@ -250,21 +253,21 @@ class Trajectory:
 
 
 class StateTable:
-    """What a method remembers between steps, kept as `[role, branch, layer]` and dropped at each new run.
+    """What a method remembers between steps, kept as `[role, branch, layer, rows]` and dropped at each new run.
 
     Args:
         trajectory: whose runs bound the memory.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
-        self._entries: dict[tuple[str, str, int], tuple[tuple[int, ...], Any]] = {}
+        self._entries: dict[tuple, tuple[tuple[int, ...], Any]] = {}
         trajectory.on_new_run(self.clear)
 
     def get(self, call: Call, shape: tuple[int, ...], init: Callable[[], Any]) -> Any:
         """The state of one attention, made by `init` at first use or when the shape of its queries
         changed."""
         assert call.branch is not None and call.layer is not None
-        key = (call.role, call.branch, call.layer)
+        key = (call.role, call.branch, call.layer, call.rows)
         held = self._entries.get(key)
         if held is None or held[0] != shape:
             held = self._entries[key] = (shape, init())
@@ -288,11 +291,10 @@ class StateTable:
         return new
 
 
-def _segments(facts: Facts) -> tuple[tuple[str, int, int], ...]:
-    valid = facts.text if facts.text_valid is None else max(facts.text_valid)
-    kinds = [("video", math.prod(facts.grid)), ("text", valid), ("pad", facts.text - valid)]
-    if facts.text_first:
-        kinds[:2] = reversed(kinds[:2])
+def segments_of(facts: Facts, valid: int) -> Segments:
+    """What the tokens of a batch row are of whose text so many are no padding."""
+    video, text = [("video", math.prod(facts.grid))], [("text", valid), ("pad", facts.text - valid)]
+    kinds = text + video if facts.text_first else video + text
     segments, first = [], 0
     for kind, tokens in kinds:
         if tokens:

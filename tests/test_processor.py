@@ -190,6 +190,35 @@ def test_a_replaced_processor_is_noticed(transformer):
     assert torch.equal(run(transformer), dense)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_processor_replaced_before_the_first_forward_is_noticed(transformer, layers):
+    dense = run(transformer)
+    processor = install(transformer)
+    for block in transformer.blocks[:layers]:
+        block.attn1.set_processor(WanAttnProcessor())
+    assert torch.equal(run(transformer), dense) == (layers == 2)
+    report = processor.report
+    assert report.fallbacks == {"its processor was replaced after installation": layers}
+    assert (report.sparse_calls, report.dense_calls) == (2 - layers, layers)
+    strict = install(transformer, strict=True)
+    transformer.set_attn_processor(WanAttnProcessor())
+    with pytest.raises(FallbackError, match="was replaced"):
+        run(transformer)
+    strict.remove()
+
+
+def test_the_stock_processors_set_again_before_the_first_forward_are_noticed(transformer):
+    """Known where it is sure that ours had been set; one that was only constructed counts nothing."""
+    stock = dict(transformer.attn_processors)
+    processor = SparseProcessor(transformer, **SPARSE, strict=True)
+    run(transformer)
+    assert processor.report.dense_calls == 0
+    with dit_accel.accelerate(transformer, None, **SPARSE) as handle:
+        transformer.set_attn_processor(dict(stock))
+        run(transformer)
+        assert handle.report().fallbacks == {"its processor was replaced after installation": 2}
+
+
 def test_an_empty_processor_is_adopted(transformer):
     """`load_ip_adapter` makes processors by calling their class with nothing."""
     processor = install(transformer)

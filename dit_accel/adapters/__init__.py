@@ -9,6 +9,8 @@ An adapter module offers
 - `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
   reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
 - `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
+- `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
+  loaded;
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or
   None if it knows none for this processor. It calls the same modules in the same order, as a parity test proves.
 """

@@ -72,15 +72,18 @@ class Seat:
     def open(self) -> None:
         """Lead `inner` to our function. What diffusers set on one that is in place goes to the stock processor."""
         for name, own in (("_attention_backend", slot()), ("_parallel_config", self)):
-            value = getattr(self.inner, name)
-            if self.has_weights and value is not own and value is not getattr(self.stock, name):
+            value = getattr(self.inner, name, own)
+            if self.has_weights and value is not own and value is not getattr(self.stock, name, value):
                 setattr(self.stock, name, value)
             setattr(self.inner, name, own)
 
     def close(self) -> None:
         """Let `inner` look like the stock processor."""
         for name in ("_attention_backend", "_parallel_config"):
-            setattr(self.inner, name, getattr(self.stock, name))
+            if hasattr(self.stock, name):
+                setattr(self.inner, name, getattr(self.stock, name))
+            else:  # it calls torch's own attention, and diffusers shall find nothing to set
+                vars(self.inner).pop(name, None)
 
     def unwrap(self) -> Any:
         """The stock processor, with all that was set on the one in its place."""

@@ -3,8 +3,8 @@
 Every attention is joint: text tokens stand before the image's. The flat order of the image is frame, row, column of the
 packed latents, as `img_shapes` says, in which further images (Edit's references, Layered's layers) stand behind the
 first. Images of one size are frames of one grid; the tokens of others are a line in the model's own order, and methods
-that look at places run dense, with a reason. So does text with padding, which stands between the text and the image;
-the pipelines give no mask where there is none.
+that look at places run dense, with a reason. Padding of the text stands between it and the image; it is left out, which
+is exact: nothing reads it, and what it would read reaches no output. A mask with holes runs dense, with a reason.
 
 Image tokens are reordered once per forward: where the patch embedding makes them, where the rotary table is made and
 behind the output projection. With `zero_cond_t` (Edit of 2511) reference tokens have a modulation of their own, told
@@ -33,7 +33,7 @@ OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 
 
 def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
-    """Facts of one forward. Reading a mask of the text waits for the device once per forward.
+    """Facts of one forward. Reading a mask of the text waits for the device.
 
     Raises:
         LayoutError: no `img_shapes`, or not those of its image tokens.
@@ -56,8 +56,8 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
 def why_dense(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why no attention of this forward can be sparse, or None if some can."""
     mask = arguments.get("encoder_hidden_states_mask")
-    if mask is not None and not mask.bool().all():
-        return "prompts with padding, which stands between the text and the image"
+    if mask is not None and (mask.bool().int().diff(dim=1) > 0).any():
+        return "a mask that keeps out text before other text"
     return None
 
 

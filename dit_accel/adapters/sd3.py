@@ -79,20 +79,27 @@ def order_hooks(transformer: nn.Module) -> list[OrderHook]:
     return [(transformer.pos_embed, order_tokens), (transformer.proj_out, restore_tokens)]
 
 
+def has_image_prompt(transformer: nn.Module) -> bool:
+    """Whether an IP-Adapter is loaded. Loading and unloading one replaces the processor of every attention."""
+    return getattr(transformer, "image_proj", None) is not None
+
+
 def _check_image_prompt(transformer: nn.Module, arguments: dict[str, Any]) -> None:
+    from dit_accel.processor import SparseProcessor
+
     # Pipelines look for the adapter's processors before they encode `ip_adapter_image`, and pass over the image if
-    # there are none to be seen.
-    if getattr(transformer, "image_proj", None) is None:
-        return
+    # there are none to be seen: until the first forward, where a SparseProcessor was set by hand.
     attn = transformer.transformer_blocks[0].attn
     stock = getattr(getattr(attn, "_dit_accel", None), "stock", None)
-    if not sd3_processors.takes_image_prompt(stock) or attn.processor is stock or stock.scale == 0:
+    hidden = sd3_processors.takes_image_prompt(stock) and isinstance(attn.processor, SparseProcessor)
+    if not hidden or not has_image_prompt(transformer) or stock.scale == 0:
         return
     given = arguments.get("joint_attention_kwargs") or {}
     if not {"ip_adapter_image_embeds", "ip_hidden_states"} & set(given):
         raise UsageError(
-            "An IP-Adapter is loaded, but this forward has no image for it: pipelines do not see the adapter behind "
-            "sparse attention and pass over `ip_adapter_image`. Give `ip_adapter_image_embeds="
+            "An IP-Adapter is loaded, but this forward has no image for it: pipelines do not see the adapter behind a "
+            "SparseProcessor before its first forward and pass over `ip_adapter_image`. Use "
+            "`dit_accel.accelerate(pipe, ...)`, give `ip_adapter_image_embeds="
             "pipe.prepare_ip_adapter_image_embeds(...)` instead, or call `pipe.unload_ip_adapter()` before making the "
             "attention sparse."
         )

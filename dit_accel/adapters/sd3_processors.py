@@ -1,7 +1,7 @@
 """Processors for Stable Diffusion 3, whose own call torch's attention directly instead of diffusers' dispatcher.
 
 Each calls the modules that its stock counterpart calls, in the same order, and hands over query, key and value after
-their norms. They hold no weights.
+their norms. They hold no weights, but for an IP-Adapter's, which shares those of its stock counterpart.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
@@ -23,16 +23,7 @@ QKV = tuple[Tensor, Tensor, Tensor]  # query, key and value, [B, S, H, D]
 
 
 class JointProcessor:
-    """As `JointAttnProcessor2_0`: image tokens, then text tokens; or image tokens alone.
-
-    Args:
-        stock: the processor it stands for.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
-        self._attention_backend: Any = None
-        self._parallel_config: Any = None
+    """As `JointAttnProcessor2_0`: image tokens, then text tokens; or image tokens alone."""
 
     def __call__(
         self,
@@ -63,7 +54,10 @@ class JointProcessor:
 
     def _attend(self, qkv: QKV) -> Tensor:
         """`[B, S, H D]`."""
-        out = dispatch_attention_fn(*qkv, backend=self._attention_backend, parallel_config=self._parallel_config)
+        # Neither is there where nothing leads to us: torch's own attention then, as the stock processors have it.
+        backend = getattr(self, "_attention_backend", AttentionBackendName.NATIVE)
+        config = getattr(self, "_parallel_config", None)
+        out = dispatch_attention_fn(*qkv, backend=backend, parallel_config=config)
         return out.flatten(2).to(qkv[0].dtype)
 
 
@@ -96,11 +90,18 @@ class FusedProcessor(JointProcessor):
         return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
 
 
-class ImagePromptProcessor(JointProcessor):
+class ImagePromptProcessor(JointProcessor, SD3IPAdapterJointAttnProcessor2_0):
     """As `SD3IPAdapterJointAttnProcessor2_0`: the image's tokens also attend to themselves and an image prompt's.
 
-    That second attention has more keys than queries, and runs dense.
+    That second attention has more keys than queries, and runs dense. It is one of the stock class, so that pipelines
+    find it among the model's modules, scale it and unload it.
+
+    Args:
+        stock: whose weights it shares.
     """
+
+    def __init__(self, stock: SD3IPAdapterJointAttnProcessor2_0) -> None:
+        vars(self).update(vars(stock))  # as `copy.copy` does
 
     def __call__(
         self,
@@ -122,32 +123,32 @@ class ImagePromptProcessor(JointProcessor):
             out, text_out = self._attend(image), None
         else:
             out, text_out = self._attend_jointly(attn, image, _project_text(attn, encoder_hidden_states))
-        if self.stock.scale != 0 and ip_hidden_states is not None:
-            out = out + self._attend_to_prompt(attn, raw, ip_hidden_states, temb) * self.stock.scale
+        if self.scale != 0 and ip_hidden_states is not None:
+            out = out + self._attend_to_prompt(attn, raw, ip_hidden_states, temb) * self.scale
         out = _finish(attn, out)
         return out if text_out is None else (out, text_out)
 
     def _attend_to_prompt(self, attn: nn.Module, image: QKV, prompt: Tensor, temb: Tensor | None) -> Tensor:
-        own = self.stock
-        prompt = own.norm_ip(prompt, temb=temb)
-        key, value = _heads(attn, own.to_k_ip(prompt), own.to_v_ip(prompt))
-        query, image_key, image_value = _normed(image, own.norm_q, own.norm_k)
-        key = torch.cat([image_key, own.norm_ip_k(key)], dim=1)
+        prompt = self.norm_ip(prompt, temb=temb)
+        key, value = _heads(attn, self.to_k_ip(prompt), self.to_v_ip(prompt))
+        query, image_key, image_value = _normed(image, self.norm_q, self.norm_k)
+        key = torch.cat([image_key, self.norm_ip_k(key)], dim=1)
         return self._attend((query, key, torch.cat([image_value, value], dim=1)))
 
 
 _MADE_FOR = {
     JointAttnProcessor2_0: JointProcessor,
     FusedJointAttnProcessor2_0: FusedProcessor,
-    SD3IPAdapterJointAttnProcessor2_0: ImagePromptProcessor,
 }
 
 
 def dispatching(stock: Any) -> JointProcessor | None:
     """A processor that does what a stock one does, through the dispatcher; None for one not known, subclasses
     included."""
+    if type(stock) is SD3IPAdapterJointAttnProcessor2_0:
+        return ImagePromptProcessor(stock)
     made = _MADE_FOR.get(type(stock))
-    return None if made is None else made(stock)
+    return None if made is None else made()
 
 
 def takes_image_prompt(stock: Any) -> bool:

@@ -96,15 +96,6 @@ def test_padding_is_not_read_and_text_is_kept():
     assert not mask[..., :203, :98].all(), "history competes with the video's tokens"
 
 
-def test_prompts_of_different_lengths_run_dense_and_say_so():
-    transformer = tiny_framepack_transformer()
-    inputs = tiny_framepack_inputs(transformer, valid=(11, 19), batch=2)
-    true = run(transformer, inputs)
-    with sparse(transformer, strict=False) as handle:
-        assert torch.equal(run(transformer, inputs), true)
-        assert dict(handle.report().fallbacks) == {"prompts of different lengths in one batch": 2}
-
-
 @pytest.mark.parametrize("method", WITH_MEMORY)
 def test_a_branch_is_the_same_with_and_without_the_other(method):
     """Its pipeline names no branch; the conditioning tells them apart."""

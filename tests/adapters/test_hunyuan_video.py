@@ -5,7 +5,7 @@ import torch
 from joint_models import FULL, ORDERS, run, sparse
 
 from dit_accel.adapters import find_adapter, hunyuan_video
-from dit_accel.errors import FallbackError, LayoutError
+from dit_accel.errors import LayoutError
 from dit_accel.testing import tiny_hunyuan_video_inputs, tiny_hunyuan_video_transformer
 
 # every configuration that may be reordered
@@ -74,18 +74,6 @@ def test_long_prompts_are_counted_exactly_in_bf16():
     inputs = tiny_hunyuan_video_inputs(transformer, text=400, valid=331)  # 331 is no bf16 number
     inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].bfloat16()
     assert hunyuan_video.read(transformer, inputs).text_valid == (331,)
-
-
-def test_prompts_of_different_lengths_run_dense_and_say_so():
-    transformer = tiny_hunyuan_video_transformer()
-    inputs = tiny_hunyuan_video_inputs(transformer, valid=(11, 19), batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, strict=False)
-    torch.testing.assert_close(run(transformer, inputs), true)
-    assert dict(processor.report.fallbacks) == {"prompts of different lengths in one batch": 2}
-    sparse(transformer)
-    with pytest.raises(FallbackError, match="different lengths"):
-        run(transformer, inputs)
 
 
 @pytest.mark.parametrize("method", FULL)

@@ -10,7 +10,7 @@ from joint_models import FULL, ORDERS, run, sparse
 
 from dit_accel import SparseProcessor
 from dit_accel.adapters import find_adapter, hunyuan_video15
-from dit_accel.errors import FallbackError, LayoutError, UsageError
+from dit_accel.errors import LayoutError, UsageError
 from dit_accel.testing import peak_bytes, tiny_hunyuan_video15_inputs, tiny_hunyuan_video15_transformer
 
 # what the text is: (tokens of the language model that are valid of 13, of ByT5's 6, whether there is an image of 5)
@@ -121,18 +121,6 @@ def test_padding_is_not_read(text, valid):
     end = 105 + valid
     assert call.segments == (("video", 0, 105), ("text", 105, end), ("pad", end, 129)) and tokens == end
     assert mask[..., 105:].all() and mask[..., 105:, :].all() and not mask.all()
-
-
-def test_prompts_of_different_lengths_run_dense_and_say_so():
-    transformer = tiny_hunyuan_video15_transformer()
-    inputs = tiny_hunyuan_video15_inputs(transformer, valid=(8, 13), batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, strict=False)
-    assert torch.equal(run(transformer, inputs), true)
-    assert dict(processor.report.fallbacks) == {"prompts of different lengths in one batch": 2}
-    sparse(transformer)
-    with pytest.raises(FallbackError, match="different lengths"):
-        run(transformer, inputs)
 
 
 def test_prompts_whose_lengths_add_up_alike_run_sparse():

@@ -48,7 +48,8 @@ class Bench:
             "output_type": "latent",
             **call,
         }
-        return getattr(self.pipe(**arguments), self.family.output)
+        made = getattr(self.pipe(**arguments), self.family.output)
+        return made if isinstance(made, torch.Tensor) else made[-1]  # of a video in sections: all of it
 
     def transformers(self) -> list[torch.nn.Module]:
         found = (getattr(self.pipe, name, None) for name in ("transformer", "transformer_2"))

@@ -38,6 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (row, method)
         for row, method in itertools.product(rows[host], METHODS)
         if everything or row == rows[host][0] or method in EVERYWHERE
+        if not (host == "bench" and FAMILIES[row].line and getattr(METHODS[method](0.4), "needs_grid", False))
     ]
     metafunc.parametrize((host, "method"), chosen, indirect=True)
 
@@ -60,7 +61,7 @@ def method(request: pytest.FixtureRequest) -> Callable[[float], Any]:
 
 @pytest.fixture
 def install() -> Callable[..., dit_accel.Handle]:
-    """Accelerate a pipeline with a method object, in blocks of 16 tokens and with no auto-dense."""
+    """Accelerate a pipeline or a transformer with a method object, in blocks of 16 tokens and with no auto-dense."""
 
     def install(pipe: Any, method: Any, **options: Any) -> dit_accel.Handle:
         return dit_accel.accelerate(pipe, None, method=method, **{"block": 16, "min_tokens": 0, **options})

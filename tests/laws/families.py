@@ -36,6 +36,7 @@ class Family:
     output: str = "frames"
     forwards: int = 2  # of a step with guidance
     prepare: Callable[[Any, Request], None] | None = None  # what is set on the pipeline instead of given to it
+    line: str | None = None  # why its tokens are no one grid, on which methods that need one cannot be used
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Model:
     large: dict[str, Any]  # what makes it large enough to measure memory
     large_inputs: dict[str, Any]
     tokens: int  # that these inputs are
+    times: tuple[float, ...] = (1.8, 1.2, 0.6)  # of a run, as shares of the time in the inputs
 
 
 def _words(request: Request) -> dict[str, Any]:
@@ -167,6 +169,12 @@ def _guide_hunyuan15(pipe: Any, request: Request) -> None:
     pipe.guider.guidance_scale = 1.5 if request.guidance else 1.0
 
 
+def _framepack_video(request: Request) -> dict[str, Any]:
+    """One section of 3 x 5 x 7 tokens behind its history."""
+    call = {**_hunyuan_video(request), "num_frames": 9, "latent_window_size": 3}
+    return {**call, "image": [Image.radial_gradient("L").resize((112, 80)).convert("RGB")] * request.batch}
+
+
 FAMILIES: dict[str, Family] = {
     "wan-t2v": Family(testing.tiny_wan_pipeline, _wan_embeddings, _wan_video),
     "wan-i2v": Family(lambda: testing.tiny_wan_pipeline(i2v=True), _wan_embeddings, _wan_image),
@@ -183,6 +191,12 @@ FAMILIES: dict[str, Family] = {
         _hunyuan15_embeddings,
         lambda request: dict(_HUNYUAN),
         prepare=_guide_hunyuan15,
+    ),
+    "framepack": Family(
+        testing.tiny_framepack_pipeline,
+        _hunyuan_embeddings,
+        _framepack_video,
+        line="history of other scales before the video",
     ),
     "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
 }
@@ -236,6 +250,21 @@ MODELS: dict[str, Model] = {
         {**_HEADS, "rope_axes_dim": (16, 24, 24)},
         {"grid": (9, 16, 15)},
         2160,
+    ),
+    "framepack": Model(
+        testing.tiny_framepack_transformer,
+        testing.tiny_framepack_inputs,
+        {**_HEADS, "rope_axes_dim": (16, 24, 24)},
+        {"grid": (6, 16, 15), "text": 100, "valid": 77},
+        2134,
+    ),
+    "minimax-h3": Model(
+        testing.tiny_minimax_h3_transformer,
+        testing.tiny_minimax_h3_inputs,
+        {**_HEADS, "hidden_size": 256, "ffn_dim": 512, "rope_freq_dim": 8},
+        {"grid": (9, 16, 15), "text": 100},
+        2268,
+        times=(0.6, 1.2, 1.8),  # it runs from noise, 0, to 1
     ),
     "sd3": Model(
         testing.tiny_sd3_transformer,

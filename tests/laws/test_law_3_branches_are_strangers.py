@@ -3,22 +3,20 @@
 import pytest
 import torch
 
-from dit_accel import SparseProcessor
-
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
-def test_a_branch_is_the_same_with_and_without_the_other(model, method, named):
+def test_a_branch_is_the_same_with_and_without_the_other(model, method, install, named):
     if named and not hasattr(model.make(), "cache_context"):
         pytest.skip("this class has no cache contexts")
 
     def run(branches):
         transformer = model.make()
-        transformer.set_attn_processor(SparseProcessor(transformer, method(0.4), block=16, min_tokens=0))
+        handle = install(transformer, method(0.4))
         inputs = {name: model.inputs(transformer, seed=seed) for seed, name in enumerate(("c", "u"))}
         outputs = []
-        for step, noise in enumerate((1.8, 1.2, 0.6)):  # of the half that these inputs are at
+        for step, time in enumerate(model.times):
             for name in branches:
-                call = {**inputs[name], "timestep": inputs[name]["timestep"] * noise, "return_dict": False}
+                call = {**inputs[name], "timestep": inputs[name]["timestep"] * time, "return_dict": False}
                 call["hidden_states"] = call["hidden_states"] * (1 + step)
                 with torch.no_grad():
                     if named:
@@ -28,6 +26,7 @@ def test_a_branch_is_the_same_with_and_without_the_other(model, method, named):
                         out = transformer(**call)[0]
                 if name == "c":
                     outputs.append(out)
+        assert handle.report().runs == 1, "one run, in which a branch remembers"
         return torch.stack(outputs)
 
     assert torch.equal(run("cu"), run("c"))
@@ -67,9 +66,9 @@ def test_a_pipeline_that_names_no_branch(method, install):
     assert list(report.keep_per_step) == [0, 1]  # strength 0.7 leaves two of four steps
 
 
-def test_a_batch_row_is_the_same_in_other_company(model, method, relative):
+def test_a_batch_row_is_the_same_in_other_company(model, method, install, relative):
     transformer = model.make()
-    transformer.set_attn_processor(SparseProcessor(transformer, method(0.4), block=16, min_tokens=0))
+    install(transformer, method(0.4))
     pair, other = (model.inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
     by_row = [name for name, x in pair.items() if isinstance(x, torch.Tensor) and len(x) == 2]
     mixed = pair | {name: torch.cat([pair[name][:1], other[name][1:]]) for name in by_row}

@@ -2,7 +2,7 @@
 
 import torch
 
-from dit_accel import SparseProcessor
+import dit_accel
 from dit_accel.testing import peak_bytes
 
 
@@ -16,12 +16,11 @@ def test_peak_memory(model, method):
 
     forward()
     dense, piece = peak_bytes(forward)
-    processor = SparseProcessor(transformer, method(0.25), min_tokens=0)
-    transformer.set_attn_processor(processor)
+    handle = dit_accel.accelerate(transformer, None, method=method(0.25), min_tokens=0)
     forward()
     sparse, largest = peak_bytes(forward)
-    assert processor.report.dense_calls == 0
-    report = processor.report
+    report = handle.report()
+    assert report.dense_calls == 0
     assert sparse <= (dense + report.bytes_held + report.bytes_working) * 1.02
     # nothing N x N, not even for one head, unless the model itself holds something as large
     assert largest < model.tokens**2 * 4 or largest <= piece
