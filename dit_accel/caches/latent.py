@@ -1,8 +1,10 @@
 """latent: easy's gate, and an output continued over the noise level.
 
-The velocity that a flow model predicts is a smooth function of the noise level along a sampling path, which the offset
-of EasyCache (`v - x` held constant) ignores. A polynomial through the latest computed outputs costs as little. Which
-order serves a model is measured: `dry_run` notes the error that each reuse would have made.
+The velocity that a flow model predicts changes slowly with the noise level along a sampling path; the offset of
+EasyCache (`v - x` held constant) has no such reason. A polynomial through the latest computed outputs costs as little:
+order 0 holds the velocity, higher orders continue it. Guidance multiplies what they get wrong where the velocity still
+changes fast, so that the default is to hold. `dry_run` notes the error that each reuse would have made: try the orders
+on a model of your own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dit_accel.caches.cache import Parts, View, need
 class Cache(easy.Cache):
     """As `easy`, with another predictor."""
 
-    order: int = 1  # of the polynomial, 0 to 2; the highest that as many computed steps allow
+    order: int = 0  # of the polynomial, 0 to 2; the highest that as many computed steps allow
 
     def __post_init__(self) -> None:
         super().__post_init__()
