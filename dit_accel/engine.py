@@ -217,7 +217,8 @@ class Engine:
             order = "raster" if why_raster else order
         text = facts.text if facts.text_valid is None else facts.text_valid[0]
         # plans shared by branches must not depend on how rows are grouped in either
-        self.text, self.groups = facts.text, group_rows(facts, apart=self.options.share_plans)
+        batch = len(given["hidden_states"])
+        self.text, self.groups = facts.text, group_rows(facts, batch, apart=self.options.share_plans)
         kind = facts.text_first, facts.first_frame_apart
         self.layout = self._layout_for(facts.grid, order, given["hidden_states"].device, text, *kind)
         self.order = None if order == "raster" else self.layout

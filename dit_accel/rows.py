@@ -59,16 +59,17 @@ class RowGroup:
             whole[self._rows, : out.shape[1]] = out
 
 
-def group_rows(facts: Facts, apart: bool) -> tuple[RowGroup, ...]:
+def group_rows(facts: Facts, batch: int, apart: bool) -> tuple[RowGroup, ...]:
     """The rows of a forward by their number of text tokens, in the order of their first rows; none without padding.
 
     Args:
+        batch: rows there are; one row's number holds for all, as its mask does.
         apart: each row is a group by itself.
     """
     groups: dict[tuple[int, int], list[int]] = {}
-    for row, text in enumerate(facts.text_valid or ()):
+    valid = facts.text_valid or ()
+    for row, text in enumerate(valid * batch if len(valid) == 1 else valid):
         groups.setdefault((text, row if apart else 0), []).append(row)
-    batch = len(facts.text_valid or ())
     return tuple(
         RowGroup(tuple(rows), batch, text, facts.text - text, facts.text_first, segments_of(facts, text))
         for (text, _), rows in groups.items()

@@ -196,7 +196,7 @@ def test_memory_is_what_the_report_declares(name):
 def test_grouping(apart, text_first):
     text = {"text": 9, "text_valid": (4, 9, 4, 1, 4), "text_first": text_first}
     facts = Facts(timestep=1.0, grid=(1, 2, 3), shape=(), condition=None, **text)
-    found = group_rows(facts, apart)
+    found = group_rows(facts, len(facts.text_valid), apart)
     rows = [(0,), (1,), (2,), (3,), (4,)] if apart else [(0, 2, 4), (1,), (3,)]
     assert [group.rows for group in found] == rows
     x = 1 + torch.arange(5 * 15).view(5, 15, 1, 1)
