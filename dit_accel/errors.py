@@ -1,8 +1,8 @@
 """What can go wrong, as a tree.
 
 DitAccelError                 exit 1   the run failed
-├── UsageError                exit 2   an option, preset, method, size or call that cannot be (also a
-ValueError) │   ├── UnknownNameError               a name that is not in a closed list; offers the nearest one
+├── UsageError                exit 2   an option, preset, method, size or call that cannot be (also a ValueError)
+│   ├── UnknownNameError               a name that is not in a closed list; offers the nearest one
 │   └── UnknownModelError              a transformer of no known family
 ├── EnvironmentProblem        exit 3   a dependency, weight file, GPU or kernel that is missing or unfit
 │   └── KernelUnavailable              an executor that was asked for by name and cannot run this call

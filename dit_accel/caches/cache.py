@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +37,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(ABC):
     """Limits that hold for every cache.
 
     Raises:
@@ -88,29 +89,29 @@ class Cache:
         """The name and all options, as in a preset's `[cache]` table."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
+    @abstractmethod
     def judge(self, view: View, memory: dict[str, Any]) -> float:
         """The error that reuse would make at this step; `NEVER` where the memory does not suffice.
 
         Args:
             memory: the branch's; what is written into it is kept if the forward returns.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fill(self, view: View, memory: dict[str, Any]) -> Parts:
         """What stands for a step that is not computed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self, view: View, parts: Parts, memory: dict[str, Any]) -> None:
         """Take from a computed step what later ones need. The tensors are the cache's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self) -> dict[str, int]:
         """The most tensors that one branch's memory holds, by kind, of which `CacheEngine.declare` makes bytes.
 
         "latents"; "hidden", tokens of image or video; "text", tokens of it; "time", a projected time embedding;
         "figures", a number for each sample.
         """
-        raise NotImplementedError
 
 
 def need(holds: bool, name: str, value: Any, allowed: str) -> None:

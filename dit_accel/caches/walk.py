@@ -6,6 +6,7 @@ registry that every transformer of diffusers has, whether or not it knows `enabl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,6 @@ class Form:
     @classmethod
     def of(cls, block: nn.Module) -> Form:
         """Raises UsageError for a block that diffusers does not describe."""
-        import inspect
-
         try:
             told = TransformerBlockRegistry.get(type(block))
         except ValueError:

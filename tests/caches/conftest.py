@@ -35,11 +35,19 @@ def options_of(cache: str, family: str, **more: Any) -> dict[str, Any]:
     return {**found, "signal": "time" if family in TIMED else "modulated"} if cache == "tea" else found
 
 
+def has_one_schedule(family: str, cache: str) -> bool:
+    """Whether all forwards of a step decide alike: one transformer, and one branch or a decision for both."""
+    alike = FAMILIES[family].forwards == 1 or cache in ("easy", "latent", "mag", "taylor")
+    return alike and family != "wan-two-experts"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         pairs = [
             (family, cache) for family in FAMILIES for cache in CACHES if not (family in WHOLE_ONLY and cache in STACK)
         ]
+        if metafunc.definition.get_closest_marker("one_schedule"):
+            pairs = [pair for pair in pairs if has_one_schedule(*pair)]
         metafunc.parametrize("pair", pairs, indirect=True, ids=lambda pair: "-".join(pair))
     elif "cache" in metafunc.fixturenames:
         metafunc.parametrize("cache", list(CACHES))
