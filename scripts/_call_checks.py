@@ -101,6 +101,12 @@ def _fuzz(impl: str, device: str, seed: int) -> Iterator[tuple[str, str | None]]
     again, lse_again = block_sparse(*alone, plan, layout="bhsd", impl=impl)
     same = torch.equal(out[b, h], again[b, h]) and torch.equal(lse[b, h], lse_again[b, h])
     yield f"{case.title}, other heads NaN", None if same else "another head or batch row is read"
+    between = [x.new_full((2 * case.batch - 1, *x.shape[1:]), torch.nan) for x in bare]
+    for poisoned, x in zip(between, bare, strict=True):
+        poisoned[::2] = x
+    again, lse_again = block_sparse(*(x[::2] for x in between), plan, layout="bhsd", impl=impl)
+    same = torch.equal(out, again) and torch.equal(lse, lse_again)
+    yield f"{case.title}, every second row of a batch", None if same else "rows between are read"
     if seed % 4 == 0:
         yield f"{case.title}, halves merged by lse", _check_merge(impl, bare, plan, out)
 

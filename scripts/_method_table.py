@@ -115,6 +115,9 @@ METHODS: Mapping[str, Entry] = {
     "rectified, all back": Entry(_and(RECTIFIED, compensation="all"), of="rectified", keeps=FEW),
     "rectified, mass predicted": Entry(_and(RECTIFIED, mass="predicted"), of="rectified", keeps=FEW),
     "rectified, by share": Entry(({"keep": 0.02},), knob="top_p", of="rectified", keeps=FEW),
+    "rectified, all back, one plan for both": Entry(
+        _and(RECTIFIED, compensation="all", share_plans=True), of="rectified", keeps=FEW
+    ),
     "svg2, blocks of 128": Entry(_and(SVG2, block=128), knob="top_p", of="svg2", keeps=FEW),
     "nabla, no floor": Entry(({"keep": 0.001},), knob="top_p", of="nabla", keeps=FEW),
     "pooled, packed": Entry(({"order": "packed"},), of="pooled", keeps=FEW),
