@@ -204,14 +204,21 @@ def reaches(keep: float, wanted: float, close: float) -> bool:
 def _search(
     entry: Entry, fixed: Options, wanted: float, keeps: Callable[[Options], float], close: float
 ) -> Fit:
-    """Bisect the knob. What is kept may rise or fall with it, and may do so in steps."""
+    """Bisect the knob. What is kept may rise or fall with it, and may do so in steps.
+
+    Of budgets, one below what is forced anyway is no answer: the method would choose nothing.
+    """
     known: dict[float, float] = {}
+    lowest = float(f"{entry.span[0]:.4g}")
+
+    def chooses(value: float) -> bool:
+        return entry.knob != "keep" or known[value] != known.get(lowest)
 
     def fits(value: float) -> bool:
         value = float(f"{value:.4g}")
         if value not in known:
             known[value] = keeps({**fixed, entry.knob: value})
-        return abs(known[value] - wanted) <= close
+        return abs(known[value] - wanted) <= close and chooses(value)
 
     first = (wanted,) if entry.knob == "keep" else ()  # most methods keep what they are told
     if not any(map(fits, (*first, *entry.span))):
@@ -219,8 +226,13 @@ def _search(
             value = _between(known, wanted, entry.log)
             if value is None or float(f"{value:.4g}") in known or fits(value):
                 break
-    value = min(sorted(known), key=lambda value: abs(known[value] - wanted))
-    return Fit({**fixed, entry.knob: value}, known[value], reaches(known[value], wanted, close))
+
+    def answers(value: float) -> bool:
+        return chooses(value) and reaches(known[value], wanted, close)
+
+    value = min(filter(answers, sorted(known)) if any(map(answers, known)) else sorted(known),
+                key=lambda value: abs(known[value] - wanted))  # fmt: skip
+    return Fit({**fixed, entry.knob: value}, known[value], answers(value))
 
 
 def _between(known: Mapping[float, float], wanted: float, log: bool) -> float | None:

@@ -3,6 +3,7 @@
     python scripts/bench_methods.py --model presets/models/tiny-wan --out b
     python scripts/bench_methods.py --model DIR --grid large --prompts 8 --batch 1 --shard 0/4 --device cuda:0 --out b
     python scripts/bench_methods.py --merge b/record-*of4.json --out b
+    python scripts/bench_methods.py --model DIR --beside b/record.json --out more     # what is left of it
     python scripts/bench_methods.py --report b/record.json
 
 For every method and keep it first searches the options that keep that much (`_method_table.py`); a share that a method
@@ -57,6 +58,11 @@ class Job:
     wanted: float | None = None
     dense: str | None = None  # as evaluate_quality.py writes variants
 
+    @property
+    def name(self) -> str:
+        """Its variant's, in a record."""
+        return f"dense,{self.dense}" if self.method is None else f"{self.method}@{self.wanted:g}"
+
 
 def main() -> None:
     began = time.monotonic()
@@ -108,6 +114,13 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n parts of the variants")
     parser.add_argument("--seconds", type=float, help="begin no variant that would end later than this")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="RECORD",
+        help="run nothing that these records hold already",
+    )
     parser.add_argument("--out", help="folder for the record")
     parser.add_argument("--report", nargs="+", metavar="RECORD", help="write table and picture of records")
     docs = Path(__file__).resolve().parent.parent / "docs"
@@ -183,7 +196,9 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
             rows=options.rows,
             judges=judges,
         )
+        done = done_in([json.loads(Path(path).read_text()) for path in options.beside], record)
         jobs = jobs_of(chosen_methods(options.methods), options.keeps, preset, bench, record["tokens"])
+        jobs = [job for job in jobs if job.name not in done]
         mine = share_out(jobs, shard[1])[shard[0]]
         longest = 0.0
         note(record, path, *run_dense(bench))
@@ -194,7 +209,7 @@ def compare(options: argparse.Namespace, shard: tuple[int, int], path: Path, beg
                 print(f"out of time: {len(record['left'])} of {len(mine)} jobs are left")
                 break
             try:
-                for name, told in run_job(bench, job, preset, record):
+                for name, told in run_job(bench, job, preset, record, done):
                     note(record, path, name, told)
             except RuntimeError as problem:  # of one job: the others are still worth their time
                 record["failed"].append({**vars(job), "problem": f"{type(problem).__name__}: {problem}"})
@@ -223,7 +238,9 @@ def jobs_of(methods: list[str], keeps: list[float], preset: Preset, bench: Bench
     jobs = [Job(None, dense=f"kernel={kernel}") for kernel in noise_floor(bench, tokens)]
     fewer = {round(bench.steps * share) for share in STEP_SHARES} - {0, bench.steps}
     jobs += [Job(None, dense=f"steps={n}") for n in sorted(fewer, reverse=True)]
-    return jobs + [Job(method, keep) for keep in keeps for method in methods if _is_for(METHODS[method], keep)]
+    return jobs + [
+        Job(method, keep) for keep in keeps for method in methods if _is_for(METHODS[method], keep)
+    ]
 
 
 def _is_for(entry: Entry, keep: float) -> bool:
@@ -265,13 +282,15 @@ def run_dense(bench: Bench) -> tuple[str, dict]:
     return "dense", {"kind": "dense", **told}
 
 
-def run_job(bench: Bench, job: Job, preset: Preset, record: dict) -> Iterator[tuple[str, dict]]:
-    """The variants of a job: name and figures of each."""
+def run_job(
+    bench: Bench, job: Job, preset: Preset, record: dict, done: set[str]
+) -> Iterator[tuple[str, dict]]:
+    """The variants of a job that are not done: name and figures of each."""
+    name = job.name
     if job.method is None:
-        text = f"dense,{job.dense}"
-        told = measure(bench, parse_variant(text, preset, bench.steps))
+        told = measure(bench, parse_variant(name, preset, bench.steps))
         kind = "noise floor" if job.dense.startswith("kernel") else "fewer steps"
-        yield text, {"kind": kind, "setting": job.dense, **told}
+        yield name, {"kind": kind, "setting": job.dense, **told}
         return
     entry = METHODS[job.method]
     method = entry.of or job.method
@@ -280,7 +299,6 @@ def run_job(bench: Bench, job: Job, preset: Preset, record: dict) -> Iterator[tu
         record["unreached"].append({"method": job.method, "wanted": job.wanted, "nearest": found.keep})
         print(f"{job.method} cannot keep {job.wanted:g}: the nearest it can is {found.keep:.3f}")
         return
-    name = f"{job.method}@{job.wanted:g}"
     told = run_sparse(bench, name, bench.sparse(method, found.options), entry.whole_run)
     twin_name, twin = None, {}
     if (entry.adaptive and job.wanted <= LOW_KEEP) or job.method == "pooled":
@@ -288,7 +306,7 @@ def run_job(bench: Bench, job: Job, preset: Preset, record: dict) -> Iterator[tu
     facts = {"kind": "method", "method": job.method, "adaptive": entry.adaptive, "wanted": job.wanted}
     fitted = {"set": found.options, "fitted_keep": round(found.keep, 5), "control": twin_name}
     yield name, {**facts, **fitted, **told}
-    if twin_name and twin_name not in record["variants"]:
+    if twin_name and twin_name not in done | record["variants"].keys():
         facts = {"kind": "random", "method": "random", "adaptive": False, "wanted": job.wanted}
         yield twin_name, {**facts, "set": twin, **run_random(bench, twin_name, bench.sparse("random", twin))}
 
@@ -376,18 +394,30 @@ def write_record(path: Path, record: dict) -> None:
     os.replace(part, path)
 
 
+def done_in(records: list[dict], like: dict) -> set[str]:
+    """Names of what records of the same run hold, found to be out of reach included."""
+    need_one_run(records, like)
+    unreached = {_name_of(one) for record in records for one in record["unreached"]}
+    return unreached.union(*(record["variants"] for record in records))
+
+
+def need_one_run(records: list[dict], first: dict) -> None:
+    """Raises SystemExit for records of different models, sizes, prompts and so on."""
+    for record in records:
+        for key in _SHARED:
+            if record[key] != first[key]:
+                raise SystemExit(
+                    f"these shards are not of one run: {key} is {first[key]!r} and {record[key]!r}"
+                )
+
+
 def merge(records: list[dict]) -> dict:
     """One record of all shards' variants, of several runs too if only their methods or keeps differ.
 
     What two of them ran, as controls, counts once.
     """
     first = records[0]
-    for record in records[1:]:
-        for key in _SHARED:
-            if record[key] != first[key]:
-                raise SystemExit(
-                    f"these shards are not of one run: {key} is {first[key]!r} and {record[key]!r}"
-                )
+    need_one_run(records[1:], first)
     merged = {**first, "shard": None, "environments": [record["environment"] for record in records]}
     del merged["environment"]
     merged["variants"] = {}
@@ -396,10 +426,16 @@ def merge(records: list[dict]) -> dict:
         for name, told in record["variants"].items():
             # every shard has timed dense attention on its own device
             merged["variants"].setdefault(name, {**told, "dense_seconds": dense})
-    for key in ("left", "unreached", "failed"):
-        merged[key] = [one for record in records for one in record[key]]
+    merged["failed"] = [one for record in records for one in record["failed"]]
+    for key in ("left", "unreached"):  # by one shard; another may have done it
+        every = {json.dumps(one): one for record in records for one in record[key]}
+        merged[key] = [one for one in every.values() if _name_of(one) not in merged["variants"]]
     merged["keeps"] = sorted({keep for record in records for keep in record["keeps"]}, reverse=True)
     return merged
+
+
+def _name_of(one: dict) -> str:
+    return Job(one["method"], one["wanted"], one.get("dense")).name
 
 
 if __name__ == "__main__":

@@ -99,6 +99,29 @@ def test_shards_merge_and_controls_count_once(compared, tmp_path):
     )
 
 
+def test_what_is_done_is_not_run_again(compared, tmp_path):
+    folder, _ = compared
+    record = json.loads((folder / "all" / "record.json").read_text())
+    lost = {name for name, told in record["variants"].items() if told["kind"] == "fewer steps"}
+    lost.add("neighborhood@0.25")
+    left = [{"method": "neighborhood", "wanted": 0.25, "dense": None}]
+    left.append({"method": "pooled", "wanted": 0.1, "dense": None})
+    variants = {name: told for name, told in record["variants"].items() if name not in lost}
+    (tmp_path / "part.json").write_text(json.dumps({**record, "variants": variants, "left": left}))
+    small = ["--prompts", 2, "--batch", 2, "--size", 64, "--frames", 17, "--steps", 3, "--fit-steps", 2]
+    small += ["--set", "block=8", "--keeps", 0.25, "--methods", *METHODS, "--judges", 1]
+    small = ["--model", folder / "model", *small]
+    run(*small, "--beside", "part.json", "--out", "rest", cwd=tmp_path)
+    rest = json.loads((tmp_path / "rest" / "record.json").read_text())
+    assert rest["variants"].keys() == lost | {"dense"}
+    run("--merge", "part.json", "rest/record.json", "--out", "whole", cwd=tmp_path)
+    whole = json.loads((tmp_path / "whole" / "record.json").read_text())
+    assert whole["variants"].keys() == record["variants"].keys() and whole["left"] == left[1:]
+    small[small.index("--frames") + 1] = 9
+    told = run(*small, "--beside", "part.json", "--out", "other", cwd=tmp_path, code=1)
+    assert "not of one run: grid" in told
+
+
 def test_no_time_is_left(compared, tmp_path):
     folder, _ = compared
     small = ["--prompts", 1, "--size", 64, "--frames", 5, "--steps", 2, "--judges", 1]
@@ -144,6 +167,17 @@ def test_wrong_words_are_refused(tmp_path):
 def test_the_table_knows_every_method(table):
     missing = set(method_names()) - {"random"} - set(table.METHODS)
     assert not missing, f"say in scripts/_method_table.py how {missing} are made to keep a share"
+
+
+def test_a_budget_below_what_is_forced_is_no_answer(table):
+    layout = build_layout((4, 8, 8), "tiles", 32)
+    forced = 0.144  # of all, and every block beyond is a share of .028
+    found = table.fit(
+        table.Entry(), 0.15, lambda options: forced + 0.028 * (options["keep"] > 0.1), layout, close=0.01
+    )
+    assert found.keep == forced + 0.028 and found.options["keep"] > 0.1 and found.reached
+    found = table.fit(table.Entry(), 0.15, lambda options: max(forced, options["keep"]), layout, close=0.01)
+    assert found.options["keep"] == 0.15
 
 
 def test_the_search_finds_what_keeps_as_much(table):
