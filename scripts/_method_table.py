@@ -230,8 +230,8 @@ def _search(
     def answers(value: float) -> bool:
         return chooses(value) and reaches(known[value], wanted, close)
 
-    value = min(filter(answers, sorted(known)) if any(map(answers, known)) else sorted(known),
-                key=lambda value: abs(known[value] - wanted))  # fmt: skip
+    near = [value for value in sorted(known) if answers(value)] or sorted(known)
+    value = min(near, key=lambda value: abs(known[value] - wanted))
     return Fit({**fixed, entry.knob: value}, known[value], answers(value))
 
 

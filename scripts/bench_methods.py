@@ -427,9 +427,11 @@ def merge(records: list[dict]) -> dict:
             # every shard has timed dense attention on its own device
             merged["variants"].setdefault(name, {**told, "dense_seconds": dense})
     merged["failed"] = [one for record in records for one in record["failed"]]
+    known = done_in(records, first)
     for key in ("left", "unreached"):  # by one shard; another may have done it
         every = {json.dumps(one): one for record in records for one in record[key]}
-        merged[key] = [one for one in every.values() if _name_of(one) not in merged["variants"]]
+        merged[key] = list(every.values())
+    merged["left"] = [one for one in merged["left"] if _name_of(one) not in known]
     merged["keeps"] = sorted({keep for record in records for keep in record["keeps"]}, reverse=True)
     return merged
 
