@@ -26,6 +26,7 @@ _COLOURS = (
     "#8FA000",
 )
 _MARKS = "osD^vPX*<>h"
+_SHARING = ", one plan for both"  # in names of entries
 _LEGEND = (
     "Keep is what was achieved. `over the lot`: PSNR less that of as many blocks drawn by lot, mean over prompts and "
     "standard error; bold where a method that looks at the tokens loses. `change`: temporal change over that of dense. "
@@ -221,7 +222,7 @@ def draw(records: list[dict], path: Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
     part = path.with_name(f".{path.name}.part.png")
     figure.savefig(part, dpi=110)
@@ -250,20 +251,22 @@ def _draw_by_time(record: dict, styles: dict[str, dict], axis: Any) -> None:
 
 
 def _lines(record: dict) -> dict[str, list[_Point]]:
-    """Methods by name, then controls: blocks drawn by lot, a line for each token order, and fewer steps.
+    """Methods by name, then their controls: blocks drawn by lot, a line for each token order, and fewer steps.
 
-    Variations of methods are for the table alone: with them nobody could tell the lines apart.
+    Of variations only those that share their plans are drawn: with all of them nobody could tell the lines apart.
     """
+    drawn = {name: told for name, told in record["variants"].items() if _is_drawn(told)}
+    controls = {told["control"] for told in drawn.values() if told["kind"] == "method"}
     groups: dict[tuple[int, str], list[_Point]] = {}
-    for name, told in record["variants"].items():
+    for name, told in drawn.items():
         place = {
             "method": (0, told.get("method")),
             "random": (1, name.partition("@")[0].replace("random", "by lot")),
             "fewer steps": (2, "fewer steps"),
         }.get(told["kind"])
         psnr = told["figures"].get("psnr_mean")  # None: equal to dense
-        if told["kind"] == "method" and told["options"]["method"] != told["method"]:
-            continue  # a variation of a method: in the table
+        if told["kind"] == "random" and name not in controls:
+            continue
         if place and psnr is not None:
             point = _Point(told["figures"]["achieved_keep"] or 0.0, _seconds(told), psnr)
             groups.setdefault(place, []).append(point)
@@ -273,13 +276,26 @@ def _lines(record: dict) -> dict[str, list[_Point]]:
     }
 
 
+def _is_drawn(told: dict) -> bool:
+    return told["kind"] != "method" or told["method"] in (told["options"]["method"], _sharing(told))
+
+
+def _sharing(told: dict) -> str:
+    return f"{told['options']['method']}{_SHARING}"
+
+
 def _styles(records: list[dict]) -> dict[str, dict]:
     titles = list(dict.fromkeys(title for record in records for title in _lines(record)))
     methods = [title for title in titles if not title.startswith("by lot") and title != "fewer steps"]
+    plain = sorted({title.removesuffix(_SHARING) for title in methods})
     styles = {
         title: {"color": _COLOURS[n % len(_COLOURS)], "marker": _MARKS[n % len(_MARKS)]}
-        for n, title in enumerate(methods)
+        for n, title in enumerate(plain)
     }
+    for title in methods:
+        if title.endswith(_SHARING):
+            hollow = {"markerfacecolor": "white", "linestyle": ":"}
+            styles[title] = {**styles[title.removesuffix(_SHARING)], **hollow}
     lots = [title for title in titles if title.startswith("by lot")]
     for n, title in enumerate(lots):
         grey = str(0.35 + 0.4 * n / max(len(lots) - 1, 1))
