@@ -8,6 +8,10 @@ An adapter module offers
 - `why_raster(transformer, arguments)`: why this forward must keep the model's own order, or None;
 - `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
   reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
+- `REGION`, only where proven: names of classes that may compute a part of their tokens (see `dit_accel.region`), whose
+  tokens leave through `proj_out`; and with it `patch_velocity(transformer, velocity, grid)`, a scheduler's velocity by
+  tokens `[B, S, P, C]` or None if it does not fit the grid, and `spread_tokens(transformer, values, grid)`, values
+  `[B, S]` of tokens at their places in it;
 - `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
 - `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
   loaded;
