@@ -145,8 +145,8 @@ def accelerate(
     regional = None if region is False or region is None else load_region(region)
     if regional is not None and step_cache is not None and step_cache.boundary != "call":
         raise UsageError(
-            f"cache {step_cache.name!r} keeps tokens, and under region sampling a forward has other tokens than the one "
-            "before. Use one that keeps whole steps (easy or latent), or region=False."
+            f"cache {step_cache.name!r} keeps tokens, and under region sampling a forward has other tokens than the "
+            "one before. Use one that keeps whole steps (easy or latent), or region=False."
         )
     method = overrides.get("method")
     if method is None or isinstance(method, str):

@@ -11,7 +11,8 @@ A variant is a comma-separated list. Its first word says what runs: `dense` (sto
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
 (`shift=5`), the kernel of dense attention (`kernel=math`: the noise floor of PSNR), or puts a step cache on it
-(`cache=easy,cache.threshold=0.1`), or computes a part of the tokens (`region=0.5,region.selector=random`). Without a first word a variant is `fast`, or `dense` if it names no sparse option.
+(`cache=easy,cache.threshold=0.1`), or computes a part of the tokens (`region=0.5,region.selector=random`). Without a
+first word a variant is `fast`, or `dense` if it names no sparse option.
 Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 

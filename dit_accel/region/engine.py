@@ -289,7 +289,7 @@ class RegionEngine:
         )
 
     def _free(self, device: torch.device) -> int | None:
-        """Bytes that may be kept: as asked for, or what is free on a CUDA device; None elsewhere, where it is unknown."""
+        """Bytes that may be kept: as asked for, or what is free on a CUDA device; None elsewhere, where none knows."""
         if self.region.memory is not None:
             return int(self.region.memory * _GIB)
         if device.type != "cuda":

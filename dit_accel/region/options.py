@@ -26,7 +26,7 @@ class Region:
     sample_ratio: float = 0.5  # share of the tokens computed at a step, rounded up to whole buckets; 1: no sampling
     # by what tokens are chosen: "std" or "l2" of their velocity over channels, "random" (a control), or a "mask"
     selector: str = "std"
-    high_ratio: float = 1.0  # of the tokens left out, the share taken where the measure is highest; the rest lowest
+    high_ratio: float = 0.0  # of the tokens left out, the share taken where the measure is highest; the rest lowest
     starvation: float = 0.1  # how fast a token gains in urgency with each step it is left out
     start: int | float = 0.15  # steps computed whole at first; at least one is
     error_reset: tuple[int | float, ...] = (0.4, 0.7)  # steps computed whole in between; the last one always is
@@ -60,8 +60,8 @@ class Region:
         _need(_whole(self.seed), "seed", self.seed, "a whole number")
         if (self.selector == "mask") != (self.mask is not None):
             raise UsageError(
-                f"region option selector={self.selector!r} {'needs a' if self.mask is None else 'does not look at the'} "
-                "mask: give both selector='mask' and mask=, a tensor of [frames, rows, columns] tokens, or neither."
+                f"region option selector={self.selector!r} {'needs a' if self.mask is None else 'looks at no'} mask: "
+                "give both selector='mask' and mask=, a tensor of [frames, rows, columns] tokens, or neither."
             )
         if self.layers is not None and self.keys == "drop":
             raise UsageError("region option layers says where keys are kept, and keys='drop' keeps none. Drop one.")

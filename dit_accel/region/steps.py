@@ -13,7 +13,7 @@ def whole_steps(region: Region, n_steps: int) -> dict[int, str]:
     The first one always does, for there is nothing yet to leave out; and the last one, whose errors nothing corrects.
     Resets beyond the end fall away.
     """
-    found = {step: "before region sampling starts" for step in range(max(1, _step_at(region.start, n_steps)))}
+    found = dict.fromkeys(range(max(1, _step_at(region.start, n_steps))), "before region sampling starts")
     for reset in region.error_reset:
         found.setdefault(_step_at(reset, n_steps), "error reset")
     found.setdefault(n_steps - 1, "the last step")
