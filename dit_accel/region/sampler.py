@@ -132,6 +132,9 @@ class Sampler:
         call = self._now
         if call is None:
             return
+        if not self.leaves_out(math.prod(call.grid)):
+            self._now = None  # nothing to count or to choose
+            return
         adapter, transformer = self._host[0], self._host[1]()
         if transformer is None or adapter.patch_velocity(transformer, velocity, call.grid) is None:
             self._begin()  # a velocity of other places than the tokens': nothing to choose by
