@@ -205,20 +205,22 @@ class Engine:
         self._to_count = [0, ""]
         if not self._in_use():
             return None
-        hidden = given["hidden_states"]
         self._counted = False
         if self.region is not None:
             self.order = self.region.enter(self.call, facts, given)
-            if self.order is not None:
-                return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
-        self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
+        if self.order is None:
+            self._choose_attention(given, facts)
+        if self.order is None or not hasattr(self.adapter, "order_arguments"):
+            return None
+        return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
+
+    def _choose_attention(self, given: dict[str, Any], facts: Facts) -> None:
+        """Sparse or dense, and the order of the tokens, for a forward of all of them."""
+        self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(given["hidden_states"], facts)
         if self._dense_reason is None:
             self._to_count[1] = self._lay_out(given, facts)
         elif self._dense_reason[1] and keeps_tokens(self._module()):
             self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
-        if self.order is None or not hasattr(self.adapter, "order_arguments"):
-            return None
-        return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
 
     def _lay_out(self, given: dict[str, Any], facts: Facts) -> str:
         """Choose the order of this forward's tokens, lay them out in it, and say which and why."""

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.layout import Grid
+
 
 @dataclass(frozen=True, eq=False)
 class ActiveTokens:
     """Some tokens of each batch row."""
 
+    grid: Grid  # of all tokens: frames, rows, columns
     index: Tensor  # int64 [N, K], raster, ascending
     velocity: Tensor  # fp32 [N, S, P], of all tokens as they left the transformer last
 

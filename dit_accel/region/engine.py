@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters import parallel
+from dit_accel.adapters import parallel, region_classes
 from dit_accel.errors import UsageError
 from dit_accel.region.active import ActiveTokens, repeat_rows, write_rows
 from dit_accel.region.sampler import Sampler
@@ -76,8 +76,8 @@ class RegionEngine:
         name = type(transformer).__name__
         if name not in getattr(engine.adapter, "REGION", ()):
             raise UsageError(
-                f"Region sampling is not proven for {name}: leave `region` out. It runs on WanTransformer3DModel and "
-                "WanVACETransformer3DModel."
+                f"Region sampling is not proven for {name}: leave `region` out. It runs on "
+                f"{', '.join(region_classes())}."
             )
         self.region, self.sampler, self._engine = sampler.region, sampler, weakref.ref(engine)
         if (self.region.layers or 0) > engine.n_layers:
@@ -120,9 +120,11 @@ class RegionEngine:
         velocity = rows * tokens * patch * 4
         if self.region.keys == "drop":
             return velocity
-        layers = self._engine().n_layers - self._first_layer
-        width = config.num_attention_heads * config.attention_head_dim
-        return velocity + 2 * layers * rows * (tokens + text) * width * itemsize
+        adapter = self._engine().adapter
+        sees_text = getattr(adapter, "sees_text", lambda path: True)
+        layers = [path for path, layer in adapter.self_attentions(transformer) if layer >= self._first_layer]
+        keys = sum(tokens + text * sees_text(path) for path in layers)
+        return velocity + 2 * keys * rows * config.num_attention_heads * config.attention_head_dim * itemsize
 
     # -- around one forward
 
@@ -154,7 +156,7 @@ class RegionEngine:
             return None
         now.index = self.sampler.chosen().to(hidden.device)
         index = repeat_rows(now.index, len(hidden))
-        now.active = ActiveTokens(index, kept.velocity)
+        now.active = ActiveTokens(facts.grid, index, kept.velocity)
         now.video = slice(first, first + index.shape[1])
         now.places = index if kept.order is None else kept.order.backward.to(index.device)[index]
         now.places = now.places + first
@@ -249,10 +251,12 @@ class RegionEngine:
             return "gradients are needed"
         if parallel.config_of(module) is not None:
             return "context parallelism"
-        why_dense = getattr(engine.adapter, "why_dense", None)
-        why = facts.loose or engine.adapter.why_raster(module, given) or (why_dense and why_dense(module, given))
-        if why:
-            return why
+        adapter = engine.adapter
+        asked = (adapter.why_raster, getattr(adapter, "why_dense", None), getattr(adapter, "why_whole", None))
+        for why in (lambda *_: facts.loose, *asked):
+            reason = None if why is None else why(module, given)
+            if reason is not None:
+                return reason
         if not engine.acts_everywhere():
             return "a processor was replaced after installation"
         return None

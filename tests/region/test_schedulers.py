@@ -140,7 +140,7 @@ HISTORIES = {
 
 @pytest.mark.parametrize("name", list(HISTORIES))
 def test_a_token_that_comes_back_is_stepped_in_first_order(name):
-    """By hand: x' = (s'/s) x + (a' - a s'/s) m with m = x - s v; UniPC's corrector is the same from the sample before."""
+    """By hand: x' = (s'/s) x + (a' - a s'/s) m with m = x - s v; UniPC's corrector as well, from the sample before."""
     mended, plain = Run(HISTORIES[name]()), Run(HISTORIES[name]())
     *first, last = velocities(5)
     for velocity in first:
