@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dit_accel
 from dit_accel.errors import UsageError
-from dit_accel.testing import peak_bytes, tiny_flux_with_text, tiny_wan_pipeline
+from dit_accel.testing import peak_bytes, tiny_hunyuan_video_with_text, tiny_wan_pipeline
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS = {
@@ -218,8 +218,8 @@ def test_caches_that_keep_tokens_are_refused():
 
 
 def test_a_model_it_is_not_proven_for_is_left_as_it_was():
-    pipe = tiny_flux_with_text()
-    with pytest.raises(UsageError, match="Region sampling is not proven for FluxTransformer2DModel"):
+    pipe = tiny_hunyuan_video_with_text()
+    with pytest.raises(UsageError, match="Region sampling is not proven for HunyuanVideoTransformer3DModel"):
         dit_accel.accelerate(pipe, region=REGION)
     assert "step" not in vars(pipe.scheduler)
     assert not any(hasattr(module, "_dit_accel") for module in pipe.transformer.modules())
