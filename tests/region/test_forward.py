@@ -6,8 +6,11 @@ and value, is written over with what was recorded of it. What its row gives then
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
@@ -181,3 +184,27 @@ def test_a_branch_that_comes_late_computes_everything(rig):
         x = mine.step(mine.forward(x, 900.0 - 100 * step), x)
     assert torch.equal(mine.forward(x, 700.0, "uncond"), fresh.forward(x, 700.0, "uncond"))
     assert handle.report().whole_reasons["nothing is kept of this branch yet"] == 1
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_the_scheduler_is_mended_for_the_tokens_that_came_back_and_no_others(rig, scheduler):
+    """Beside each step, a copy of the scheduler as it was before takes the same one, unmended."""
+    mine = rig(2, steps=7)
+    mine.pipe.scheduler = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    mine.begin()
+    handle, x = mine.accelerate(selector="random", error_reset=(5,), start=2), mine.x
+    before = torch.ones(2, mine.tokens, dtype=torch.bool)
+    came_back = []
+    for step in range(7):
+        active = torch.ones_like(before) if step in (0, 1, 5, 6) else mine.active(handle)
+        velocity = mine.forward(x, 900.0 - 100 * step)
+        unmended = copy.deepcopy(mine.pipe.scheduler)
+        plain = unmended.step(velocity, unmended.timesteps[step], x, return_dict=False)[0]
+        moved = mine.step(velocity, x)
+        differs = (mine.by_token(moved) != mine.by_token(plain)).flatten(2).any(-1)
+        # a token's last step has no order: what it gives is x0 itself, but for UniPC's corrector
+        if step < 6:
+            assert torch.equal(differs, active & ~before), step
+        came_back.append(int((active & ~before).sum()))
+        before, x = active, moved
+    assert came_back[:3] == [0, 0, 0] and all(came_back[3:6])
