@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
 from dit_accel.rows import RowGroup, group_rows
 from dit_accel.trajectory import Call, Facts, Trajectory
+
+if TYPE_CHECKING:
+    from dit_accel.region.engine import RegionEngine
 
 logger = logging.getLogger("dit_accel")
 # Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
@@ -50,7 +53,7 @@ class Engine:
     Args:
         transformer: of a known family.
         options: what was asked for.
-        method: predicts the plans.
+        method: predicts the plans; None: attention is dense, and the engine only wires the transformer.
         trajectory: the clock; shared by the experts of one pipeline.
         tally: what ran; shared likewise.
         role: which transformer of the pipeline this is.
@@ -65,7 +68,7 @@ class Engine:
         self,
         transformer: nn.Module,
         options: SparseOptions,
-        method: Method,
+        method: Method | None,
         trajectory: Trajectory,
         tally: Tally,
         role: str,
@@ -79,6 +82,7 @@ class Engine:
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.arrangement = _arrange(method, options)
         self.observer: Observer | None = None
+        self.region: RegionEngine | None = None  # region sampling, which sets itself here
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
         self.order: TokenLayout | None = None  # what the order hooks apply in it
@@ -140,6 +144,8 @@ class Engine:
         module = self._module()
         if module is not None:
             self._listener.part(module)
+        if self.region is not None:
+            self.region.remove()
         self.planner.clear()
         self._layouts.clear()
         self._full = None
@@ -169,7 +175,8 @@ class Engine:
 
     def bytes_held(self) -> int:
         """Memory this engine keeps between forwards."""
-        return self.planner.bytes_held() + sum(layout.bytes_held() for layout in self._layouts.values())
+        layouts = sum(layout.bytes_held() for layout in self._layouts.values())
+        return self.planner.bytes_held() + layouts + (self.region.bytes_held() if self.region is not None else 0)
 
     def _pairs(self) -> list[tuple[nn.Module, Seat]]:
         """Each attention with its seat. Those of an IP-Adapter's image projection may be gone."""
@@ -198,16 +205,22 @@ class Engine:
         self._to_count = [0, ""]
         if not self._in_use():
             return None
-        hidden = given["hidden_states"]
         self._counted = False
-        self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(hidden, facts)
+        if self.region is not None:
+            self.order = self.region.enter(self.call, facts, given)
+        if self.order is None:
+            self._choose_attention(given, facts)
+        if self.order is None or not hasattr(self.adapter, "order_arguments"):
+            return None
+        return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
+
+    def _choose_attention(self, given: dict[str, Any], facts: Facts) -> None:
+        """Sparse or dense, and the order of the tokens, for a forward of all of them."""
+        self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(given["hidden_states"], facts)
         if self._dense_reason is None:
             self._to_count[1] = self._lay_out(given, facts)
         elif self._dense_reason[1] and keeps_tokens(self._module()):
             self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
-        if self.order is None or not hasattr(self.adapter, "order_arguments"):
-            return None
-        return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
 
     def _lay_out(self, given: dict[str, Any], facts: Facts) -> str:
         """Choose the order of this forward's tokens, lay them out in it, and say which and why."""
@@ -235,6 +248,8 @@ class Engine:
         """Note that the forward returned."""
         self.trajectory.leave(self.role)
         self._count_forward()
+        if self.region is not None:
+            self.region.leave()
         self.call = self.order = None
         for seat in self.seats:
             if seat.has_weights:
@@ -243,6 +258,8 @@ class Engine:
     def skip(self) -> None:
         """Note that a step cache makes this forward up: what was to be counted of it does not happen."""
         self._to_count = [0, ""]
+        if self.region is not None:
+            self.region.skip()
 
     def _count_forward(self) -> None:
         cross, order = self._to_count
@@ -270,6 +287,10 @@ class Engine:
                     continue
                 seat.serve(attn.processor, inner)
             attn.set_processor(seat.inner if seat.has_weights else _processor_of(self))
+
+    def acts_everywhere(self) -> bool:
+        """Whether every self-attention runs through us."""
+        return all(_acts(attn, seat) for attn, seat in self._pairs() if seat.layer is not None)
 
     def _is_out_by_adapter(self, pairs: list[tuple[nn.Module, Seat]]) -> bool:
         """Whether loading or unloading an IP-Adapter put others in place of all our processors since the last look."""
@@ -318,6 +339,8 @@ class Engine:
     def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
         call, options = self.call, self.options
         assert call is not None
+        if self.method is None:
+            return "sparse attention is off", True
         if call.noise > options.dense_above:
             return f"noise level above {options.dense_above:g}", True
         if call.noise < options.dense_below:
@@ -373,6 +396,9 @@ class Engine:
         if seat.has_weights and query.shape[1] != key.shape[1]:  # an IP-Adapter's tokens, read besides the others
             self.tally.cross += 1
             return seat.dense(query, key, value, **call)
+        out = None if self.region is None else self.region.attend(seat, query, key, value, call)
+        if out is not None:
+            return out
         reason = self._why_dense(seat, query, key, value, call)
         if reason is not None:
             if not (self._counted and reason is self._dense_reason):
@@ -573,10 +599,15 @@ class Engine:
 
     def __deepcopy__(self, memo: dict) -> Engine:
         """An engine for the copied transformer, with a clock, counts and state of its own."""
+        if self.region is not None:
+            raise UsageError(
+                "A transformer under region sampling cannot be copied: it follows one pipeline's scheduler. Call the "
+                "handle's remove() first, and install again."
+            )
         new = memo[id(self)] = object.__new__(type(self))
         for name in ("adapter", "options", "method", "role", "n_layers", "dense_layers", "_names", "_paths"):
             setattr(new, name, getattr(self, name))
-        new.arrangement, new.observer = self.arrangement, None
+        new.arrangement, new.observer, new.region = self.arrangement, None, None
         target = memo.get(id(self._module()))
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None

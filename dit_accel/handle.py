@@ -18,6 +18,10 @@ from dit_accel.engine import Engine, Observer
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions
 from dit_accel.processor import SparseProcessor, method_of
+from dit_accel.region import Region, load_region
+from dit_accel.region.engine import RegionEngine
+from dit_accel.region.sampler import Sampler
+from dit_accel.region.schedulers import remove_step
 from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Trajectory
 
@@ -35,6 +39,7 @@ class Handle:
         self, trajectory: Trajectory, tally: Tally, engines: list[Engine], caches: list[CacheEngine]
     ) -> None:
         self._trajectory, self._tally, self._engines, self._caches = trajectory, tally, engines, caches
+        self._sampler: Sampler | None = None
 
     def report(self, *, clear: bool = False) -> Report:
         """What ran since the start, or since the report was last cleared.
@@ -43,7 +48,7 @@ class Handle:
             clear: count from zero afterwards.
         """
         keep = self._engines[0].keep_requested if self._engines else None
-        held = sum(part.bytes_held() for part in (*self._engines, *self._caches))
+        held = sum(part.bytes_held() for part in self._parts())
         report = self._tally.report(keep, held)
         if clear:
             self._tally.clear()
@@ -80,8 +85,11 @@ class Handle:
 
     def remove(self) -> None:
         """Undo exactly what was installed. Does nothing the second time, or once another handle took over."""
-        for part in (*self._caches, *self._engines):
+        for part in self._parts():
             part.remove()
+
+    def _parts(self) -> list[Any]:
+        return [*self._caches, *self._engines, *([] if self._sampler is None else [self._sampler])]
 
     def __enter__(self) -> Handle:
         return self
@@ -92,8 +100,7 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        parts = [*map(repr, self._engines), *map(repr, self._caches)]
-        return f"Handle({', '.join(parts) or 'nothing installed'})"
+        return f"Handle({', '.join(map(repr, self._parts())) or 'nothing installed'})"
 
 
 def accelerate(
@@ -101,9 +108,11 @@ def accelerate(
     preset: str | Preset | SparseOptions | None = None,
     *,
     cache: str | Mapping[str, Any] | Cache | Literal[False] | None = None,
+    region: Mapping[str, Any] | Region | Literal[False] | None = None,
     **overrides: Any,
 ) -> Handle:
-    """Make a pipeline (or a bare transformer) attend sparsely, reuse what it computed in earlier steps, or both.
+    """Make a pipeline (or a bare transformer) attend sparsely, reuse what it computed in earlier steps, compute a part
+    of its tokens at most steps, or several of these.
 
     Args:
         pipe: a diffusers pipeline with a `transformer`, and perhaps a `transformer_2`; or such a transformer.
@@ -112,6 +121,8 @@ def accelerate(
             A dense preset without overrides and cache installs nothing.
         cache: a step cache's name, a mapping with `name` and its options, or a cache (see `dit_accel.caches`); None
             takes the preset's, False takes none.
+        region: options of region-adaptive sampling by name, or a `Region` (see `dit_accel.region`); None takes the
+            preset's, False takes none. It needs the whole pipeline, in whose scheduler it stands.
         overrides: sparse options that replace the preset's; `method` may be a method object.
 
     Returns:
@@ -120,8 +131,8 @@ def accelerate(
     Raises:
         UnknownNameError: an unknown preset, option, method, cache, token order or executor.
         UnknownModelError: a transformer of no known family.
-        UsageError: a value outside its range, or a cache that this transformer cannot have. The pipeline is left as
-            it was.
+        UsageError: a value outside its range, or a cache or region sampling that this pipeline cannot have. The
+            pipeline is left as it was.
     """
     if isinstance(preset, str):
         from dit_accel.preset import load_preset
@@ -130,6 +141,13 @@ def accelerate(
     if cache is None:
         cache = getattr(preset, "cache", None)
     step_cache = load_cache(cache) if cache else None
+    region = getattr(preset, "region", None) if region is None else region
+    regional = None if region is False or region is None else load_region(region)
+    if regional is not None and step_cache is not None and step_cache.boundary != "call":
+        raise UsageError(
+            f"cache {step_cache.name!r} keeps tokens, and under region sampling a forward has other tokens than the "
+            "one before. Use one that keeps whole steps (easy or latent), or region=False."
+        )
     method = overrides.get("method")
     if method is None or isinstance(method, str):
         options = _options(preset, overrides)
@@ -143,13 +161,19 @@ def accelerate(
     caches: list[CacheEngine] = []
     handle = Handle(trajectory, tally, engines, caches)
     try:
+        if regional is not None:
+            handle._sampler = Sampler(regional, pipe, trajectory)
+        else:
+            remove_step(getattr(pipe, "scheduler", None))
         for role, transformer in transformers.items():
             engine = None
-            if options is not None and method is not None:
-                engine = Engine(transformer, options, method, trajectory, tally, role)
+            if regional is not None or (options is not None and method is not None):
+                engine = Engine(transformer, options or SparseOptions(), method, trajectory, tally, role)
                 engines.append(engine)
                 _set_processor(transformer, SparseProcessor.of(engine))
                 engine.settle()
+                if handle._sampler is not None:
+                    RegionEngine(engine, handle._sampler)
             if step_cache is not None:
                 caches.append(CacheEngine(transformer, step_cache, trajectory, tally, role, engine))
             else:

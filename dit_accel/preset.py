@@ -32,6 +32,7 @@ from dit_accel.errors import UsageError, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions, override
 from dit_accel.pipelines import RECIPES
+from dit_accel.region.options import Region, load_region
 
 STATUSES = ("measured", "provisional")
 _HEAD = {"description": str, "pipeline": str, "model": str, "status": str}
@@ -78,13 +79,14 @@ class Preset:
     generate: GenerateOptions
     sparse: SparseOptions | None
     cache: Cache | None  # None: every step is computed
+    region: Region | None  # None: every token is computed
     provenance: Mapping[str, str]  # "generate.steps" -> "preset tiny-wan" | "default" | "cli"
     layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table), the weakest first
 
     @property
     def is_stock(self) -> bool:
         """Whether it asks for what diffusers does without us."""
-        return self.sparse is None and self.cache is None
+        return self.sparse is None and self.cache is None and self.region is None
 
     def with_values(self, values: Mapping[str, Any], source: str) -> Preset:
         """The same preset with some values replaced.
@@ -113,6 +115,7 @@ class Preset:
             "generate": dataclasses.asdict(self.generate),
             "sparse": self.sparse.to_mapping() if self.sparse else None,
             "cache": self.cache.to_mapping() if self.cache else None,
+            "region": self.region.to_mapping() if self.region else None,
             "sources": dict(self.provenance),
         }
 
@@ -184,7 +187,7 @@ def _full_key(key: str) -> str:
         return key
     if group == "generate" and name in generate:
         return key
-    if group == "cache":  # as with sparse options: they belong to the cache
+    if group in ("cache", "region"):  # as with sparse options: these judge the name themselves
         return key
     if group == "sparse":  # SparseOptions itself judges the name: some options belong to the method
         return key
@@ -239,7 +242,7 @@ def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[
 
 def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Preset:
     head: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {"generate": {}, "sparse": {}, "cache": {}}
+    groups: dict[str, dict[str, Any]] = {"generate": {}, "sparse": {}, "cache": {}, "region": {}}
     sources: dict[str, str] = {}
     for source, table in layers:
         where = source if source.startswith("preset") else f"{source} setting"
@@ -268,15 +271,18 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
     generate = _generate_options(groups["generate"], where)
     sparse = _sparse_options(groups["sparse"], where) if groups["sparse"] else None
     cache = _cache(groups["cache"], where) if groups["cache"] else None
+    region = _region(groups["region"], where) if groups["region"] else None
     values = {
         "generate": dataclasses.asdict(generate),
         "sparse": sparse.to_mapping() if sparse else {},
         "cache": cache.to_mapping() if cache else {},
+        "region": region.to_mapping() if region else {},
     }
     for group, options in values.items():
         for option in options:
             sources.setdefault(f"{group}.{option}", "default")
-    return Preset(name, generate=generate, sparse=sparse, cache=cache, provenance=sources, layers=layers, **head)
+    parts = dict(generate=generate, sparse=sparse, cache=cache, region=region)
+    return Preset(name, **parts, provenance=sources, layers=layers, **head)
 
 
 def pipeline_names() -> tuple[str, ...]:
@@ -311,6 +317,13 @@ def _sparse_options(values: Mapping[str, Any], where: str) -> SparseOptions:
 def _cache(values: Mapping[str, Any], where: str) -> Cache:
     try:
         return load_cache(values)
+    except UsageError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _region(values: Mapping[str, Any], where: str) -> Region:
+    try:
+        return load_region(values)
     except UsageError as error:
         raise type(error)(f"{where}: {error}") from None
 

@@ -34,9 +34,12 @@ class Report:
     stateless: dict[str, int]  # sparse calls of a method with memory that had to do without, by reason
     forwards: dict[str, int]  # under a step cache: how many were computed, how many reused
     computed_reasons: dict[str, int]  # why they were computed
+    regions: dict[str, int]  # forwards under region sampling, by how many tokens they computed
+    whole_reasons: dict[str, int]  # why forwards under it computed every token
     runs: int
     bytes_held: int  # between forwards
     bytes_working: int  # for a while in a call, beside what dense attention takes: copies in orders of the heads' own
+    bytes_region: int  # the most that region sampling kept within a run; it lets go of it before the last step
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -58,9 +61,12 @@ class Report:
             "fallbacks": dict(self.fallbacks),
             "forwards": dict(self.forwards),
             "computed_reasons": dict(self.computed_reasons),
+            "regions": dict(self.regions),
+            "whole_reasons": dict(self.whole_reasons),
             "runs": self.runs,
             "bytes_held": self.bytes_held,
             "bytes_working": self.bytes_working,
+            "bytes_region": self.bytes_region,
         }
 
     @property
@@ -101,11 +107,15 @@ class Report:
             ("of these unplanned", self.fallbacks),
             ("forwards", self.forwards),
             ("computed because", self.computed_reasons),
+            ("forwards with", self.regions),
+            ("all tokens because", self.whole_reasons),
         ):
             lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
         lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
-        held, working = (size / 2**20 for size in (self.bytes_held, self.bytes_working))
+        sizes = self.bytes_held, self.bytes_working, self.bytes_region
+        held, working, region = (size / 2**20 for size in sizes)
         more = f", in a call for a while: {working:.2f} MiB" if working else ""
+        more += f", by region sampling within a run: {region:.2f} MiB" if region else ""
         lines.append(f"  runs: {self.runs}, memory held: {held:.2f} MiB{more}")
         return "\n".join(lines)
 
@@ -119,6 +129,7 @@ class Tally:
     cross: int = 0
     runs: int = 0
     bytes_working: int = 0  # the most of any call
+    bytes_region: int = 0  # the most at any time
     dense_reasons: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
@@ -128,6 +139,8 @@ class Tally:
     stateless: Counter[str] = field(default_factory=Counter)
     forwards: Counter[str] = field(default_factory=Counter)
     computed_reasons: Counter[str] = field(default_factory=Counter)
+    regions: Counter[str] = field(default_factory=Counter)
+    whole_reasons: Counter[str] = field(default_factory=Counter)
     # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
     kept: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -162,6 +175,13 @@ class Tally:
         if not reused:
             self.computed_reasons[reason] += 1
 
+    def note_region(self, active: int, tokens: int, reason: str | None, held: int) -> None:
+        """Count a forward under region sampling, why it computed every token if it did, and the bytes kept since."""
+        self.bytes_region = max(self.bytes_region, held)
+        self.regions[f"{active} of {tokens} tokens"] += 1
+        if reason is not None:
+            self.whole_reasons[reason] += 1
+
     def report(self, keep_requested: float | None, bytes_held: int) -> Report:
         """Add everything up; waits for the device."""
         kept = {place: (int(total) / place[2], calls) for place, (total, calls) in self.kept.items()}
@@ -182,9 +202,12 @@ class Tally:
             stateless=dict(self.stateless),
             forwards=dict(self.forwards),
             computed_reasons=dict(self.computed_reasons),
+            regions=dict(self.regions),
+            whole_reasons=dict(self.whole_reasons),
             runs=self.runs,
             bytes_held=bytes_held,
             bytes_working=self.bytes_working,
+            bytes_region=self.bytes_region,
         )
 
     def clear(self) -> None:

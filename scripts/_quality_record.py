@@ -114,6 +114,7 @@ def _summarise_variant(record: dict, variant: str) -> dict:
         "sparse_share": sparse / (sparse + dense) if sparse + dense else 0.0,
         "achieved_keep": sum(k * n for k, n in weighted) / sum(n for _, n in weighted) if weighted else None,
         "forwards": dict(sum((Counter(c.get("forwards", {})) for c in calls), Counter())),
+        "regions": dict(sum((Counter(c.get("regions", {})) for c in calls), Counter())),
         "fallbacks": dict(sum((Counter(c["fallbacks"]) for c in calls), Counter())),
         "executors": dict(sum((Counter(c["executors"]) for c in calls), Counter())),
     }
@@ -153,6 +154,8 @@ def print_record(record: dict) -> None:
             )
         if figures["forwards"]:
             print(f"   forwards {figures['forwards']}")
+        if figures.get("regions"):
+            print(f"   forwards with {figures['regions']}")
         if "psnr_mean" in figures:
             print_fidelity(figures)
         for name, cell in figures["accuracy"].items():

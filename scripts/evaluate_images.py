@@ -106,6 +106,7 @@ def read_preset(options: argparse.Namespace) -> Preset:
         generate=generate,
         sparse=SparseOptions.from_mapping(SPARSE),
         cache=None,
+        region=None,
         provenance={},
         layers=(),
     )

@@ -11,7 +11,8 @@ A variant is a comma-separated list. Its first word says what runs: `dense` (sto
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
 (`shift=5`), the kernel of dense attention (`kernel=math`: the noise floor of PSNR), or puts a step cache on it
-(`cache=easy,cache.threshold=0.1`). Without a first word a variant is `fast`, or `dense` if it names no sparse option.
+(`cache=easy,cache.threshold=0.1`), or computes a part of the tokens (`region=0.5,region.selector=random`). Without a
+first word a variant is `fast`, or `dense` if it names no sparse option.
 Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 
@@ -41,6 +42,7 @@ from dit_accel.preset import Preset, load_preset
 from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
 from dit_accel.quality.judge import judge_clip, judge_image, matches
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
+from dit_accel.region import Region, load_region
 
 KERNELS = {
     "math": "MATH",
@@ -70,12 +72,15 @@ class Variant:
     guidance: float | None = None  # None: the preset's
     shift: float | None = None  # of the noise schedule; None: the preset's
     cache: Cache | None = None  # None: every step is computed
+    region: Region | None = None  # None: every token is computed
 
     @property
     def options(self) -> dict[str, Any] | None:
         """What was asked for beyond stock dense attention, None if nothing was."""
         told = self.sparse.to_mapping() if self.sparse else None
-        return {**(told or {}), "cache": self.cache.to_mapping()} if self.cache else told
+        parts = {"cache": self.cache, "region": self.region}
+        more = {name: part.to_mapping() for name, part in parts.items() if part}
+        return {**(told or {}), **more} if more else told
 
 
 class Run(Protocol):
@@ -146,7 +151,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         settings[key] = parse_value(value)
     steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
     guidance, shift = settings.pop("guidance", None), settings.pop("shift", None)
-    cache = pop_cache(settings)
+    cache, region = pop_cache(settings), pop_region(settings)
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
         raise SystemExit(f"variant {text!r}: starts with dense, fast or random, not {head!r}")
@@ -155,7 +160,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
     if head == "dense":
         if settings:
             raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
-        return Variant(text, None, steps, kernel, guidance, shift, cache)
+        return Variant(text, None, steps, kernel, guidance, shift, cache, region)
     if preset.sparse is None:
         raise SystemExit(
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
@@ -167,13 +172,20 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
             **{name: preset.sparse.method_options[name] for name in shared},
             **settings,
         }
-    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift, cache)
+    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift, cache, region)
 
 
 def pop_cache(settings: dict[str, Any]) -> Cache | None:
     """Take `cache` (its name) and `cache.option` out of a variant's settings."""
     given = {key: settings.pop(key) for key in list(settings) if key.split(".")[0] == "cache"}
     return load_cache({key.partition(".")[2] or "name": value for key, value in given.items()}) if given else None
+
+
+def pop_region(settings: dict[str, Any]) -> Region | None:
+    """Take `region` (its sample ratio) and `region.option` out of a variant's settings."""
+    given = {key: settings.pop(key) for key in list(settings) if key.split(".")[0] == "region"}
+    named = {key.partition(".")[2] or "sample_ratio": value for key, value in given.items()}
+    return load_region(named) if named else None
 
 
 def parse_value(text: str) -> Any:
@@ -324,8 +336,9 @@ def run_batch(
 
     with contextlib.ExitStack() as stack:
         handle = None
-        if variant.sparse or variant.cache:
-            handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse, cache=variant.cache or False))
+        if variant.sparse or variant.cache or variant.region:
+            parts = dict(cache=variant.cache or False, region=variant.region or False)
+            handle = stack.enter_context(dit_accel.accelerate(pipe, variant.sparse, **parts))
         if variant.shift is not None:
             stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift: variant.shift})
@@ -357,6 +370,7 @@ def run_batch(
         "fallbacks": dict(report.fallbacks) if report else {},
         "executors": dict(report.executors) if report else {},
         "forwards": dict(report.forwards) if report else {},
+        "regions": dict(report.regions) if report else {},
     }
     return np.rint(video * 255).astype(np.uint8), seconds, denoised - began, calls
 

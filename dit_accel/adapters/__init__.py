@@ -8,6 +8,11 @@ An adapter module offers
 - `why_raster(transformer, arguments)`: why this forward must keep the model's own order, or None;
 - `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
   reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
+- `REGION`, only where proven: names of classes that may compute a part of their tokens (see `dit_accel.region`), whose
+  tokens leave through `proj_out`; and with it `patch_velocity(transformer, velocity, grid)`, a scheduler's velocity by
+  tokens `[B, S, P, C]` or None if it does not fit the grid, and `spread_tokens(transformer, values, grid)`, values
+  `[B, S]` of tokens at their places in it. Beside these, where needed, `why_whole(transformer, arguments)`: why this
+  forward must compute every token, or None; and `sees_text(path)`: whether a self-attention is a joint one;
 - `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
 - `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
   loaded;
@@ -39,6 +44,12 @@ FAMILIES = {
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",
 }
+
+
+def region_classes() -> list[str]:
+    """Names of the transformers that may compute a part of their tokens."""
+    adapters = {importlib.import_module(name) for name in FAMILIES.values()}
+    return sorted(name for adapter in adapters for name in getattr(adapter, "REGION", ()))
 
 
 def find_adapter(transformer: nn.Module) -> ModuleType:

@@ -11,6 +11,7 @@ behind the output projection. The text keeps its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 
 from dit_accel.adapters.joint import joint_attentions, order_tokens, read_images, restore_tokens
 from dit_accel.errors import LayoutError
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import Grid, TokenLayout
 from dit_accel.trajectory import Facts
 
 TRAIN_TIMESTEPS = 1000  # the pipelines divide the scheduler's timesteps by it
 # classes that pass the permutation test of tests/adapters
 _REORDERED = ("FluxTransformer2DModel",)
+# classes that pass the region tests of tests/region
+REGION = ("FluxTransformer2DModel",)
 
 self_attentions = joint_attentions
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
@@ -66,6 +69,28 @@ def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     return None
 
 
+def why_whole(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why this forward must compute every token, or None if region sampling may leave some out."""
+    if len(arguments["hidden_states"]) > 1:
+        return "a batch has one rotary table for all its rows, which would have to share their tokens"
+    return None
+
+
+def patch_velocity(transformer: nn.Module, velocity: Tensor, grid: Grid) -> Tensor | None:
+    """A velocity `[B, S, C 4]` of packed 2 x 2 patches by tokens, `[B, S, P, C]`; None if it is of other tokens.
+
+    Kontext's is of the image alone, without its reference.
+    """
+    if velocity.shape[1] != math.prod(grid):
+        return None
+    return velocity.unflatten(2, (-1, 4)).transpose(2, 3)
+
+
+def spread_tokens(transformer: nn.Module, values: Tensor, grid: Grid) -> Tensor:
+    """A value of each token, `[B, S]`, at its place among the packed latents: `[B, S, 1]`."""
+    return values[..., None]
+
+
 def order_hooks(transformer: nn.Module) -> list[OrderHook]:
     """Modules whose output carries tokens into the block loop or out of it, and how to reorder it."""
     return [
@@ -76,5 +101,5 @@ def order_hooks(transformer: nn.Module) -> list[OrderHook]:
 
 
 def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tensor, ...]:
-    text = output[0].shape[0] - layout.n_video_tokens  # each [L + N, D], the text's rows first
-    return tuple(torch.cat([table[:text], layout.apply(table[text:], 0)]) for table in output)
+    text = output[0].shape[0] - math.prod(layout.grid)  # each [L + N, D], the text's rows first
+    return tuple(torch.cat([table[:text], layout.apply(table[None, text:], 1)[0]]) for table in output)

@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dit_accel.adapters import sd3_processors
+from dit_accel.adapters import patches, sd3_processors
 from dit_accel.adapters.joint import order_tokens, restore_tokens
 from dit_accel.errors import LayoutError, UsageError
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import Grid, TokenLayout
 from dit_accel.trajectory import Facts
 
 # classes that pass the permutation test of tests/adapters
 _REORDERED = ("SD3Transformer2DModel",)
+# classes that pass the region tests of tests/region
+REGION = ("SD3Transformer2DModel",)
 
 dispatching = sd3_processors.dispatching
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
@@ -72,6 +74,21 @@ def why_raster(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     if arguments.get("block_controlnet_hidden_states") is not None:
         return "a ControlNet adds its tokens in the model's order"
     return None
+
+
+def sees_text(path: str) -> bool:
+    """Whether the self-attention at this path is a joint one."""
+    return not path.endswith("attn2")
+
+
+def patch_velocity(transformer: nn.Module, velocity: Tensor, grid: Grid) -> Tensor | None:
+    """A velocity `[B, C, H, W]` by tokens, `[B, S, P, C]`; None if it is of another size than the tokens' grid."""
+    return patches.split(velocity, grid, (transformer.config.patch_size,) * 2)
+
+
+def spread_tokens(transformer: nn.Module, values: Tensor, grid: Grid) -> Tensor:
+    """A value of each token, `[B, S]`, at each of its places in the latents: `[B, 1, H, W]`."""
+    return patches.spread(values, grid, (transformer.config.patch_size,) * 2)
 
 
 def order_hooks(transformer: nn.Module) -> list[OrderHook]:

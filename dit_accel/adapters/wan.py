@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dit_accel.adapters import patches
 from dit_accel.errors import LayoutError
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import Grid, TokenLayout
 from dit_accel.trajectory import Facts
 
 TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
@@ -26,6 +27,8 @@ TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
 _REORDERED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 # classes that pass tests/parallel; diffusers has no plan to split VACE and Animate
 PARALLEL = ("WanTransformer3DModel",)
+# classes that pass the region tests of tests/region
+REGION = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 
@@ -84,6 +87,16 @@ def order_hooks(transformer: nn.Module) -> list[OrderHook]:
     return hooks
 
 
+def patch_velocity(transformer: nn.Module, velocity: Tensor, grid: Grid) -> Tensor | None:
+    """A velocity `[B, C, F, H, W]` by tokens, `[B, S, P, C]`; None if it is of another size than the tokens' grid."""
+    return patches.split(velocity, grid, transformer.config.patch_size)
+
+
+def spread_tokens(transformer: nn.Module, values: Tensor, grid: Grid) -> Tensor:
+    """A value of each token, `[B, S]`, at each of its places in the latents: `[B, 1, F, H, W]`."""
+    return patches.spread(values, grid, transformer.config.patch_size)
+
+
 def order_arguments(arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Tensor]:
     """Arguments of the forward that hold a value for each token, in the layout's order."""
     timestep = arguments["timestep"]
@@ -96,9 +109,11 @@ def _order_rotary(output: tuple[Tensor, ...], layout: TokenLayout) -> tuple[Tens
 
 def _order_feature_map(output: Tensor, layout: TokenLayout) -> Tensor:
     # [B, C, F, H, W] -> the model flattens the last three next, which makes this the order of its tokens
-    return layout.apply(output.flatten(2), 2).view(output.shape)
+    tokens = layout.apply(output.flatten(2), 2)
+    fits = tokens.shape[2] == math.prod(output.shape[2:])
+    return tokens.view(output.shape) if fits else tokens[..., None, None]  # region sampling takes a part of them
 
 
 def _restore(output: Tensor, layout: TokenLayout) -> Tensor:
-    assert output.shape[1] == math.prod(layout.grid)
+    assert output.shape[1] == layout.n_video_tokens
     return layout.undo(output, 1)  # [B, S, patch]

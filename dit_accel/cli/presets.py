@@ -46,7 +46,7 @@ def show(
     table = Table("value", "set to", "source", title=f"{chosen.name} ({chosen.status})", title_justify="left")
     for key in ("description", "pipeline", "model"):
         table.add_row(key, told[key], chosen.provenance.get(key, "default"))
-    for group in ("generate", "sparse", "cache"):
+    for group in ("generate", "sparse", "cache", "region"):
         for key, value in (told[group] or {}).items():
             name = f"{group}.{key}"
             table.add_row(name, show_value(value), chosen.provenance[name])

@@ -80,7 +80,7 @@ class Request:
             rows.append(("count", str(self.count), "cli"))
         if self.image is not None:
             rows.append(("image", "{} ({}x{})".format(self.image, *self.picture_size), "cli"))
-        for group in ("generate", "sparse", "cache"):
+        for group in ("generate", "sparse", "cache", "region"):
             for key, value in (told[group] or {}).items():
                 rows.append((f"{group}.{key}", show(value), self.preset.provenance[f"{group}.{key}"]))
         if told["sparse"] is None:

@@ -1,0 +1,207 @@
+"""Sampler: one pipeline's choice of tokens, from step to step. All of its transformers and branches share it.
+
+It stands in the scheduler's `step`, where guidance has made one velocity of all branches' outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.errors import UsageError
+from dit_accel.region import choose
+from dit_accel.region.options import Region
+from dit_accel.region.schedulers import Step, check_scheduler, mend_history, remove_step
+from dit_accel.region.steps import count_active, whole_steps
+from dit_accel.trajectory import Call, Trajectory
+
+if TYPE_CHECKING:
+    from dit_accel.region.engine import RegionEngine
+
+
+class Sampler:
+    """Chooses the tokens of each step by the velocity of the one before.
+
+    Args:
+        region: what was asked for.
+        pipe: whose scheduler it stands in, from the beginning of each run if that is replaced.
+        trajectory: whose runs bound its memory.
+
+    Raises:
+        UsageError: no scheduler, or one that region sampling does not know.
+    """
+
+    def __init__(self, region: Region, pipe: Any, trajectory: Trajectory) -> None:
+        if not hasattr(pipe, "scheduler"):
+            raise UsageError(
+                f"Region sampling chooses tokens where a scheduler steps, and {type(pipe).__name__} has none: give "
+                "`accelerate` the whole pipeline."
+            )
+        check_scheduler(pipe.scheduler)
+        self.region, self._pipe = region, weakref.ref(pipe)
+        self._holder: Any = None
+        self._begin()
+        trajectory.on_new_run(self._begin)
+        remove_step(pipe.scheduler)
+        self._stand: Step | None = Step(pipe.scheduler, self)
+
+    def remove(self) -> None:
+        """Give the scheduler its own `step` back, and forget everything."""
+        if self._stand is not None:
+            self._stand.remove()
+        self._stand = None
+        self._begin()
+
+    @property
+    def installed(self) -> bool:
+        return self._stand is not None
+
+    def bytes_held(self) -> int:
+        """Memory kept between steps: counts of steps, and the next step's tokens."""
+        held = (self._left_out, self._index)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    # -- seen from a transformer's forward
+
+    def follow_scheduler(self) -> None:
+        """Stand in the pipeline's scheduler, if another took the place of the one before.
+
+        Raises:
+            UsageError: one that region sampling does not know.
+        """
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        if self._stand is None or scheduler is None or scheduler is self._stand.scheduler:
+            return
+        check_scheduler(scheduler)
+        self._stand.remove()
+        remove_step(scheduler)
+        self._stand = Step(scheduler, self)
+        self._begin()
+
+    def why_whole(self, step: int, n_tokens: int) -> str | None:
+        """Why a step computes every token, or None: by plan, or because nothing was chosen for it."""
+        return self._why_planned(step, n_tokens) or (None if self._chosen_for == step else "no tokens were chosen")
+
+    def may_follow(self, step: int, n_tokens: int) -> bool:
+        """Whether the step behind this one may leave tokens out."""
+        return self._why_planned(step + 1, n_tokens) is None and step + 1 < self._steps()
+
+    def leaves_out(self, n_tokens: int) -> bool:
+        """Whether any step can leave tokens out."""
+        return count_active(self.region, n_tokens) < n_tokens
+
+    def hold(self, engine: RegionEngine) -> None:
+        """Have one transformer's memory at a time: an expert that takes over has the one before forget."""
+        before = None if self._holder is None else self._holder()
+        if before is not engine:
+            if before is not None:
+                before.forget()
+            self._holder = weakref.ref(engine)
+
+    def chosen(self) -> Tensor:
+        """The tokens of this step, int64 `[B, K]` by row of the latents."""
+        assert self._index is not None
+        return self._index
+
+    def note_forward(self, transformer: nn.Module, adapter: ModuleType, call: Call, index: Tensor | None) -> None:
+        """A forward computed these tokens, or all of them (None)."""
+        self._see(transformer, adapter, call)
+        if index is None:
+            self._all = True
+        else:
+            self._some = True
+
+    def note_made_up(self, transformer: nn.Module, adapter: ModuleType, call: Call) -> None:
+        """A step cache made a forward up: no token was computed by it."""
+        self._see(transformer, adapter, call)
+
+    def _see(self, transformer: nn.Module, adapter: ModuleType, call: Call) -> None:
+        if self._now is None or self._now.step != call.step:
+            self._all = self._some = False
+        self._now, self._host = call, (adapter, weakref.ref(transformer))
+
+    # -- seen from the scheduler's step
+
+    def before_step(self, velocity: Tensor, sample: Tensor) -> None:
+        """Count for how long each token was left out, and mend the history of those that came back."""
+        call = self._now
+        if call is None:
+            return
+        if not self.leaves_out(math.prod(call.grid)):
+            self._now = None  # nothing to count or to choose
+            return
+        adapter, transformer = self._host[0], self._host[1]()
+        if transformer is None or adapter.patch_velocity(transformer, velocity, call.grid) is None:
+            self._begin()  # a velocity of other places than the tokens': nothing to choose by
+            return
+        shape = len(velocity), math.prod(call.grid)
+        if self._left_out is None or tuple(self._left_out.shape) != shape:
+            self._left_out, self._behind = torch.zeros(shape, dtype=torch.int32, device=velocity.device), False
+        fresh = torch.full(shape, self._all, device=velocity.device)
+        if self._some and not self._all:
+            fresh.scatter_(1, self.chosen().to(velocity.device), True)
+        if self._behind and (self._all or self._some):
+            back = adapter.spread_tokens(transformer, fresh & (self._left_out > 0), call.grid)
+            mend_history(self._stand.scheduler, back, velocity, sample)
+        self._left_out = torch.where(fresh, 0, self._left_out + 1)
+        self._behind = not self._all
+
+    def after_step(self, velocity: Tensor) -> None:
+        """Choose the tokens of the next step."""
+        call, self._now = self._now, None
+        self._index, self._chosen_for = None, None
+        if call is None or self._left_out is None:
+            return
+        if self._first is None:  # image to image begins within the schedule, and not all pipelines say so before
+            self._first, self._plan = self._stand.scheduler.step_index - 1 - call.step, None
+        n_tokens = self._left_out.shape[1]
+        if self.may_follow(call.step, n_tokens):
+            self._index, self._chosen_for = self._choose(velocity, call, n_tokens), call.step + 1
+
+    def _choose(self, velocity: Tensor, call: Call, n_tokens: int) -> Tensor:
+        region, count = self.region, count_active(self.region, n_tokens)
+        if region.selector == "mask":
+            mask = choose.read_mask(region.mask, call.grid, len(velocity)).to(velocity.device)
+            return choose.choose_masked(mask, self._left_out, count)
+        if region.selector == "random":
+            measured = choose.draw(n_tokens, region.seed, call.step).to(velocity.device).expand(len(velocity), -1)
+        else:
+            patches = self._host[0].patch_velocity(self._host[1](), velocity, call.grid)
+            measured = choose.measure(patches, region.selector)
+        return choose.choose(measured, self._left_out, count, region.high_ratio, region.starvation)
+
+    # -- the run
+
+    def _begin(self) -> None:
+        """A new run, or one that broke off."""
+        self._index: Tensor | None = None
+        self._chosen_for: int | None = None  # the step that the index is of
+        self._left_out: Tensor | None = None  # int32 [B, S], steps in a row
+        self._behind = False  # whether any token was left out at the step before
+        self._now: Call | None = None  # of the step under way
+        self._all = self._some = False  # whether a forward of it computed all tokens, or the chosen ones
+        self._host: tuple[ModuleType, Any] | None = None
+        self._first: int | None = None  # the scheduler's number for the run's first step
+        self._plan: dict[int, str] | None = None
+
+    def _steps(self) -> int:
+        scheduler = self._stand.scheduler
+        first = self._first if self._first is not None else (getattr(scheduler, "begin_index", None) or 0)
+        return len(scheduler.timesteps) - first
+
+    def _why_planned(self, step: int, n_tokens: int) -> str | None:
+        if self._stand is None:
+            return "region sampling was removed"
+        if not self.leaves_out(n_tokens):
+            return "every token is asked for"
+        if self._plan is None:
+            self._plan = whole_steps(self.region, self._steps())
+        return self._plan.get(step)
+
+    def __repr__(self) -> str:
+        return f"Sampler({self.region!r})"
