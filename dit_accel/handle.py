@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from dit_accel.attending import Observer
 from dit_accel.caches import Cache, load_cache
 from dit_accel.caches.engine import CacheEngine, remove_cache
-from dit_accel.engine import Engine, Observer
+from dit_accel.engine import Engine
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions
 from dit_accel.processor import SparseProcessor, method_of

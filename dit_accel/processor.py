@@ -179,14 +179,14 @@ class SparseProcessor:
         if self.engine is None:
             return self._pending.get(name)
         return next(
-            (getattr(seat.stock, name, None) for seat in self.engine.seats if seat.layer is not None), None
+            (getattr(seat.stock, name, None) for seat in self.engine.seating.seats if seat.layer is not None), None
         )
 
     def _set_stock_value(self, name: str, value: Any) -> None:
         if self.engine is None:
             self._pending[name] = value
             return
-        for seat in self.engine.seats:
+        for seat in self.engine.seating.seats:
             if hasattr(seat.stock, name):
                 setattr(seat.stock, name, value)
 

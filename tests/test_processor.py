@@ -96,13 +96,13 @@ def test_what_the_fastest_kernel_does_not_take_stays_with_diffusers(transformer,
         run(transformer)
         assert processor.report.dense_kernels == {"diffusers (native)": 1, "sdpa": 1}
     else:
-        seat = processor.engine.seats[0]
+        seat = processor.engine.seating.seats[0]
         seat.stock._parallel_config = object()
         seen = []
         seat.dense = lambda *args, **call: seen.append(args)
         call = {"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "enable_gqa": False, "scale": None}
         q = torch.randn(1, 8, 2, 12)
-        processor.engine._attend_densely(seat, q, q, q, True, call)
+        processor.engine.attending.attend_densely(seat, q, q, q, True, call)
         assert len(seen) == 1
 
 
@@ -119,9 +119,9 @@ def test_tuning_asks_once_for_each_kind_of_call(transformer, monkeypatch, caplog
     qkv = [torch.randn(1, 2, 32, 12) for _ in range(3)]
     plan = BlockPlan.full([0, 16, 32], [0, 16, 32])
     for _ in range(2):
-        assert engine._config_for("triton", qkv, plan, {"scale": 0.5}) is found
+        assert engine.attending.config_for("triton", qkv, plan, {"scale": 0.5}) is found
     assert asked == [{"scale": 0.5, "layout": "bhsd"}]
-    assert engine._config_for("hopper", qkv, plan, {"scale": 0.5}) is None
+    assert engine.attending.config_for("hopper", qkv, plan, {"scale": 0.5}) is None
 
 
 def test_gradients_run_dense_and_are_counted(transformer):
@@ -162,7 +162,7 @@ def test_masks_run_dense(transformer):
 def test_processors_that_know_nothing_of_a_split_are_refused(transformer):
     """They would attend within one process's tokens. What works under context parallelism: tests/parallel."""
     processor = install(transformer)
-    stock = [seat.stock for seat in processor.engine.seats]
+    stock = [seat.stock for seat in processor.engine.seating.seats]
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
     transformer._parallel_config = config  # as `enable_parallelism` leaves it before processors are set anew
     with pytest.raises(UsageError, match="is on .* 2 of its 2 self-attentions .*before `enable_parallelism`"):

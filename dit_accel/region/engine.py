@@ -185,8 +185,8 @@ class RegionEngine:
             return None
         if kept_here:
             key, value = self._update(now, seat.layer, key, value)
-        engine._count_dense(_REASON, True, 1)
-        return engine._attend_densely(seat, query, key, value, True, call)
+        engine.count_dense(_REASON, True, 1)
+        return engine.attending.attend_densely(seat, query, key, value, True, call)
 
     def _store(self, now: Forward, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep a copy: what runs behind this may use the memory of its operands for something else."""
@@ -257,7 +257,7 @@ class RegionEngine:
             reason = None if why is None else why(module, given)
             if reason is not None:
                 return reason
-        if not engine.acts_everywhere():
+        if not engine.seating.acts_everywhere():
             return "a processor was replaced after installation"
         return None
 

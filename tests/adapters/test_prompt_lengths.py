@@ -157,7 +157,7 @@ def test_no_memory_is_kept_for_more_layouts_than_a_batch_needs():
         for start in range(4):
             valid = tuple(range(1 + start, 16 + start, 3))
             run(transformer, testing.tiny_hunyuan_video_inputs(transformer, valid=valid, batch=len(valid)))
-            built.append(len(handle._engines[0]._layouts))
+            built.append(len(handle._engines[0].layouts))
     assert max(built) <= 8 * 5
 
 

@@ -28,7 +28,7 @@ def test_gradients_are_those_of_stock(family, checkpointing, when):
     assert true.keys() == ours.keys() and true
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, true[name], rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
-    layers = len([seat for seat in processor.engine.seats if seat.layer is not None])
+    layers = len([seat for seat in processor.engine.seating.seats if seat.layer is not None])
     report = processor.report
     assert (report.sparse_calls, report.dense_reasons) == (0, {REASON: layers}), "the second forward is no call more"
     with torch.no_grad():  # validation between training steps

@@ -79,7 +79,7 @@ def test_beside_a_cache(pipeline, cache, when):
         for _ in range(2):
             torch.testing.assert_close(run(pipeline, pipe), true, rtol=1e-4, atol=1e-4)
         report = handle.report(clear=True)
-        every = 2 * STEPS * len([s for s in handle._engines[0].seats if s.layer is not None])
+        every = 2 * STEPS * len([s for s in handle._engines[0].seating.seats if s.layer is not None])
         assert 0 < report.sparse_calls < every and report.dense_calls == 0, "the cache skips some of them"
         pipe.transformer.disable_cache()
         torch.testing.assert_close(run(pipeline, pipe), plain, rtol=1e-4, atol=1e-4)

@@ -29,7 +29,7 @@ def test_keeping_everything_is_stock_diffusers(bench, method, install, relative,
 def test_the_grid_of_the_laws_has_many_blocks_and_a_ragged_tail(bench, method, install):
     handle = install(bench.pipe, method(1.0), order="raster")
     bench.sample(steps=1)
-    layouts = [layout for engine in handle._engines for layout in engine._layouts.values()]
+    layouts = [layout for engine in handle._engines for layout in engine.layouts]
     assert layouts
     for layout in layouts:
         sizes = layout.sizes[layout.video_blocks].tolist()

@@ -1,0 +1,227 @@
+"""Attending: one self-attention, sparse by the plan that the planner has for it, or dense."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.adapters.dispatch import Seat
+from dit_accel.layout import TokenLayout
+from dit_accel.layouts import Layouts
+from dit_accel.options import SparseOptions
+from dit_accel.plan import BlockPlan
+from dit_accel.planner import Planner
+from dit_accel.report import Tally
+from dit_accel.rows import RowGroup
+from dit_accel.trajectory import Call
+
+logger = logging.getLogger("dit_accel")
+# Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
+# [B, S, H, D], and its plan.
+Observer = Callable[[Call, TokenLayout, Tensor, Tensor, Tensor, BlockPlan], None]
+
+
+class Attending:
+    """How a transformer's self-attentions are computed.
+
+    Args:
+        options: what was asked for.
+        planner: has the plans.
+        layouts: of the tokens.
+        tally: counts what ran.
+    """
+
+    def __init__(self, options: SparseOptions, planner: Planner, layouts: Layouts, tally: Tally) -> None:
+        self.options, self.planner, self.layouts, self.tally = options, planner, layouts, tally
+        self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
+        self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
+        self._said: set[str] = set()
+
+    def clear(self) -> None:
+        """Forget what belongs to the tokens seen last."""
+        self._full = None
+
+    # -- sparse
+
+    def attend_sparsely(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        now: Call,
+        layout: TokenLayout,
+        groups: tuple[RowGroup, ...],
+        observer: Observer | None,
+    ) -> Tensor:
+        """Attend to all tokens of a forward, with all heads of this process.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE; as are key and value.
+            call: the dispatcher's other arguments.
+            now: which call this is.
+            layout: of the forward's tokens, those of its first group of rows.
+            groups: its rows by their padding; none: calls have no mask.
+            observer: told of the plan.
+
+        Returns:
+            `[B, S, H, D]`; zeros where there is padding.
+        """
+        watch = layout, len(groups), observer
+        if not groups:
+            text = layout.text
+            if text and query.shape[1] == layout.n_video_tokens:  # the text takes no part in this attention
+                text = 0
+                now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
+            whole, title, read, present = self._attend_rows(query, key, value, call, now, text, watch)
+            self.tally.note_sparse(now, title, read, present)
+            return whole
+        whole, titles, read, present = None, {}, 0, 0
+        for group in groups:
+            out, title, *counts = self._attend_group(group, query, key, value, call, now, watch)
+            titles[title] = None
+            read, present = read + counts[0], present + counts[1]
+            if group.is_everything:
+                whole = out
+            else:
+                # padding attends to nothing
+                whole = out.new_zeros(*query.shape[:3], out.shape[3]) if whole is None else whole
+                group.put(out, whole)
+        self.tally.note_sparse(now, " and ".join(titles), read, present)
+        return whole
+
+    def _attend_group(
+        self,
+        group: RowGroup,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        now: Call,
+        watch: tuple[TokenLayout, int, Observer | None],
+    ) -> tuple[Tensor, str, Tensor, int]:
+        """`_attend_rows` of a group, without its padding."""
+        rows = group.rows if watch[1] > 1 else None
+        now = dataclasses.replace(now, rows=rows, segments=group.segments)
+        taken = [group.take(x) for x in (query, key, value)]
+        held = sum(x.numel() * x.element_size() for x in taken) if group.copies else 0
+        return self._attend_rows(*taken, call, now, group.text, watch, held)
+
+    def _attend_rows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        now: Call,
+        text: int,
+        watch: tuple[TokenLayout, int, Observer | None],
+        held: int = 0,
+    ) -> tuple[Tensor, str, Tensor, int]:
+        """Attend among batch rows with so many tokens of text and no padding.
+
+        Args:
+            watch: the forward's layout, how many groups of rows it has, and who is told of the plan.
+            held: bytes that were taken for this call already.
+
+        Returns:
+            `[B, S, H, D]`, the executor's name, and the pairs of tokens that were read and that are present.
+        """
+        from dit_accel.kernels.coarse import add_block_means
+        from dit_accel.kernels.counting import count_pairs
+
+        like, groups, observer = watch
+        layout = self.layouts.of_call(query, text, like, groups)
+        plan = self.planner.plan(query, key, layout, now)
+        if observer is not None:
+            observer(now, layout, query, key, value, plan)
+        by_head = [x.transpose(1, 2) for x in (query, key, value)]
+        out, lse, title = self._execute(by_head, plan, layout, now, call)
+        if plan.coarse is not None:
+            add_block_means(out, lse, *by_head, plan, scale=call["scale"])
+        copied = (plan.q_order is not None) + 2 * (plan.k_order is not None)
+        working = held + copied * query.numel() * query.element_size()
+        self.tally.bytes_working = max(self.tally.bytes_working, working)
+        times = len(query) // plan.lead[0]  # rows for which a plan for all of them counts
+        return out.transpose(1, 2), title, count_pairs(plan) * times, plan.n_pairs * times
+
+    def _execute(
+        self, qkv: list[Tensor], plan: BlockPlan, layout: TokenLayout, now: Call, call: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, str]:
+        """Out `[B, H, S, D]`, lse, and the executor's name. A method that learns is told what mattered."""
+        from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, choose
+
+        state = self.planner.state_for(qkv[0].transpose(1, 2), layout, now) if self.planner.learns else None
+        method = self.planner.method_at(now)
+        pv_threshold = getattr(method, "pv_threshold", None)
+        precision = self.options.precision
+        executor = choose(*qkv, plan, self.options.impl, precision, state is not None, pv_threshold is not None)
+        title = executor if precision == "full" else f"{executor} ({precision})"
+        self._say_once(f"sparse attention runs on the {title} executor")
+        known = dict(scale=call["scale"], layout="bhsd", impl=executor, precision=precision)
+        if state is None:
+            config = self.config_for(executor, qkv, plan, call)
+            return *block_sparse(*qkv, plan, **known, config=config, pv_threshold=pv_threshold), title
+        out, lse, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
+        method.learn(needed, plan, layout, now, state)
+        return out, lse, title
+
+    def config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
+        """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""
+        query = qkv[0]
+        if not self.options.tune:
+            return None
+        if executor != "triton":
+            self._say_once(f"tune=True has nothing to choose from: the {executor} executor has one configuration")
+            return None
+        kind = (query.shape[3], query.dtype, query.device, plan.max_q_block, plan.max_k_block)
+        if kind not in self._configs:
+            if query.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            from dit_accel.kernels.block_sparse.tuning import tune
+
+            found = tune(*qkv, plan, scale=call["scale"], layout="bhsd")
+            self._say_once(f"of {len(found.trials)} configurations of the Triton kernel {found.config} is fastest")
+            self._configs[kind] = found.config
+        return self._configs[kind]
+
+    # -- dense
+
+    def attend_densely(
+        self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, planned: bool, call: dict[str, Any]
+    ) -> Tensor:
+        """As diffusers would; or, where that was asked for and the call is a plain one, by the fastest kernel."""
+        special = call["is_causal"] or call["dropout_p"] or call["enable_gqa"]
+        alone = getattr(seat.stock, "_parallel_config", None) is None
+        plain = call["attn_mask"] is None and not special and alone and query.shape == key.shape
+        if self.options.dense == "fastest" and planned and plain:
+            from dit_accel.kernels import dense
+
+            tokens = query.shape[1], query.device
+            if self._full is None or self._full[0] != tokens:
+                self._full = tokens, dense.full_plan(query.shape[1], *tokens)
+            plan = self._full[1]
+            name = dense.choose(query, key, value, plan=plan)
+            self._say_once(f"dense attention runs on the {name} kernel")
+            self.tally.dense_kernels[name] += 1
+            return dense.attend(query, key, value, scale=call["scale"], impl=name, plan=plan)
+        self.tally.dense_kernels[f"diffusers ({seat.backend})"] += 1
+        return seat.dense(query, key, value, **call)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.info(what)
+
+    def __deepcopy__(self, memo: dict) -> Attending:
+        """For a copied transformer: with the configurations that were found, and nothing said yet."""
+        parts = (copy.deepcopy(part, memo) for part in (self.planner, self.layouts, self.tally))
+        new = memo[id(self)] = Attending(self.options, *parts)
+        new._configs = dict(self._configs)
+        return new
