@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_accel.errors import UsageError, unknown_name
 
-SELECTORS = ("std", "l2", "random", "mask")
+SELECTORS = ("std", "l2", "change", "random", "mask")
 KEYS = ("cached", "drop")
 
 
@@ -24,7 +24,8 @@ class Region:
     """
 
     sample_ratio: float = 0.5  # share of the tokens computed at a step, rounded up to whole buckets; 1: no sampling
-    # by what tokens are chosen: "std" or "l2" of their velocity over channels, "random" (a control), or a "mask"
+    # by what tokens are chosen: "std" or "l2" of their velocity over channels, the "change" that is to be expected of
+    # it, "random" (a control), or a "mask"
     selector: str = "std"
     high_ratio: float = 0.0  # of the tokens left out, the share taken where the measure is highest; the rest lowest
     starvation: float = 0.1  # how fast a token gains in urgency with each step it is left out
