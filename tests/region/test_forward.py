@@ -211,7 +211,7 @@ def test_the_scheduler_is_mended_for_the_tokens_that_came_back_and_no_others(rig
 
 
 def test_change_looks_at_the_tokens_that_were_computed(rig):
-    """By hand: how far each token's velocity moved in a step when it was last computed, times the steps it is behind."""
+    """By hand: how far each velocity moved in a step when it was last computed, times the steps that it is behind."""
     mine = rig(2, steps=7)
     handle, x = mine.accelerate(selector="change", start=2, starvation=0.0), mine.x
     seen, rate, wait, expected = None, None, torch.zeros(2, mine.tokens, dtype=torch.int64), None
