@@ -26,6 +26,16 @@ def measure(patches: Tensor, selector: str) -> Tensor:
     return by_place.mean(-1)
 
 
+def change(now: Tensor, before: Tensor, steps: Tensor) -> Tensor:
+    """How far a token's velocity moved in each of so many steps, `[B, S]` in fp32.
+
+    Args:
+        now, before: `[B, S, P, C]`.
+        steps: `[B, S]`, between the two.
+    """
+    return (now.float() - before.float()).norm(dim=-1).mean(-1) / steps
+
+
 def draw(n_tokens: int, seed: int, step: int) -> Tensor:
     """A measure by lot, `[1, S]` on the CPU: the control that every other selector must beat."""
     generator = torch.Generator().manual_seed(seed * 100_003 + step)

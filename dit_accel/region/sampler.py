@@ -63,7 +63,7 @@ class Sampler:
 
     def bytes_held(self) -> int:
         """Memory kept between steps: counts of steps, and the next step's tokens."""
-        held = (self._left_out, self._index)
+        held = (self._left_out, self._index, self._seen, self._rate)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     # -- seen from a transformer's forward
@@ -148,8 +148,19 @@ class Sampler:
         if self._behind and (self._all or self._some):
             back = adapter.spread_tokens(transformer, fresh & (self._left_out > 0), call.grid)
             mend_history(self._stand.scheduler, back, velocity, sample)
+        if self.region.selector == "change":
+            self._watch(adapter.patch_velocity(transformer, velocity, call.grid).float(), fresh)
         self._left_out = torch.where(fresh, 0, self._left_out + 1)
         self._behind = not self._all
+
+    def _watch(self, patches: Tensor, fresh: Tensor) -> None:
+        """Note how fast the velocity of the tokens changed that were computed."""
+        if self._seen is None or self._seen.shape != patches.shape:
+            self._rate = torch.ones_like(fresh, dtype=torch.float32)
+        else:
+            rate = choose.change(patches, self._seen, self._left_out + 1)
+            self._rate = torch.where(fresh, rate, self._rate)
+        self._seen = patches
 
     def after_step(self, velocity: Tensor) -> None:
         """Choose the tokens of the next step."""
@@ -170,6 +181,8 @@ class Sampler:
             return choose.choose_masked(mask, self._left_out, count)
         if region.selector == "random":
             measured = choose.draw(n_tokens, region.seed, call.step).to(velocity.device).expand(len(velocity), -1)
+        elif region.selector == "change":
+            measured = self._rate * (self._left_out + 1)  # what it would be off by if left out once more
         else:
             patches = self._host[0].patch_velocity(self._host[1](), velocity, call.grid)
             measured = choose.measure(patches, region.selector)
@@ -182,6 +195,8 @@ class Sampler:
         self._index: Tensor | None = None
         self._chosen_for: int | None = None  # the step that the index is of
         self._left_out: Tensor | None = None  # int32 [B, S], steps in a row
+        self._seen: Tensor | None = None  # selector "change": the velocity before, fp32 [B, S, P, C]
+        self._rate: Tensor | None = None  # fp32 [B, S], how far each token's velocity moved in a step
         self._behind = False  # whether any token was left out at the step before
         self._now: Call | None = None  # of the step under way
         self._all = self._some = False  # whether a forward of it computed all tokens, or the chosen ones

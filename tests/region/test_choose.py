@@ -10,7 +10,7 @@ import torch
 from dit_accel.adapters import patches
 from dit_accel.errors import UsageError
 from dit_accel.region import Region
-from dit_accel.region.choose import choose, choose_masked, draw, measure, read_mask
+from dit_accel.region.choose import change, choose, choose_masked, draw, measure, read_mask
 from dit_accel.region.steps import count_active, whole_steps
 
 
@@ -137,3 +137,10 @@ def test_steps_that_compute_everything():
     assert list(whole_steps(Region(start=2, error_reset=(12,)), 4)) == [0, 1, 3]
     assert list(whole_steps(Region(start=9), 4)) == [0, 1, 2, 3]
     assert whole_steps(Region(start=1, error_reset=(4,)), 5)[4] == "error reset"
+
+
+def test_change_is_by_step_and_by_place():
+    before, now = torch.zeros(1, 2, 4, 3), torch.zeros(1, 2, 4, 3)
+    now[0, 0, :, 0] = 6.0  # every place of the first token by 6
+    now[0, 1, 0, 1:] = torch.tensor([3.0, 4.0])  # one place of the second by 5
+    assert change(now, before, torch.tensor([[3, 1]])).tolist() == [[2.0, 1.25]]

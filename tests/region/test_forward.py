@@ -208,3 +208,27 @@ def test_the_scheduler_is_mended_for_the_tokens_that_came_back_and_no_others(rig
         came_back.append(int((active & ~before).sum()))
         before, x = active, moved
     assert came_back[:3] == [0, 0, 0] and all(came_back[3:6])
+
+
+def test_change_looks_at_the_tokens_that_were_computed(rig):
+    """By hand: how far each velocity moved in a step when it was last computed, times the steps that it is behind."""
+    mine = rig(2, steps=7)
+    handle, x = mine.accelerate(selector="change", start=2, starvation=0.0), mine.x
+    seen, rate, wait, expected = None, None, torch.zeros(2, mine.tokens, dtype=torch.int64), None
+    for step in range(6):
+        active = torch.ones_like(wait, dtype=torch.bool) if step < 2 else mine.active(handle)
+        if step >= 2:
+            assert mine.active(handle).nonzero().tolist() == expected
+        velocity = mine.forward(x, 900.0 - 100 * step)
+        now = mine.by_token(velocity)
+        if seen is None:
+            rate = torch.ones(2, mine.tokens)
+        else:
+            moved = (now - seen).norm(dim=-1).mean(-1) / (wait + 1)
+            rate = torch.where(active, moved, rate)
+        wait, seen = torch.where(active, 0, wait + 1), now
+        score = rate * (wait + 1)
+        keep = [sorted(row.topk(36).indices.tolist()) for row in score]
+        expected = [[row, token] for row in range(2) for token in keep[row]]
+        x = mine.step(velocity, x)
+    assert len(rate.unique()) == rate.numel()  # no ties, which go by index

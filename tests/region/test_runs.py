@@ -270,3 +270,13 @@ def test_a_mask_says_what_is_computed():
     assert len(chosen) == 3 and all(set(mask.flatten().nonzero()[:, 0].tolist()) <= set(step) for step in chosen)
     with pytest.raises(UsageError, match=r"has shape \(2, 4, 6\), and this run has \(2, 4, 4\) tokens"):
         sample(pipe, width=64)
+
+
+def test_compiled_blocks_give_the_same():
+    """Blocks meet two shapes, all tokens and a part; what changes from step to step is no part of their graph."""
+    eager, compiled = make(), make()
+    torch._dynamo.reset()
+    compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for pipe in (eager, compiled):
+        dit_accel.accelerate(pipe, region=REGION)
+    assert torch.equal(sample(compiled), sample(eager))
