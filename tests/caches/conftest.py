@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Equal to the bit from run to run."""
+
+
+@pytest.fixture
+def options_for() -> Callable[..., dict[str, Any]]:
+    """`options_of`, for tests that make their own pipelines."""
+    return options_of
 
 
 @pytest.fixture
