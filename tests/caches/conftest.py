@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dit_accel
 
@@ -63,6 +64,22 @@ def _one_thread(one_thread: None) -> None:
 def options_for() -> Callable[..., dict[str, Any]]:
     """`options_of`, for tests that make their own pipelines."""
     return options_of
+
+
+@pytest.fixture
+def sample() -> Callable[..., torch.Tensor]:
+    """Latents of a short run of a tiny Wan pipeline, the text encoder left out."""
+
+    def sample(pipe: Any, *, steps: int, seed: int = 0, batch: int = 1, **call: Any) -> torch.Tensor:
+        size = pipe.transformer.config.text_dim
+        text = [torch.randn(batch, 7, size, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50)]
+        arguments = {"height": 64, "width": 80, "num_frames": 5, "num_inference_steps": steps, **call}
+        return pipe(
+            prompt_embeds=text[0], negative_prompt_embeds=text[1], output_type="latent",
+            generator=torch.Generator().manual_seed(seed), **arguments,
+        ).frames  # fmt: skip
+
+    return sample
 
 
 @pytest.fixture

@@ -31,28 +31,28 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_run_that_broke_off_leaves_nothing(cache, place, options_for):
+def test_a_run_that_broke_off_leaves_nothing(cache, place, options_for, sample):
     pipe = tiny_wan_pipeline()
     handle = dit_accel.accelerate(pipe, cache=options_for(cache, "wan-t2v"))
-    fresh = sample(pipe)
+    fresh = sample(pipe, steps=STEPS)
     forwards = handle.report(clear=True).forwards
     assert forwards["reused"] >= 2 and sum(forwards.values()) == FORWARDS
     everywhere = place == "before it" or (cache not in WHOLE and place != "in the last block")
     times = FORWARDS if everywhere else forwards["computed"]
     for time in range(1, times + 1):
         with stop_at(pipe, place, time) as stopped:
-            sample(pipe, seed=1)
+            sample(pipe, steps=STEPS, seed=1)
         assert stopped, f"no forward number {time} comes there"
-        assert torch.equal(sample(pipe), fresh), f"forward {time}"
+        assert torch.equal(sample(pipe, steps=STEPS), fresh), f"forward {time}"
     with stop_at(pipe, place, times + 1) as stopped:
-        sample(pipe)
+        sample(pipe, steps=STEPS)
     assert not stopped  # so that every one was tried
 
 
-def test_a_run_that_broke_off_between_two_steps_leaves_nothing(cache, options_for):
+def test_a_run_that_broke_off_between_two_steps_leaves_nothing(cache, options_for, sample):
     pipe = tiny_wan_pipeline()
     dit_accel.accelerate(pipe, cache=options_for(cache, "wan-t2v"))
-    fresh = sample(pipe)
+    fresh = sample(pipe, steps=STEPS)
     for last in range(STEPS):
 
         def stop(pipe: Any, step: int, time: Any, given: dict, last: int = last) -> dict:
@@ -61,30 +61,20 @@ def test_a_run_that_broke_off_between_two_steps_leaves_nothing(cache, options_fo
             return given
 
         with pytest.raises(Stop):
-            sample(pipe, seed=1, callback_on_step_end=stop)
-        assert torch.equal(sample(pipe), fresh), f"step {last}"
+            sample(pipe, steps=STEPS, seed=1, callback_on_step_end=stop)
+        assert torch.equal(sample(pipe, steps=STEPS), fresh), f"step {last}"
 
 
-def test_a_run_that_broke_off_leaves_nothing_to_other_sizes(cache, options_for):
+def test_a_run_that_broke_off_leaves_nothing_to_other_sizes(cache, options_for, sample):
     """Another batch and another grid right behind a run that broke off."""
     pipe = tiny_wan_pipeline()
     others: list[dict[str, Any]] = [{"batch": 2}, {"width": 96}, {"steps": 8}]
     dit_accel.accelerate(pipe, cache=options_for(cache, "wan-t2v"))
     for other in others:
-        fresh = sample(pipe, **other)
+        fresh = sample(pipe, **{"steps": STEPS, **other})
         with stop_at(pipe, "behind the blocks", 5) as stopped:
-            sample(pipe, seed=1)
-        assert stopped and torch.equal(sample(pipe, **other), fresh), other
-
-
-def sample(pipe: Any, *, seed: int = 0, batch: int = 1, steps: int = STEPS, **call: Any) -> torch.Tensor:
-    size = pipe.transformer.config.text_dim
-    text = [torch.randn(batch, 7, size, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50)]
-    arguments = {"height": 64, "width": 80, "num_frames": 5, "num_inference_steps": steps, **call}
-    return pipe(
-        prompt_embeds=text[0], negative_prompt_embeds=text[1], output_type="latent",
-        generator=torch.Generator().manual_seed(seed), **arguments,
-    ).frames  # fmt: skip
+            sample(pipe, steps=STEPS, seed=1)
+        assert stopped and torch.equal(sample(pipe, **{"steps": STEPS, **other}), fresh), other
 
 
 @contextmanager

@@ -319,17 +319,6 @@ def test_two_pipelines_share_a_transformer():
     assert torch.equal(sample(pipe), alone)
 
 
-@pytest.mark.parametrize("boundary", [0.3, 0.6, 0.9])
-def test_each_expert_begins_anew(boundary):
-    pipe = tiny_wan_pipeline(two_experts=True)
-    pipe.register_to_config(boundary_ratio=boundary)
-    handle = dit_accel.accelerate(pipe, cache={"name": "easy", "threshold": 1e9, "max_consecutive": 1})
-    alone = sample(pipe)
-    reasons = handle.report(clear=True).computed_reasons
-    assert reasons["the branch's first step"] == 4  # two branches of two experts
-    assert torch.equal(sample(pipe), alone)
-
-
 def test_guidance_for_some_steps_only():
     """A pipeline that drops the uncond branch and takes it up again never reuses what is old."""
     model = Model()
