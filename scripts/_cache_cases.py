@@ -36,6 +36,7 @@ class Bench:
     prompts: tuple[str, ...]  # two of them
     guidance: float
     known: dict[str, Tensor] = field(default_factory=dict)  # results of fresh pipelines, by call
+    ran: float = 1.0  # share of forwards that ran in the latest of them
 
     def fresh(self, branches: int = 2) -> contextlib.AbstractContextManager[Any]:
         setting = Setting(self.setting.steps, self.setting.ratios, branches)
@@ -59,7 +60,12 @@ class Bench:
         key = repr(sorted(call.items()))
         if key not in self.known:
             with self.fresh() as pipe:
+                calls = [0]
+                pipe.transformer.blocks[-1].ffn.net[-1].register_forward_hook(
+                    lambda *_: calls.__setitem__(0, calls[0] + 1)
+                )
                 self.known[key] = self.run(pipe, **call)
+                self.ran = calls[0] / (2 * self.setting.steps)
         return self.known[key]
 
 
@@ -111,20 +117,22 @@ def stop_between_branches(bench: Bench, pipe: Any) -> None:
 
 def between(bench: Bench, **other: Any) -> float:
     """The same run twice, another one in between."""
+    alone = bench.alone()
     with bench.fresh() as pipe:
         bench.run(pipe)
         bench.run(pipe, seed=1, **other)
-        return apart(bench.run(pipe), bench.alone())
+        return apart(bench.run(pipe), alone)
 
 
 def shared_transformer(bench: Bench) -> float:
     """Two pipelines take turns on one transformer."""
+    alone = bench.alone()
     with bench.fresh() as pipe:
         other = type(pipe)(**{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)})
         other.set_progress_bar_config(disable=True)
         bench.run(pipe)
         bench.run(other, seed=1)
-        return apart(bench.run(pipe), bench.alone())
+        return apart(bench.run(pipe), alone)
 
 
 def two_instances(bench: Bench) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import dit_accel
@@ -29,9 +29,7 @@ class Rival:
     name: str
     package: str  # a key of PACKAGES
     put: Callable[[Any, Setting], Any]  # on a pipeline
-    cases: bool = True  # whether the cases where state goes wrong are tried with it
-    first_block: float | None = None  # the threshold, where it is the first-block rule with the same warm-up
-    options: dict[str, Any] = field(default_factory=dict)
+    pair: str | None = None  # what it has in common with another package's that decides by the same rule and options
 
     @contextlib.contextmanager
     def on(self, pipe: Any, setting: Setting) -> Iterator[Any]:
@@ -54,30 +52,48 @@ def make_rivals(warmup: int, thresholds: tuple[float, ...]) -> list[Rival]:
     """All that are compared, cache-dit last: importing it changes diffusers.
 
     Args:
-        warmup: steps that the first-block caches compute first; diffusers' has no such option.
-        thresholds: of the first-block caches; cases are tried with the middle one.
+        warmup: steps that the first-block caches and ours of MagCache compute first; diffusers' first-block cache has
+            no such option.
+        thresholds: of the first-block caches.
     """
-    middle = thresholds[len(thresholds) // 2]
-    rivals = [_ours("first_block", middle == t, threshold=t, warmup=warmup) for t in thresholds]
-    rivals += [_ours("latent", t == 0.2, threshold=t) for t in (0.1, 0.2, 0.3)]
-    rivals += [_ours("easy", t == 0.2, threshold=t) for t in (0.1, 0.2)]
-    rivals += [_ours("taylor", True, interval=3, order=order) for order in (1,)]
-    rivals += [_ours("taylor", False, interval=3, order=0), _ours("mag", True, threshold=0.12, warmup=warmup)]
-    rivals += [
-        _diffusers("FirstBlockCache", middle == t, threshold=t) for t in (*thresholds, 2 * max(thresholds))
+    ours = [_ours("first_block", threshold=t, warmup=warmup) for t in thresholds]
+    ours += [_ours("first_block", threshold=t, warmup=warmup, order=1, over="step") for t in thresholds]
+    ours += [_ours("latent", threshold=t) for t in (0.05, 0.1, 0.15, 0.2)]
+    ours += [_ours("easy", threshold=t) for t in (0.1, 0.2)]
+    ours += [_ours("taylor", interval=3, order=0), _ours("taylor", interval=3, order=1)]
+    ours += [_ours("taylor", interval=3, order=1, over="step"), _ours("mag", threshold=0.12, warmup=warmup)]
+    theirs = [_diffusers("FirstBlockCache", threshold=t) for t in thresholds]
+    theirs += [
+        _diffusers("MagCache", threshold=0.12, max_skip_steps=2, retention_ratio=0.2),
+        _diffusers("TaylorSeerCache"),
+        _diffusers("TaylorSeerCache", cache_interval=3, cache_identifiers=_WAN_MODULES),
+        _diffusers("SeaCache"),
+        _diffusers("SeaCache", threshold=0.4),
+        _diffusers("PyramidAttentionBroadcast", spatial_attention_block_skip_range=2),
+        _diffusers("FasterCache", spatial_attention_block_skip_range=2, tensor_format="BCFHW"),
     ]
-    rivals += [
-        _diffusers("MagCache", True, threshold=0.12, max_skip_steps=2, retention_ratio=0.2),
-        _diffusers("TaylorSeerCache", False),
-        _diffusers("TaylorSeerCache", True, cache_interval=3, cache_identifiers=_WAN_MODULES),
-        _diffusers("SeaCache", True),
-        _diffusers("SeaCache", False, threshold=0.5, max_consecutive_cached=0),
-        _diffusers("PyramidAttentionBroadcast", True, spatial_attention_block_skip_range=2),
-        _diffusers("FasterCache", True, spatial_attention_block_skip_range=2, tensor_format="BCFHW"),
+    theirs += [_cache_dit(warmup, t, order) for order in (None, 1) for t in thresholds]
+    return ours + theirs
+
+
+def make_case_rivals() -> list[Rival]:
+    """One of each kind, with thresholds that reuse much in short runs of few tokens."""
+    return [
+        _ours("first_block", threshold=0.5, warmup=2),
+        _ours("first_block", threshold=0.5, warmup=2, order=1, over="step"),
+        _ours("latent", threshold=0.5),
+        _ours("easy", threshold=0.5),
+        _ours("taylor", interval=3, order=1),
+        _ours("mag", threshold=0.5, warmup=2),
+        _diffusers("FirstBlockCache", threshold=0.5),
+        _diffusers("MagCache", threshold=0.5, max_skip_steps=2, retention_ratio=0.2),
+        _diffusers("TaylorSeerCache", cache_interval=3, cache_identifiers=_WAN_MODULES),
+        _diffusers("SeaCache", threshold=1.0),
+        _diffusers("PyramidAttentionBroadcast", spatial_attention_block_skip_range=2),
+        _diffusers("FasterCache", spatial_attention_block_skip_range=2, tensor_format="BCFHW"),
+        _cache_dit(2, 0.5, None),
+        _cache_dit(2, 0.5, 1),
     ]
-    rivals += [_cache_dit(warmup, t, None, middle == t) for t in thresholds]
-    rivals += [_cache_dit(warmup, t, 1, middle == t) for t in thresholds]
-    return rivals
 
 
 def package_versions() -> dict[str, str | None]:
@@ -99,18 +115,22 @@ def _told(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if name != "cache_identifiers")
 
 
-def _ours(cache: str, cases: bool, **options: Any) -> Rival:
+def _pair(threshold: float, order: int) -> str:
+    return f"First block at {threshold:g}, what the others add {'continued' if order else 'held'}"
+
+
+def _ours(cache: str, **options: Any) -> Rival:
     def put(pipe: Any, setting: Setting) -> None:
         more: dict[str, Any] = {"name": cache, "min_steps": 0, **options}
         if cache == "mag":
             more["ratios"] = setting.ratios
         dit_accel.accelerate(pipe, cache=more)
 
-    first_block = options["threshold"] if cache == "first_block" else None
-    return Rival(f"{cache}, {_told(options)}", "dit_accel", put, cases, first_block, options)
+    pair = _pair(options["threshold"], options.get("order", 0)) if cache == "first_block" else None
+    return Rival(f"{cache}, {_told(options)}", "dit_accel", put, pair)
 
 
-def _diffusers(cache: str, cases: bool, **options: Any) -> Rival:
+def _diffusers(cache: str, **options: Any) -> Rival:
     def put(pipe: Any, setting: Setting) -> None:
         from diffusers import hooks
 
@@ -123,11 +143,10 @@ def _diffusers(cache: str, cases: bool, **options: Any) -> Rival:
             more["spatial_attention_timestep_skip_range"] = (100, 800)
         pipe.transformer.enable_cache(getattr(hooks, f"{cache}Config")(**more))
 
-    name = f"{cache}, {_told(options)}" if options else f"{cache}, its defaults"
-    return Rival(name, "diffusers", put, cases, None, options)
+    return Rival(f"{cache}, {_told(options)}" if options else f"{cache}, its defaults", "diffusers", put)
 
 
-def _cache_dit(warmup: int, threshold: float, order: int | None, cases: bool) -> Rival:
+def _cache_dit(warmup: int, threshold: float, order: int | None) -> Rival:
     def put(pipe: Any, setting: Setting) -> None:
         import cache_dit
 
@@ -144,6 +163,5 @@ def _cache_dit(warmup: int, threshold: float, order: int | None, cases: bool) ->
             more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
         cache_dit.enable_cache(pipe, cache_config=config, **more)
 
-    options = {"threshold": threshold, "warmup": warmup}
-    name = f"F1B0, {_told(options)}" + (f", TaylorSeer {order}" if order is not None else "")
-    return Rival(name, "cache-dit", put, cases, threshold if order is None else None, options)
+    name = f"F1B0, threshold {threshold}, warmup {warmup}" + (f", TaylorSeer {order}" if order is not None else "")
+    return Rival(name, "cache-dit", put, _pair(threshold, order or 0))

@@ -27,7 +27,7 @@ import _source_tree  # noqa: F401  (must come before dit_accel)
 import numpy as np
 import torch
 from _cache_cases import CASES, Bench, apart
-from _cache_rivals import Rival, Setting, make_rivals, package_versions
+from _cache_rivals import Rival, Setting, make_case_rivals, make_rivals, package_versions
 from _quality_record import describe_environment
 from bench_caches import at_cost
 
@@ -41,7 +41,7 @@ from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 WARMUP, THRESHOLDS = 4, (0.08, 0.12, 0.2)  # of the first-block caches
-FEWER = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # shares of the steps
+FEWER = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3)  # shares of the steps
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")
     parser.add_argument("--case-size", type=int, default=32, help="side in pixels in the cases (32)")
     parser.add_argument("--case-frames", type=int, default=1, help="frames in the cases (1)")
-    parser.add_argument("--case-steps", type=int, default=10, help="steps in the cases, from 10 on (10)")
+    parser.add_argument("--case-steps", type=int, default=12, help="steps in the cases, from 10 on (12)")
     parser.add_argument("--only", nargs="+", metavar="PACKAGE", help="dit_accel, diffusers, cache-dit (all)")
     parser.add_argument("--threads", type=int, help="of torch on a CPU (its own choice)")
     parser.add_argument("--device", default="cpu")
@@ -118,6 +118,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     }
     began = time.perf_counter()
     small = {"height": options.case_size, "width": options.case_size, "num_frames": options.case_frames}
+    small["max_sequence_length"] = 64
     ratios = measure_ratios(make(), call, options.steps, options.seed)
     run_clip(make(), prompts[0], call, 2)  # allocations outside the timing
     dense = [run_clip(make(), prompt, call, options.steps) for prompt in prompts]
@@ -130,12 +131,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             continue
         print(f"{time.perf_counter() - began:6.1f} s  {rival.package}: {rival.name}", flush=True)
         record["runs"].append(compare_rival(rival, make, prompts, call, dense, Setting(options.steps, ratios)))
-        if rival.cases:
-            bench = Bench(
-                make, rival, Setting(options.case_steps, ratios), {**common, **small, "max_sequence_length": 64},
-                tuple(prompt.text for prompt in held_out_prompts(2, options.seed)), generate.guidance,
-            )  # fmt: skip
-            record["cases"]["rows"].append(try_cases(bench))
+    texts = tuple(prompt.text for prompt in held_out_prompts(2, options.seed))
+    for rival in make_case_rivals():
+        if options.only and rival.package not in options.only:
+            continue
+        print(f"{time.perf_counter() - began:6.1f} s  cases, {rival.package}: {rival.name}", flush=True)
+        setting = Setting(options.case_steps, ratios)
+        bench = Bench(make, rival, setting, {**common, **small}, texts, generate.guidance)
+        record["cases"]["rows"].append(try_cases(bench))
     record["seconds"] = round(time.perf_counter() - began, 1)
     return record
 
@@ -163,16 +166,16 @@ def run_clip(pipe: Any, prompt: Prompt, call: dict[str, Any], steps: int) -> dic
         # inside of what any of the caches leaves out
         block.ffn.net[-1].register_forward_hook(count("blocks", *(["last"] if i == len(blocks) - 1 else [])))
         block.attn1.to_v.register_forward_hook(count("attentions"))
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     (video,) = pipe(
         prompt=prompt.text, generator=torch.Generator("cpu").manual_seed(prompt.seed), output_type="np",
         num_inference_steps=steps, return_dict=False, **call,
     )  # fmt: skip
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     if not np.isfinite(video).all():
         raise FloatingPointError("frames that are not finite")
     clip = np.rint(np.asarray(video)[0] * 255).astype(np.uint8)
-    return {"clip": clip, "seconds": seconds, "layers": len(blocks), **ran}
+    return {"clip": clip, "seconds": seconds, "busy": busy, "layers": len(blocks), **ran}
 
 
 def row_of(name: str, package: str, runs: list[dict], dense: list[dict], steps: int) -> dict[str, Any]:
@@ -186,6 +189,7 @@ def row_of(name: str, package: str, runs: list[dict], dense: list[dict], steps: 
         "blocks": sum(run["blocks"] for run in runs) / forwards / layers,
         "attentions": sum(run["attentions"] for run in runs) / forwards / layers,
         "seconds": mean(run["seconds"] for run in runs),
+        "busy": mean(run["busy"] for run in runs),
         "psnr": [value if math.isfinite(value) else None for value in compared],  # None: equal
     }
 
@@ -201,7 +205,7 @@ def compare_rival(
     except Exception as error:  # a rival's failure is a line of the record
         return {"name": rival.name, "package": rival.package, "error": told(error)}
     row = row_of(rival.name, rival.package, runs, dense, setting.steps)
-    return {**row, "first_block": rival.first_block}
+    return {**row, "pair": rival.pair}
 
 
 def try_cases(bench: Bench) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def try_cases(bench: Bench) -> dict[str, Any]:
             rows[name] = case(bench)
         except Exception as error:  # so is an error in a run that goes well alone
             rows[name] = told(error)
-    return {"name": bench.rival.name, "package": bench.rival.package, "apart": rows}
+    return {"name": bench.rival.name, "package": bench.rival.package, "ran": bench.ran, "apart": rows}
 
 
 def told(error: Exception) -> str:
@@ -235,7 +239,7 @@ def markdown_of(record: dict[str, Any]) -> str:
         f"{packages}; {environment['date'][:10]}, commit {environment['commit']}. "
         f"The first-block caches compute {WARMUP} steps first; diffusers' has no such option.",
         "",
-        "| package | cache | forwards run | PSNR dB (worst) | fewer steps at that cost | seconds |",
+        "| package | cache | forwards run | PSNR dB (worst) | fewer steps at that cost | seconds (of a processor) |",
         "|" + " --- |" * 6,
     ]
     return "\n".join([*lines, *quality_rows(record), "", *verdicts(record), "", *case_rows(record)])
@@ -253,25 +257,26 @@ def quality_rows(record: dict[str, Any]) -> list[str]:
         rival = at_cost(fewer, row["forwards"]) if row["package"] not in ("", "fewer steps") else None
         against = "" if rival is None else f"{rival:.2f} ({psnr_of(row) - rival:+.2f})"
         lines.append(
-            f"| {row['package']} | {row['name']} | {run} | {_psnr_cell(row)} | {against} | {row['seconds']:.2f} |"
+            f"| {row['package']} | {row['name']} | {run} | {_psnr_cell(row)} | {against} | "
+            f"{row['seconds']:.2f} ({row['busy']:.2f}) |"
         )
     return lines
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
-    """The first-block caches threshold by threshold, and the best cache at half the forwards."""
+    """The first-block caches pair by pair, and the best cache at half the forwards."""
     rows = [row for row in record["runs"] if "error" not in row]
     lines = []
-    by_threshold = {
-        package: {row["first_block"]: row for row in rows if row["package"] == package and row.get("first_block")}
+    paired = {
+        package: {row["pair"]: row for row in rows if row["package"] == package and row.get("pair")}
         for package in ("dit_accel", "cache-dit")
     }
-    for threshold, ours in by_threshold["dit_accel"].items():
-        theirs = by_threshold["cache-dit"].get(threshold)
+    for pair, ours in paired["dit_accel"].items():
+        theirs = paired["cache-dit"].get(pair)
         if theirs is not None:
             lines.append(
-                f"- First block at {threshold}: dit_accel {psnr_of(ours):.2f} dB with {ours['forwards']:.1%} of the "
-                f"forwards, cache-dit {psnr_of(theirs):.2f} dB with {theirs['forwards']:.1%}."
+                f"- {pair}: dit_accel {psnr_of(ours):.2f} dB with {ours['forwards']:.1%} of the forwards, cache-dit "
+                f"{psnr_of(theirs):.2f} dB with {theirs['forwards']:.1%}."
             )
     fewer = fewer_of(record)
     half = [row for row in rows if row["package"] == "dit_accel" and row["forwards"] <= 0.5]
@@ -293,15 +298,15 @@ def case_rows(record: dict[str, Any]) -> list[str]:
         f"Largest difference between a run and the same run of a fresh pipeline with the same cache "
         f"({cases['frames']} frames of {cases['size']}x{cases['size']}, {cases['steps']} steps); 0 is as it should be.",
         "",
-        f"| package | cache | {' | '.join(names)} |",
-        "|" + " --- |" * (len(names) + 2),
+        f"| package | cache | forwards run | {' | '.join(names)} |",
+        "|" + " --- |" * (len(names) + 3),
     ]
     for row in cases["rows"]:
         head = f"| {row['package']} | {row['name']} |"
         if "error" in row:
-            lines.append(f"{head} fails: {_cell(row['error'])} |" + " |" * (len(names) - 1))
+            lines.append(f"{head} | fails: {_cell(row['error'])} |" + " |" * (len(names) - 1))
             continue
-        lines.append(f"{head} {' | '.join(_apart_cell(row['apart'][name]) for name in names)} |")
+        lines.append(f"{head} {row['ran']:.0%} | {' | '.join(_apart_cell(row['apart'][name]) for name in names)} |")
     return lines
 
 
