@@ -31,6 +31,7 @@ def run(name, package, forwards, psnr, **more):
 @pytest.fixture
 def record(script):
     cases = dict.fromkeys(script.CASES, 0.0)
+    broken = {**cases, "broken off after a step": "E: no"}
     return {
         "environment": {"chip": "CPU", "versions": {"torch": "2"}, "date": "2026-01-02T03", "commit": "abc"},
         "packages": {"dit_accel": "0", "diffusers": "0.42", "cache-dit": None},
@@ -50,7 +51,7 @@ def record(script):
             "rows": [
                 {"name": "latent", "package": "dit_accel", "ran": 0.5, "apart": cases},
                 {"name": "PAB", "package": "diffusers", "ran": 1.0, "apart": {**cases, "one prompt, two, one": 0.25}},
-                {"name": "F", "package": "diffusers", "ran": 1.0, "apart": {**cases, "broken off after a step": "E: no"}},
+                {"name": "F", "package": "diffusers", "ran": 1.0, "apart": broken},
                 {"name": "G", "package": "cache-dit", "error": "ImportError: none"},
             ],
         },
@@ -85,6 +86,13 @@ def test_tables_stand_between_the_marks(script, record, tmp_path, monkeypatch):
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="put the lines"):
         script.main()
+
+
+def test_the_page_shows_the_record_that_is_kept(script):
+    record = json.loads((SCRIPTS / "results" / "compare_caches_tiny_wan_cpu.json").read_text())
+    assert script.markdown_of(record) in (SCRIPTS.parent / "docs" / "caches.md").read_text(encoding="utf-8")
+    ours = [row["apart"] for row in record["cases"]["rows"] if row["package"] == "dit_accel"]
+    assert len(ours) >= 5 and all(set(row.values()) == {0.0} and set(script.CASES) < set(row) for row in ours)
 
 
 def bench_of(script, package, start):
