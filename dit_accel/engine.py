@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters import find_adapter, parallel
+from dit_accel.adapters import arguments_of, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import arrange
 from dit_accel.attending import Attending, Observer
@@ -155,8 +155,8 @@ class Engine:
         Returns:
             The arguments it shall have instead, if some hold tokens and these are brought into another order.
         """
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if "hidden_states" not in given or "timestep" not in given:
+        given = arguments_of(self.adapter, self._names, args, kwargs)
+        if given is None:
             return None  # the host is about to say so better
         facts = self.adapter.read(self._module(), given)
         self.call = self.trajectory.enter(self.role, facts, self._listener.context(), self.n_layers)

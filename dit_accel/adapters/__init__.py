@@ -14,6 +14,11 @@ An adapter module offers
   `[B, S]` of tokens at their places in it. Beside these, where needed, `why_whole(transformer, arguments)`: why this
   forward must compute every token, or None; and `sees_text(path)`: whether a self-attention is a joint one;
 - `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
+- `plain(arguments)`, only where a forward's arguments have names or forms of their own: these and, besides,
+  `hidden_states`, one tensor, and `timestep`, as the others have them;
+- `ROWS_APART = True`, only where the output is a list of batch rows instead of one tensor;
+- `why_apart(transformer, arguments)`, only where a step cache can keep nothing of some forwards: why of this one, or
+  None;
 - `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
   loaded;
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -43,6 +49,7 @@ FAMILIES = {
     "WanTransformer3DModel": "dit_accel.adapters.wan",
     "WanAnimateTransformer3DModel": "dit_accel.adapters.wan",
     "WanVACETransformer3DModel": "dit_accel.adapters.wan",
+    "ZImageTransformer2DModel": "dit_accel.adapters.z_image",
 }
 
 
@@ -66,3 +73,17 @@ def find_adapter(transformer: nn.Module) -> ModuleType:
         f"{', '.join(sorted(FAMILIES))}. "
         "Leave the model as it is, or describe it in a new file in dit_accel/adapters."
     )
+
+
+def arguments_of(
+    adapter: ModuleType, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A forward's arguments by name, as its adapter reads them; None if it lacks latents or a time.
+
+    Args:
+        names: of the forward's arguments, by place.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if hasattr(adapter, "plain"):
+        given = adapter.plain(given)
+    return given if "hidden_states" in given and "timestep" in given else None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Parts = tuple["Tensor", "Tensor | None"]
 NEVER = float("inf")  # the error of a reuse that cannot be
 DEVICES = ("auto", "cpu")
+OVER = ("noise", "step")  # what a polynomial may be one of
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,12 @@ def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_order(order: int, over: str) -> None:
+    """Raises UsageError for options out of range."""
+    need(order in (0, 1, 2), "order", order, "0, 1 or 2")
+    need(over in OVER, "over", over, " or ".join(map(repr, OVER)))
+
+
+def place_of(call: Call, over: str) -> float:
+    """Where a forward stands: its noise level, or the number of its step with a minus, for places fall."""
+    return call.noise if over == "noise" else -float(call.step)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.adapters import find_adapter, parallel
+from dit_accel.adapters import arguments_of, find_adapter, parallel
 from dit_accel.caches import walk
 from dit_accel.caches.cache import NEVER, Cache, Parts, View
 from dit_accel.caches.memory import Entry, Memory
@@ -74,6 +74,7 @@ class CacheEngine:
         self._module = weakref.ref(transformer)
         self._names = tuple(inspect.signature(inspect.unwrap(type(transformer).forward)).parameters)[1:]
         self._shared: tuple[int, bool] | None = None  # what the first branch of a step decided
+        self._rows_apart = getattr(self.adapter, "ROWS_APART", False)
         self._given: dict[str, Any] | None = None  # arguments of the forward under way
         self._call: Call | None = None
         self._gate: View | None = None
@@ -161,8 +162,8 @@ class CacheEngine:
     @torch.compiler.disable
     def _enter(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """What this forward is part of; None if that cannot be told."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if "hidden_states" not in given or "timestep" not in given:
+        given = arguments_of(self.adapter, self._names, args, kwargs)
+        if given is None:
             return None  # the host is about to say so better
         if self.sparse is not None and self.sparse.installed:
             self._call = self.sparse.call
@@ -180,9 +181,12 @@ class CacheEngine:
                 self.sparse.skip()
             made = self._made_up(view, verdict)
             self._commit(verdict, view, None)
-            return (made,) if not self._given.get("return_dict", True) else _as_output(made)
+            sample = list(made.unbind()) if self._rows_apart else made
+            return (sample,) if not self._given.get("return_dict", True) else _as_output(sample)
         output = original(*args, **kwargs)
         sample = output[0]
+        if self._rows_apart and verdict.entry is not None:
+            sample = torch.stack(sample)
         self._settle(verdict, view, (sample.detach().clone(), None) if verdict.entry is not None else None)
         return output
 
@@ -288,6 +292,10 @@ class CacheEngine:
             return "gradients are needed"
         if parallel.config_of(module) is not None:
             return "context parallelism: processes could decide differently"
+        if hasattr(self.adapter, "why_apart"):
+            why = self.adapter.why_apart(module, self._given)
+            if why is not None:
+                return why
         if self.cache.boundary == "stack":
             for name, value in self._given.items():
                 if "control" in name and value is not None and name != "control_hidden_states_scale":
@@ -388,7 +396,7 @@ class CacheEngine:
             itemsize: bytes of a value.
         """
         config, kept = self._module().config, self.cache.kept()
-        width = config.num_attention_heads * config.attention_head_dim
+        width = config.num_attention_heads * config.attention_head_dim if self.cache.boundary == "stack" else 0
         sizes = {
             "latents": torch.Size(latents).numel() * itemsize,
             "hidden": tokens * width * itemsize,

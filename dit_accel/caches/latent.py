@@ -1,4 +1,4 @@
-"""latent: easy's gate, and an output continued over the noise level.
+"""latent: easy's gate, and an output held or continued over the noise level.
 
 The velocity that a flow model predicts changes slowly with the noise level along a sampling path; the offset of
 EasyCache (`v - x` held constant) has no such reason. A polynomial through the latest computed outputs costs as little:
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_accel.caches import easy
-from dit_accel.caches.cache import Parts, View, need
+from dit_accel.caches.cache import Parts, View, check_order, place_of
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,21 @@ class Cache(easy.Cache):
     """As `easy`, with another predictor."""
 
     order: int = 0  # of the polynomial, 0 to 2; the highest that as many computed steps allow
+    over: str = "noise"  # what it is a polynomial of: the "noise" level, or the number of the "step"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        need(self.order in (0, 1, 2), "order", self.order, "0, 1 or 2")
+        check_order(self.order, self.over)
 
     def fill(self, view: View, memory: dict[str, Any]) -> Parts:
         from dit_accel.caches.parts.extrapolate import extrapolate
 
-        return extrapolate(memory["outputs"], view.call.noise, self.order), None
+        return extrapolate(memory["outputs"], place_of(view.call, self.over), self.order), None
 
     def learn(self, view: View, parts: Parts, memory: dict[str, Any]) -> None:
         super().learn(view, parts, memory)
-        memory["outputs"] = (*memory.get("outputs", ()), (view.call.noise, parts[0]))[-(self.order + 1) :]
+        place = place_of(view.call, self.over)
+        memory["outputs"] = (*memory.get("outputs", ()), (place, parts[0]))[-(self.order + 1) :]
 
     def kept(self) -> dict[str, int]:
         return {"latents": 3 + self.order, "figures": 2}

@@ -34,6 +34,7 @@ from dit_accel.testing.with_text import (
     tiny_hunyuan_video_with_text,
     tiny_sd3_with_text,
 )
+from dit_accel.testing.z_image import tiny_z_image_inputs, tiny_z_image_pipeline, tiny_z_image_transformer
 
 __all__ = [
     "byte_tokenizer",
@@ -71,4 +72,7 @@ __all__ = [
     "tiny_wan_inputs",
     "tiny_wan_pipeline",
     "tiny_wan_transformer",
+    "tiny_z_image_inputs",
+    "tiny_z_image_pipeline",
+    "tiny_z_image_transformer",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dit_accel
 
@@ -26,7 +28,7 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 STACK = {"first_block", "dual_block", "tea", "mag", "taylor"}
 TIMED = {"wan-t2v", "wan-i2v", "wan-two-experts"}  # whose blocks are given the time embedding itself
-WHOLE_ONLY = {"flux2-klein", "hunyuan-video15-t2v"}  # whose blocks diffusers does not describe as one stack
+WHOLE_ONLY = {"flux2-klein", "hunyuan-video15-t2v", "z-image"}  # whose blocks diffusers does not describe as one stack
 STEPS = 8
 
 
@@ -56,6 +58,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Equal to the bit from run to run."""
+
+
+@pytest.fixture
+def options_for() -> Callable[..., dict[str, Any]]:
+    """`options_of`, for tests that make their own pipelines."""
+    return options_of
+
+
+@pytest.fixture
+def sample() -> Callable[..., torch.Tensor]:
+    """Latents of a short run of a tiny Wan pipeline, the text encoder left out."""
+
+    def sample(pipe: Any, *, steps: int, seed: int = 0, batch: int = 1, **call: Any) -> torch.Tensor:
+        size = pipe.transformer.config.text_dim
+        text = [torch.randn(batch, 7, size, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50)]
+        arguments = {"height": 64, "width": 80, "num_frames": 5, "num_inference_steps": steps, **call}
+        return pipe(
+            prompt_embeds=text[0], negative_prompt_embeds=text[1], output_type="latent",
+            generator=torch.Generator().manual_seed(seed), **arguments,
+        ).frames  # fmt: skip
+
+    return sample
 
 
 @pytest.fixture

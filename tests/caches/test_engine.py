@@ -63,27 +63,34 @@ def test_a_reused_step_is_what_it_says_by_hand():
     torch.testing.assert_close(model("cond", 700), model.x(700) + (second - model.x(800)), rtol=0, atol=1e-6)
 
 
-def test_a_continued_step_is_a_line_in_the_noise_level():
+@pytest.mark.parametrize(("over", "factor"), [("noise", 3), ("step", 1)])
+def test_a_continued_step_is_on_a_line(over, factor):
+    """From a noise level of .9 over .85 to .7, and by as many steps."""
     model = Model()
     first, second = model("cond", 900), model("cond", 850)
-    accelerate(model, {"name": "latent", "order": 1, "schedule": "110", "min_steps": 0})
+    accelerate(model, {"name": "latent", "order": 1, "over": over, "schedule": "110", "min_steps": 0})
     model("cond", 900), model("cond", 850)
-    torch.testing.assert_close(model("cond", 700), second + (second - first) * 3, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model("cond", 700), second + (second - first) * factor, rtol=0, atol=1e-5)
 
 
-def test_blocks_left_out_add_what_they_added():
+@pytest.mark.parametrize(("order", "over", "factor"), [(0, "noise", 0), (1, "noise", 3), (1, "step", 1)])
+@pytest.mark.parametrize("name", ["first_block", "taylor"])
+def test_blocks_left_out_add_what_they_added(name, order, over, factor):
+    """Of `first_block` all but the first, which runs: `gate` stands behind it."""
     model = Model()
     tokens: list[torch.Tensor] = []
-    block = model.transformer.blocks[-1]
-    seen = block.register_forward_hook(lambda module, args, output: tokens.append(output))
-    before = model.transformer.blocks[1].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
-    model("cond", 900)
-    gate, end = tokens
-    accelerate(model, {"name": "first_block", "schedule": "10", "min_steps": 0})
+    blocks = model.transformer.blocks
+    seen = blocks[-1].register_forward_hook(lambda module, args, output: tokens.append(output))
+    begin = blocks[1 if name == "first_block" else 0]
+    before = begin.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+    model("cond", 900), model("cond", 850)
+    first, second = tokens[1] - tokens[0], tokens[3] - tokens[2]
+    accelerate(model, {"name": name, "order": order, "over": over, "schedule": "110", "min_steps": 0})
     tokens.clear()
-    model("cond", 900), model("cond", 800)
+    for time in (900, 850, 700):
+        model("cond", time)
     seen.remove(), before.remove()
-    torch.testing.assert_close(tokens[3], tokens[2] + (end - gate), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tokens[5], tokens[4] + second + (second - first) * factor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["ABAB", "ABBA", "A then AB"])
@@ -184,6 +191,7 @@ FULL_MEMORIES = [
     {**ALWAYS, "max_consecutive": 1},
     {"name": "latent", "min_steps": 0, "threshold": 1e9, "order": 2, "warmup": 3},
     {"name": "first_block", "threshold": 1e9, "min_steps": 0},
+    {"name": "first_block", "threshold": 1e9, "min_steps": 0, "order": 2, "warmup": 3},
     {"name": "tea", "threshold": 0.0, "min_steps": 0, "model": "wan21-14b"},
     {"name": "taylor", "min_steps": 0, "order": 2, "warmup": 9},
 ]
@@ -319,17 +327,6 @@ def test_two_pipelines_share_a_transformer():
     assert torch.equal(sample(pipe), alone)
 
 
-@pytest.mark.parametrize("boundary", [0.3, 0.6, 0.9])
-def test_each_expert_begins_anew(boundary):
-    pipe = tiny_wan_pipeline(two_experts=True)
-    pipe.register_to_config(boundary_ratio=boundary)
-    handle = dit_accel.accelerate(pipe, cache={"name": "easy", "threshold": 1e9, "max_consecutive": 1})
-    alone = sample(pipe)
-    reasons = handle.report(clear=True).computed_reasons
-    assert reasons["the branch's first step"] == 4  # two branches of two experts
-    assert torch.equal(sample(pipe), alone)
-
-
 def test_guidance_for_some_steps_only():
     """A pipeline that drops the uncond branch and takes it up again never reuses what is old."""
     model = Model()
@@ -395,6 +392,8 @@ def test_dense_steps_keep_the_order_of_sparse_ones_under_a_stack_cache():
         ({"name": "easy", "schedule": "01"}, "the first of them 1"),
         ({"name": "easy", "schedule": "11", "dry_run": True}, "exclude each other"),
         ({"name": "latent", "order": 3}, "order=3 is out of range"),
+        ({"name": "first_block", "order": -1}, "order=-1 is out of range"),
+        ({"name": "taylor", "over": "time"}, "over='time' is out of range"),
         ({"name": "dual_block", "fn": 0}, "fn=0 is out of range"),
         ({"name": "dual_block", "fn": 8}, "leave at least one"),
         ({"name": "mag"}, "needs ratios"),

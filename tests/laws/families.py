@@ -36,6 +36,7 @@ class Family:
     output: str = "frames"
     forwards: int = 2  # of a step with guidance
     prepare: Callable[[Any, Request], None] | None = None  # what is set on the pipeline instead of given to it
+    raster: str | None = None  # why its tokens keep the model's own order
     line: str | None = None  # why its tokens are no one grid, on which methods that need one cannot be used
 
 
@@ -116,6 +117,16 @@ def _sd3_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
 
 def _sd3_image(request: Request) -> dict[str, Any]:
     return {"height": 22, "width": 26, "guidance_scale": 4.0 if request.guidance else 1.0}
+
+
+def _z_image_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
+    size = pipe.transformer.config.cap_feat_dim
+    made = {"prompt_embeds": list(_randn(request, 19, size))}
+    return made | ({"negative_prompt_embeds": list(_randn(request, 40, size, seed=2))} if request.guidance else {})
+
+
+def _z_image(request: Request) -> dict[str, Any]:
+    return {"height": 22, "width": 26, "guidance_scale": 1.5 if request.guidance else 0.0}
 
 
 def _flux2_embeddings(pipe: Any, request: Request) -> dict[str, Any]:
@@ -199,6 +210,14 @@ FAMILIES: dict[str, Family] = {
         line="history of other scales before the video",
     ),
     "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
+    "z-image": Family(
+        testing.tiny_z_image_pipeline,
+        _z_image_embeddings,
+        _z_image,
+        "images",
+        forwards=1,
+        raster="no hook reaches Z-Image's rotary table",
+    ),
 }
 _HEADS = {"num_attention_heads": 4, "attention_head_dim": 64}
 MODELS: dict[str, Model] = {

@@ -22,8 +22,8 @@ def test_keeping_everything_is_stock_diffusers(bench, method, install, relative,
     forwards = 2 * (bench.family.forwards if guidance else 1)  # of two steps
     assert report.sparse_calls == forwards * len(bench.attentions())
     assert report.keep_achieved == 1.0
-    line = bench.family.line
-    assert set(report.token_orders) == {f"raster: {line}" if line and order != "raster" else order}
+    why = bench.family.raster or bench.family.line
+    assert set(report.token_orders) == {f"raster: {why}" if why and order != "raster" else order}
 
 
 def test_the_grid_of_the_laws_has_many_blocks_and_a_ragged_tail(bench, method, install):
