@@ -86,7 +86,8 @@ class Engine:
         self.groups: tuple[RowGroup, ...] = ()  # its batch rows by their padding; none: calls have no mask
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
-        self._counted = False  # whether these dense calls were counted when the forward began
+        self._counted = False  # whether these dense calls are counted as the forward begins
+        self._foreseen: list[tuple[str, int]] = []  # dense calls that never reach `attend`: why, and how many
         # once the forward returns: calls of cross-attention, and the order of its tokens where it is sparse
         self._to_count: list[Any] = [0, ""]
         self._layouts: dict[tuple, TokenLayout] = {}
@@ -189,6 +190,7 @@ class Engine:
         Returns:
             The arguments it shall have instead, if some hold tokens and these are brought into another order.
         """
+        self._foreseen = []
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if "hidden_states" not in given or "timestep" not in given:
             return None  # the host is about to say so better
@@ -240,9 +242,19 @@ class Engine:
             if seat.has_weights:
                 seat.close()
 
+    def begin(self) -> None:
+        """Note that this forward is computed: count the dense calls that are known of beforehand.
+
+        Raises:
+            FallbackError: under `strict`, if there are any.
+        """
+        foreseen, self._foreseen = self._foreseen, []
+        for reason, calls in foreseen:
+            self._count_dense(reason, False, calls)
+
     def skip(self) -> None:
         """Note that a step cache makes this forward up: what was to be counted of it does not happen."""
-        self._to_count = [0, ""]
+        self._to_count, self._foreseen = [0, ""], []
 
     def _count_forward(self) -> None:
         cross, order = self._to_count
@@ -302,17 +314,17 @@ class Engine:
         if in_use:
             parallel.check_processors(self._module(), attending)
         if replaced and (self._set_once or strange):
-            self._count_dense("its processor was replaced after installation", False, replaced)
+            self._foreseen.append(("its processor was replaced after installation", replaced))
         return in_use > 0
 
     def _why_adapter_dense(self, given: dict[str, Any]) -> tuple[str, bool] | None:
         why = getattr(self.adapter, "why_dense", None)
         reason = None if why is None else why(self._module(), given)
-        return None if reason is None else self._counted_now(reason)  # not all such calls reach `attend`
+        return None if reason is None else self._foresee(reason)  # not all such calls reach `attend`
 
-    def _counted_now(self, reason: str) -> tuple[str, bool]:
+    def _foresee(self, reason: str) -> tuple[str, bool]:
         self._counted = True
-        self._count_dense(reason, False, self.n_layers)
+        self._foreseen.append((reason, self.n_layers))
         return reason, False
 
     def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
@@ -330,7 +342,7 @@ class Engine:
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and wants_gradients:
-            return self._counted_now(_GRADIENTS)  # such calls never reach `attend`
+            return self._foresee(_GRADIENTS)  # such calls never reach `attend`
         why_local = parallel.why_dense(module, self.adapter, facts.text)
         if why_local is not None:
             return why_local, False
@@ -581,7 +593,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = new._attentions = None
         new._layouts, new._said, new._set_once, new._counted = {}, set(), False, False
-        new._to_count = [0, ""]
+        new._to_count, new._foreseen = [0, ""], []
         new._acted = self._acted
         new.text, new.groups, new._configs, new._full = 0, (), dict(self._configs), None
         new.tally = copy.deepcopy(self.tally, memo)
