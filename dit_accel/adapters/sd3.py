@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from dit_accel.adapters import sd3_processors
+from dit_accel.adapters.block_modules import BlockModules
 from dit_accel.adapters.joint import order_tokens, restore_tokens
 from dit_accel.errors import LayoutError, UsageError
 from dit_accel.layout import TokenLayout
@@ -26,6 +27,8 @@ from dit_accel.trajectory import Facts
 
 # classes that pass the permutation test of tests/adapters
 _REORDERED = ("SD3Transformer2DModel",)
+# for caches that leave out parts of a block
+MODULES = {"JointTransformerBlock": BlockModules(attentions=("attn", "attn2"), rows=("ff",), with_text=("attn",))}
 
 dispatching = sd3_processors.dispatching
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]

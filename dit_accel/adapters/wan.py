@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dit_accel.adapters.block_modules import BlockModules
 from dit_accel.errors import LayoutError
 from dit_accel.layout import TokenLayout
 from dit_accel.trajectory import Facts
@@ -26,6 +27,8 @@ TRAIN_TIMESTEPS = 1000  # Wan takes timesteps in the scheduler's units
 _REORDERED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 # classes that pass tests/parallel; diffusers has no plan to split VACE and Animate
 PARALLEL = ("WanTransformer3DModel",)
+# for caches that leave out parts of a block; VACE's own blocks and Animate's face blocks are computed at every step
+MODULES = {"WanTransformerBlock": BlockModules(attentions=("attn1",), rows=("attn2", "ffn"))}
 
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 

@@ -16,7 +16,7 @@ from dit_accel.caches.cache import NEVER, Parts, View
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """Stack without its first block, relative L1 against the step computed last, what was added is held."""
 
     boundary: ClassVar[str] = "stack"

@@ -15,7 +15,7 @@ from dit_accel.caches.cache import Parts, View, need, whole
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """All blocks, a fixed interval, a polynomial in the noise level."""
 
     boundary: ClassVar[str] = "stack"
