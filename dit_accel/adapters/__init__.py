@@ -9,7 +9,7 @@ An adapter module offers
 - `why_dense(transformer, arguments)`, only where some forwards must run dense as a whole, whether or not their calls
   reach the dispatcher: why this one must, or None; all its self-attentions are counted when it begins;
 - `PARALLEL`, only where proven: names of classes that are sparse under context parallelism (see `parallel`);
-- `MODULES`, only where the token cache serves: what blocks are made of (`block_modules`), by the names of their classes;
+- `MODULES`, only where the token cache serves: what blocks are made of (`block_modules`), by their class names;
 - `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
   loaded;
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or

@@ -17,4 +17,4 @@ class BlockModules:
     # What leads to the only one of `rows`, on the same tokens, beside the attentions. Where some tokens are computed,
     # these and the attentions are asked for those alone, so that nothing needs keeping of what feeds.
     feeds: tuple[str, ...] = ()
-    with_text: tuple[str, ...] = ()  # of attentions and rows: those with the text's tokens too, before the image's in rows
+    with_text: tuple[str, ...] = ()  # attentions and rows that give the text's tokens too; in rows they come first
