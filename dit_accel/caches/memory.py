@@ -48,8 +48,10 @@ class Memory:
         entry.memory = self.away(memory)
         self._entries[branch] = entry
 
-    def drop(self, branch: str) -> None:
+    def release(self, branch: str, entry: Entry) -> None:
+        """Let go of an entry's tensors: whoever loaded them holds them alone, until they are put back."""
         self._entries.pop(branch, None)
+        entry.memory = {}
 
     def clear(self) -> None:
         self._entries.clear()

@@ -103,7 +103,7 @@ class ModuleBoundary(Boundary):
         view = View(call, self.engine.given["hidden_states"])
         verdict = self.engine.decide(view)
         if verdict.entry is not None:
-            self.engine.memory.drop(call.branch)
+            self.engine.memory.release(call.branch, verdict.entry)
         return verdict, view
 
     @torch.compiler.disable
