@@ -33,6 +33,7 @@ VARIANTS = (
     "dense,cache=latent,cache.threshold=0.1,cache.order=2",
     "dense,cache=first_block,cache.threshold=0.06", "dense,cache=first_block,cache.threshold=0.12",
     "dense,cache=taylor,cache.interval=2", "dense,cache=taylor,cache.interval=3",
+    "dense,cache=tokens,cache.interval=3", "dense,cache=tokens,cache.interval=3,cache.selector=random",
     "fast", "fast,cache=latent,cache.threshold=0.1",
 )  # fmt: skip
 
