@@ -395,6 +395,20 @@ def test_skip_layer_guidance_is_a_branch_of_its_own():
     assert handle.report().forwards == {"computed": 1, "reused": 2}
 
 
+def test_what_a_controlnet_adds_is_added_once():
+    model = MODELS["flux"]
+    inputs = model.inputs(1)
+    for time, name in enumerate(("controlnet_block_samples", "controlnet_single_block_samples")):
+        control = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(time))
+        inputs[name] = [control, -control] if "single" in name else [control]
+    masked, transformer = Masked(Cache(mlp_ratio=0.3), model.make()), model.make()
+    handle = accelerate(transformer, schedule="10", mlp_ratio=0.3)
+    for time, reuse in ((900.0, False), (800.0, True)):
+        expected = masked.step(model, inputs, time, reuse)
+        torch.testing.assert_close(model.step(transformer, inputs, time), expected, rtol=1e-5, atol=1e-5)
+    assert handle.report().forwards == {"computed": 1, "reused": 1}
+
+
 def test_compiled_blocks_give_the_same():
     model, times = MODELS["wan"], (900.0, 800.0)
     inputs, outs = model.inputs(1), []
