@@ -37,6 +37,7 @@ VARIANTS = (
     "dense,cache=latent,cache.threshold=0.1,cache.order=2",
     "dense,cache=first_block,cache.threshold=0.06", "dense,cache=first_block,cache.threshold=0.12",
     "dense,cache=taylor,cache.interval=2", "dense,cache=taylor,cache.interval=3",
+    "dense,cache=tokens,cache.interval=3", "dense,cache=tokens,cache.interval=3,cache.selector=random",
     "dense,region=0.5", "dense,region=0.5,region.selector=change", "dense,region=0.5,region.selector=random",
     "dense,region=0.25", "dense,region=0.25,region.selector=random",
     "fast", "fast,cache=latent,cache.threshold=0.1", "fast,cache=latent,cache.threshold=0.2",

@@ -369,6 +369,60 @@ def test_modules_that_take_anothers_place_are_followed():
         assert "forward" not in module.__dict__
 
 
+def test_a_block_that_was_left_out_is_computed():
+    model = MODELS["wan"]
+    inputs, transformer = model.inputs(1), model.make()
+    accelerate(transformer, schedule="100")
+    blocks, ran = list(transformer.blocks), []
+    for layer, block in enumerate(blocks):
+        block.attn1.to_q.register_forward_hook(lambda module, args, output, layer=layer: ran.append(layer))
+    transformer.blocks = nn.ModuleList(blocks[:1])
+    model.step(transformer, inputs, 900)
+    transformer.blocks = nn.ModuleList(blocks)
+    model.step(transformer, inputs, 800), model.step(transformer, inputs, 700)
+    assert ran == [0, 1]
+
+
+def test_skip_layer_guidance_is_a_branch_of_its_own():
+    """It leaves out blocks at every step, so that the same are kept and reused."""
+    model = MODELS["sd3"]
+    inputs = {**model.inputs(1), "skip_layers": [0]}
+    masked, transformer = Masked(Cache(mlp_ratio=0.3), model.make()), model.make()
+    handle = accelerate(transformer, schedule="100", mlp_ratio=0.3)
+    for time, reuse in ((900.0, False), (800.0, True), (700.0, True)):
+        expected = masked.step(model, inputs, time, reuse)
+        torch.testing.assert_close(model.step(transformer, inputs, time), expected, rtol=1e-5, atol=1e-5)
+    assert handle.report().forwards == {"computed": 1, "reused": 2}
+
+
+def test_what_a_controlnet_adds_is_added_once():
+    model = MODELS["flux"]
+    inputs = model.inputs(1)
+    for time, name in enumerate(("controlnet_block_samples", "controlnet_single_block_samples")):
+        control = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(time))
+        inputs[name] = [control, -control] if "single" in name else [control]
+    masked, transformer = Masked(Cache(mlp_ratio=0.3), model.make()), model.make()
+    handle = accelerate(transformer, schedule="10", mlp_ratio=0.3)
+    for time, reuse in ((900.0, False), (800.0, True)):
+        expected = masked.step(model, inputs, time, reuse)
+        torch.testing.assert_close(model.step(transformer, inputs, time), expected, rtol=1e-5, atol=1e-5)
+    assert handle.report().forwards == {"computed": 1, "reused": 1}
+
+
+def test_compiled_blocks_give_the_same():
+    model, times = MODELS["wan"], (900.0, 800.0)
+    inputs, outs = model.inputs(1), []
+    for compiled in (False, True):
+        transformer = tiny_wan_transformer(num_layers=1)
+        accelerate(transformer, schedule="10", mlp_ratio=0.3)
+        if compiled:
+            torch._dynamo.reset()
+            transformer.compile_repeated_blocks(backend="eager")
+        outs.append([model.step(transformer, inputs, time) for time in times])
+    torch._dynamo.reset()
+    assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
+
+
 class _Sum(nn.Module):
     def __init__(self, one: nn.Module, other: nn.Module) -> None:
         super().__init__()

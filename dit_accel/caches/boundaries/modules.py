@@ -118,6 +118,7 @@ class ModuleBoundary(Boundary):
 
     # -- one module
 
+    @torch.compiler.disable(recursive=False)
     def pass_module(self, site: Site, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """One attention or MLP: computed, computed for some rows, or passed by."""
         if self._memory is None:
