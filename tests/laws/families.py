@@ -37,6 +37,7 @@ class Family:
     forwards: int = 2  # of a step with guidance
     prepare: Callable[[Any, Request], None] | None = None  # what is set on the pipeline instead of given to it
     line: str | None = None  # why its tokens are no one grid, on which methods that need one cannot be used
+    backend: bool = True  # whether its stock processors know a choice of attention backend
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ FAMILIES: dict[str, Family] = {
         _hunyuan15_embeddings,
         lambda request: dict(_HUNYUAN),
         prepare=_guide_hunyuan15,
+        backend=False,
     ),
     "framepack": Family(
         testing.tiny_framepack_pipeline,
@@ -198,7 +200,7 @@ FAMILIES: dict[str, Family] = {
         _framepack_video,
         line="history of other scales before the video",
     ),
-    "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1),
+    "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1, backend=False),
 }
 _HEADS = {"num_attention_heads": 4, "attention_head_dim": 64}
 MODELS: dict[str, Model] = {
