@@ -420,11 +420,12 @@ def test_dense_calls_of_a_forward_that_is_made_up_are_not_counted():
     assert report.sparse_calls == 3 * (len(model.transformer.blocks) - 1)
 
 
-def test_a_reason_of_the_model_is_counted_only_for_what_is_computed():
+@pytest.mark.parametrize("name", ["easy", "latent"])
+def test_a_reason_of_the_model_is_counted_only_for_what_is_computed(name):
     transformer = tiny_qwen_image_transformer()
     inputs = tiny_qwen_image_inputs(transformer, valid=(11,))
     inputs["encoder_hidden_states_mask"][0, 3] = False
-    cache = {"name": "latent", "schedule": "110", "min_steps": 0}
+    cache = {"name": name, "schedule": "110", "min_steps": 0}
     handle = dit_accel.accelerate(transformer, cache=cache, method="pooled", keep=0.5, min_tokens=0, block=16)
     for time in (0.9, 0.8, 0.7):
         with torch.no_grad(), transformer.cache_context("cond"):

@@ -34,11 +34,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     host = asked[0]
     everything = metafunc.definition.get_closest_marker("every_pair") is not None
+    chooses_backend = metafunc.definition.get_closest_marker("chooses_backend") is not None
     chosen = [
         (row, method)
         for row, method in itertools.product(rows[host], METHODS)
         if everything or row == rows[host][0] or method in EVERYWHERE
         if not (host == "bench" and FAMILIES[row].line and getattr(METHODS[method](0.4), "needs_grid", False))
+        if not chooses_backend or FAMILIES[row].backend
     ]
     metafunc.parametrize((host, "method"), chosen, indirect=True)
 

@@ -65,10 +65,12 @@ def _latents(transformer: nn.Module, hidden: Tensor) -> Tensor:
 
     The copy is the cache's own.
     """
-    config = transformer.config
-    channels = getattr(config, "out_channels", None) or config.in_channels
-    hidden = hidden.detach()
-    return (hidden[:, :channels] if hidden.dim() > 3 else hidden[..., :channels]).clone()
+    config, hidden = transformer.config, hidden.detach()
+    if hidden.dim() > 3:
+        channels = getattr(config, "out_channels", None) or config.in_channels
+        return hidden[:, :channels].clone()
+    # packed tokens: their channels are those of patches, and configurations differ in what `out_channels` counts
+    return hidden[..., : transformer.proj_out.out_features].clone()
 
 
 def _as_output(sample: Tensor | list[Tensor]) -> Any:
