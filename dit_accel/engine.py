@@ -88,7 +88,8 @@ class Engine:
         self.groups: tuple[RowGroup, ...] = ()  # its batch rows by their padding; none: calls have no mask
         # why all of this forward is dense, and whether that was planned
         self._dense_reason: tuple[str, bool] | None = None
-        self._counted = False  # whether these dense calls were counted when the forward began
+        self._counted = False  # whether these dense calls are counted as the forward begins
+        self._foreseen: list[tuple[str, int]] = []  # dense calls that never reach `attend`: why, and how many
         # once the forward returns: calls of cross-attention, and the order of its tokens where it is sparse
         self._to_count: list[Any] = [0, ""]
         unwrapped = inspect.unwrap(type(transformer).forward)
@@ -155,6 +156,7 @@ class Engine:
         Returns:
             The arguments it shall have instead, if some hold tokens and these are brought into another order.
         """
+        self._foreseen = []
         given = arguments_of(self.adapter, self._names, args, kwargs)
         if given is None:
             return None  # the host is about to say so better
@@ -213,9 +215,19 @@ class Engine:
         self.call = self.order = None
         self.seating.close()
 
+    def begin(self) -> None:
+        """Note that this forward is computed: count the dense calls that are known of beforehand.
+
+        Raises:
+            FallbackError: under `strict`, if there are any.
+        """
+        foreseen, self._foreseen = self._foreseen, []
+        for reason, calls in foreseen:
+            self.count_dense(reason, False, calls)
+
     def skip(self) -> None:
         """Note that a step cache makes this forward up: what was to be counted of it does not happen."""
-        self._to_count = [0, ""]
+        self._to_count, self._foreseen = [0, ""], []
         if self.region is not None:
             self.region.skip()
 
@@ -237,17 +249,17 @@ class Engine:
         if seen.in_use:
             parallel.check_processors(self._module(), seen.stock)
         if seen.replaced:
-            self.count_dense("its processor was replaced after installation", False, seen.replaced)
+            self._foreseen.append(("its processor was replaced after installation", seen.replaced))
         return seen.in_use > 0
 
     def _why_adapter_dense(self, given: dict[str, Any]) -> tuple[str, bool] | None:
         why = getattr(self.adapter, "why_dense", None)
         reason = None if why is None else why(self._module(), given)
-        return None if reason is None else self._counted_now(reason)  # not all such calls reach `attend`
+        return None if reason is None else self._foresee(reason)  # not all such calls reach `attend`
 
-    def _counted_now(self, reason: str) -> tuple[str, bool]:
+    def _foresee(self, reason: str) -> tuple[str, bool]:
         self._counted = True
-        self.count_dense(reason, False, self.n_layers)
+        self._foreseen.append((reason, self.n_layers))
         return reason, False
 
     def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
@@ -267,7 +279,7 @@ class Engine:
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and wants_gradients:
-            return self._counted_now(_GRADIENTS)  # such calls never reach `attend`
+            return self._foresee(_GRADIENTS)  # such calls never reach `attend`
         why_local = parallel.why_dense(module, self.adapter, facts.text)
         if why_local is not None:
             return why_local, False
@@ -364,7 +376,7 @@ class Engine:
         target = memo.get(id(self._module()))
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = None
-        new._counted, new._to_count, new.text, new.groups = False, [0, ""], 0, ()
+        new._counted, new._foreseen, new._to_count, new.text, new.groups = False, [], [0, ""], 0, ()
         for name in ("tally", "trajectory", "planner", "layouts", "attending", "_listener"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.seating = self.seating.copy_to(new, target, memo)

@@ -45,7 +45,10 @@ class Enter:
 
     @_kept_out_of_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return self.engine.enter(args, kwargs)
+        changed = self.engine.enter(args, kwargs)
+        if not may_be_made_up(module, self.engine):
+            self.engine.begin()
+        return changed
 
 
 class Leave:
@@ -82,6 +85,13 @@ def keeps_tokens(transformer: nn.Module) -> bool:
         if registry is not None
         for hook in registry.hooks.values()
     )
+
+
+def may_be_made_up(transformer: nn.Module, engine: Engine) -> bool:
+    """Whether a step cache has yet to decide, and tell the engine, if this forward is computed."""
+    registry = transformer.__dict__.get("_diffusers_hook")
+    hooks = () if registry is None else registry.hooks.values()
+    return any(hook.decides_for(engine) for hook in hooks if hasattr(hook, "decides_for"))
 
 
 class _NoState(BaseState):

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+from _pages import put_between
+
 LOW_KEEP = 0.25  # up to here a method that looks at the tokens has to beat the lot
 # Okabe and Ito's, told apart by colour-blind eyes, and three more; the marks differ, too.
 _COLOURS = (
@@ -122,12 +123,7 @@ def write_report(records: list[dict], docs: Path, picture: Path) -> None:
     Raises:
         SystemExit: a page without the markers, or no matplotlib.
     """
-    page = docs.read_text(encoding="utf-8") if docs.exists() else ""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise SystemExit(f"{docs}: put the lines {BEGIN} and {END} where the table shall stand")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    tables = "\n\n".join(map(markdown_of, records))
-    _replace(docs, f"{before}{BEGIN}\n{tables}\n{END}{after}".encode())
+    put_between(docs, "methods", "\n\n".join(map(markdown_of, records)))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(records, picture)
     print(f"wrote {docs} and {picture}")
@@ -344,9 +340,3 @@ def _shown(value: Any) -> str:
 
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -49,7 +49,7 @@ class Bench:
         """The method object that some options stand for, and the layout it will get."""
         with dit_accel.accelerate(self.pipe, sparse):
             engine = engine_of(self.pipe)
-        made_for = engine.arrangement
+        made_for = engine.layouts.arrangement
         if made_for not in self.layouts:
             layout = build_layout(self.grid, made_for.order, made_for.block, tile=made_for.tile)
             self.layouts[made_for] = layout

@@ -31,6 +31,7 @@ import _source_tree  # noqa: F401  (must come before dit_accel)
 import torch
 from _forward_times import Sample, Variant, installed, relative_error, take_sample, watch_forward
 from _full_size import CASES, DEPTHS, FullSize, at_noise, build_transformer, make_inputs
+from _pages import put_between, write_text
 from _quality_record import describe_environment
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +40,6 @@ from dit_accel.errors import DitAccelError
 from dit_accel.options import SparseOptions
 from dit_accel.preset import load_preset
 
-BEGIN, END = "<!-- full size: begin -->", "<!-- full size: end -->"
 CHECK_GRID = (3, 21, 26)  # at most; ragged on purpose
 # How much further than dense by another kernel a full plan may be from dense, and what is forgiven at all (in eps).
 _SLACK, _FORGIVEN = 4.0, 1.0
@@ -308,7 +308,7 @@ def check(
     grid = tuple(min(n, most) for n, most in zip(case.grid, CHECK_GRID, strict=True))
     given = at_noise(case, make_inputs(case, grid, device, dtype), noise)
     with installed(transformer, variant.options) as processor:
-        arrangement = processor.engine.arrangement
+        arrangement = processor.engine.layouts.arrangement
     full = SparseOptions(
         method="pooled",
         keep=1.0,
@@ -416,20 +416,8 @@ def write_report(records: list[dict[str, Any]], docs: str | None) -> None:
     if docs is None:
         print(tables)
         return
-    page = Path(docs).read_text(encoding="utf-8") if Path(docs).exists() else ""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise SystemExit(f"{docs}: put the lines {BEGIN} and {END} where the table shall stand")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    write_text(Path(docs), f"{before}{BEGIN}\n{tables}\n{END}{after}")
+    put_between(Path(docs), "full size", tables)
     print(f"wrote {docs}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _ms(value: float | None) -> str:

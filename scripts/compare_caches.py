@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from _cache_cases import CASES, Bench, apart
 from _cache_rivals import Rival, Setting, make_case_rivals, make_rivals, package_versions
+from _pages import put_between, write_text
 from _quality_record import describe_environment
 from bench_caches import at_cost
 
@@ -39,7 +40,6 @@ from dit_accel.preset import load_preset
 from dit_accel.quality.compare import compare_clips
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 WARMUP, THRESHOLDS = 4, (0.08, 0.12, 0.2)  # of the first-block caches
 FEWER = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3)  # shares of the steps
 
@@ -50,7 +50,7 @@ def main() -> None:
         record = json.loads(Path(options.report).read_text())
     else:
         record = compare(options)
-        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+        write_text(Path(options.out), json.dumps(record, indent=1) + "\n")
     print(markdown_of(record))
     if options.docs:
         write_tables(record, Path(options.docs))
@@ -341,11 +341,7 @@ def write_tables(record: dict[str, Any], page: Path) -> None:
     Raises:
         SystemExit: a page without the marks.
     """
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{page}: put the lines {BEGIN} and {END} where the tables shall stand")
-    before, behind = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{markdown_of(record)}\n{END}{behind}", encoding="utf-8")
+    put_between(page, "comparison", markdown_of(record))
 
 
 if __name__ == "__main__":

@@ -177,8 +177,6 @@ class CacheEngine:
     def _run_whole(self, call: Call, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         verdict, view = self._decide_whole(call)
         if verdict.reuse:
-            if self.sparse is not None:
-                self.sparse.skip()
             made = self._made_up(view, verdict)
             self._commit(verdict, view, None)
             sample = list(made.unbind()) if self._rows_apart else made
@@ -193,7 +191,10 @@ class CacheEngine:
     @torch.compiler.disable
     def _decide_whole(self, call: Call) -> tuple[Verdict, View]:
         view = View(call, _latents(self._module(), self._given["hidden_states"]))
-        return self._decide(view), view
+        verdict = self._decide(view)
+        if self.sparse is not None and self.sparse.installed:
+            self.sparse.skip() if verdict.reuse else self.sparse.begin()
+        return verdict, view
 
     @torch.compiler.disable
     def _made_up(self, view: View, verdict: Verdict) -> Tensor:

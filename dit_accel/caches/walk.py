@@ -20,6 +20,7 @@ from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
     from dit_accel.caches.engine import CacheEngine
+    from dit_accel.engine import Engine
 
 ROOT, BLOCK = "dit_accel_cache", "dit_accel_cache_block"  # names in diffusers' hook registries
 _LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")  # where transformers have their blocks, in order
@@ -31,6 +32,10 @@ class RootHook(ModelHook):
     def __init__(self, engine: CacheEngine) -> None:
         super().__init__()
         self.engine = engine
+
+    def decides_for(self, sparse: Engine) -> bool:
+        """Whether it tells this engine of each forward if it is computed or made up (see `hooks.may_be_made_up`)."""
+        return self.engine.cache.boundary == "call" and self.engine.sparse is sparse
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -10,10 +10,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import dit_accel
-from dit_accel.errors import UsageError
+from dit_accel.errors import FallbackError, UsageError
 from dit_accel.testing import (
     peak_bytes,
     tiny_flux2_transformer,
+    tiny_qwen_image_inputs,
+    tiny_qwen_image_transformer,
     tiny_sd3_inputs,
     tiny_sd3_transformer,
     tiny_wan_inputs,
@@ -365,6 +367,52 @@ def test_sparse_attention_beside_a_cache_does_not_advance_on_skipped_steps():
     assert report.forwards == {"computed": 14, "reused": 10}
     assert report.sparse_calls == 14 * layers and report.plans == {"predicted": 14 * layers}
     assert sum(report.token_orders.values()) == 14
+
+
+def test_dense_calls_of_a_forward_that_is_made_up_are_not_counted():
+    """Calls that never reach sparse attention are counted as the forward begins: only if it is then computed."""
+    model = Model()
+    stock = model.transformer.blocks[0].attn1.processor
+    cache = {"name": "easy", "schedule": "11010", "min_steps": 0}
+    handle = accelerate(model, cache, method="pooled", keep=0.5, min_tokens=0, block=16)
+    model.transformer.blocks[0].attn1.set_processor(stock)
+    for time in (900, 800, 700, 600, 500):
+        model("cond", time)
+    report = handle.report()
+    assert report.forwards == {"computed": 3, "reused": 2}
+    assert report.fallbacks == {"its processor was replaced after installation": 3} and report.dense_calls == 3
+    assert report.sparse_calls == 3 * (len(model.transformer.blocks) - 1)
+
+
+def test_a_reason_of_the_model_is_counted_only_for_what_is_computed():
+    transformer = tiny_qwen_image_transformer()
+    inputs = tiny_qwen_image_inputs(transformer, valid=(11,))
+    inputs["encoder_hidden_states_mask"][0, 3] = False
+    cache = {"name": "latent", "schedule": "110", "min_steps": 0}
+    handle = dit_accel.accelerate(transformer, cache=cache, method="pooled", keep=0.5, min_tokens=0, block=16)
+    for time in (0.9, 0.8, 0.7):
+        with torch.no_grad(), transformer.cache_context("cond"):
+            transformer(**{**inputs, "timestep": torch.tensor([time])})
+    layers = len(transformer.transformer_blocks)
+    report = handle.report()
+    assert report.forwards == {"computed": 2, "reused": 1}
+    assert report.fallbacks == {"a mask that keeps out text before other text": 2 * layers}
+    assert report.dense_calls == 2 * layers
+
+
+def test_strict_lets_a_forward_be_made_up_and_raises_before_one_is_computed():
+    model = Model()
+    stock = model.transformer.blocks[0].attn1.processor
+    cache = {"name": "easy", "schedule": "101", "min_steps": 0}
+    accelerate(model, cache, method="pooled", keep=0.5, min_tokens=0, block=16, strict=True)
+    model("cond", 900)
+    model.transformer.blocks[0].attn1.set_processor(stock)
+    model("cond", 800)
+    ran = []
+    model.transformer.blocks[0].register_forward_pre_hook(lambda module, args: ran.append(module))
+    with pytest.raises(FallbackError, match="processor was replaced"):
+        model("cond", 700)
+    assert not ran
 
 
 def test_dense_steps_keep_the_order_of_sparse_ones_under_a_stack_cache():

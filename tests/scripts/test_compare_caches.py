@@ -77,7 +77,7 @@ def test_what_fails_is_named(script, record):
 def test_tables_stand_between_the_marks(script, record, tmp_path, monkeypatch):
     page, path = tmp_path / "page.md", tmp_path / "record.json"
     path.write_text(json.dumps(record))
-    page.write_text(f"before\n{script.BEGIN}\noutdated\n{script.END}\nbehind\n")
+    page.write_text("before\n<!-- comparison: begin -->\noutdated\n<!-- comparison: end -->\nbehind\n")
     monkeypatch.setattr(sys, "argv", ["compare_caches.py", "--report", str(path), "--docs", str(page)])
     script.main()
     text = page.read_text()
