@@ -1,6 +1,8 @@
 """Caches and region sampling against fewer steps: what each saves and how far from dense it ends, on held-out prompts.
 
     python scripts/bench_caches.py --model presets/models/tiny-wan --prompts 4 --batch 1 --out bench
+    python scripts/bench_caches.py --model DIR --device cuda:0 --shard 0/2 --prompts 16 --batch 1 --out bench
+    python scripts/bench_caches.py --merge bench/record-*of2.json --out bench
     python scripts/bench_caches.py --report bench/record.json --docs docs/caches.md
 
 The rival is a run with fewer steps: it needs no memory and costs as little. What is worth its name ends nearer to the
@@ -9,7 +11,7 @@ transformer, which no other program on the machine can disturb, and as seconds o
 that cost is interpolated between the runs with fewer steps on either side.
 
 Variants are those of evaluate_quality.py, and so are the runs, the judges and the record; --report takes its records
-too, of several GPUs for instance.
+too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 import _source_tree  # noqa: F401  (must come before dit_accel)
 from _pages import put_between
 from _run_arguments import add_run_arguments
-from evaluate_quality import add_evaluation_arguments, evaluate, finish, parse_variant
+from evaluate_quality import add_evaluation_arguments, make_record, parse_variant
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +37,7 @@ VARIANTS = (
     "dense,cache=latent,cache.threshold=0.1,cache.order=2",
     "dense,cache=first_block,cache.threshold=0.06", "dense,cache=first_block,cache.threshold=0.12",
     "dense,cache=taylor,cache.interval=2", "dense,cache=taylor,cache.interval=3",
+    "dense,cache=tokens,cache.interval=3", "dense,cache=tokens,cache.interval=3,cache.selector=random",
     "dense,region=0.5", "dense,region=0.5,region.selector=change", "dense,region=0.5,region.selector=random",
     "dense,region=0.25", "dense,region=0.25,region.selector=random",
     "fast", "fast,cache=latent,cache.threshold=0.1", "fast,cache=latent,cache.threshold=0.2",
@@ -51,16 +54,7 @@ def main() -> None:
         if options.docs:
             put_between(Path(options.docs), "caches", markdown_of(record))
         return
-    if not options.model or not options.out:
-        raise SystemExit("--model and --out are needed (or --report RECORD)")
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    preset = load_preset(options.preset)
-    steps = options.steps or preset.generate.steps
-    variants = [parse_variant(text, preset, steps) for text in options.variants]
-    record = evaluate(options, preset, steps, variants, (0, 1), out)
-    finish(record, out / "record.json")
-    print_table(record)
+    print_table(make_record(options))
 
 
 def read_options() -> argparse.Namespace:

@@ -6,11 +6,12 @@
 #     bash scripts/compare_on_gpus.sh presets/models/tiny-wan out 280 default --prompts 16 --batch 16 --methods all
 #
 # No variant is begun that would end after SECONDS. Shards share the processor's cores: each gets its part, or small
-# operations of one would keep the others waiting. To plan with, on an H100 and 16 prompts: a variant of 33,792 tokens takes
-# about 25 s of a GPU, one of 4,352 tokens 5 s, and a shard 50 s or 30 s until it begins (estimates, in no record). Runs that differ in methods or
+# operations of one would keep the others waiting. To plan with, on an H200 and 16 prompts: a variant of 33,792 tokens
+# takes about 26 s of a GPU, one of 4,352 tokens 9 s, controls count as variants, and a shard takes 40 s until it begins
+# (as seen, in no record). What earlier records hold is not run again: --beside RECORD... Runs that differ in methods or
 # keeps alone can be merged: python scripts/bench_methods.py --merge OUT/*/record-*.json --out OUT
 set -uo pipefail
-[ $# -ge 4 ] || { sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
 model=$1 out=$2 seconds=$3 grid=$4
 shift 4
 cd "$(dirname "$0")/.."

@@ -92,22 +92,30 @@ class Run(Protocol):
 
 
 def main() -> None:
-    options = read_options()
+    make_record(read_options())
+
+
+def make_record(options: argparse.Namespace) -> dict:
+    """Evaluate, or merge the records of shards; write what comes of it, and print it.
+
+    Raises:
+        SystemExit: neither a model nor records to merge, or no folder.
+    """
+    if not options.out or not (options.model or options.merge):
+        raise SystemExit("--out DIR and --model DIR (or --merge RECORDS) are needed")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     if options.merge:
         record = merge_records([json.loads(Path(path).read_text()) for path in options.merge])
         finish(record, out / "record.json")
-        return
-    if not options.model:
-        raise SystemExit("--model DIR is needed (or --merge RECORDS)")
+        return record
     shard, shards = choose_shard(options.shard)
     preset = load_preset(options.preset)
     steps = options.steps or preset.generate.steps
     variants = [parse_variant(text, preset, steps) for text in options.variants]
     record = evaluate(options, preset, steps, variants, (shard, shards), out)
-    name = "record.json" if shards == 1 else f"record-{shard}of{shards}.json"
-    finish(record, out / name)
+    finish(record, out / ("record.json" if shards == 1 else f"record-{shard}of{shards}.json"))
+    return record
 
 
 def choose_shard(text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ An adapter module offers
 - `ROWS_APART = True`, only where the output is a list of batch rows instead of one tensor;
 - `why_apart(transformer, arguments)`, only where a step cache can keep nothing of some forwards: why of this one, or
   None;
+- `MODULES`, only where the token cache serves: what blocks are made of (`block_modules`), by their class names;
 - `has_image_prompt(transformer)`, only where IP-Adapters replace every processor when they come and go: whether one is
   loaded;
 - `dispatching(stock)`, only where stock processors do not use diffusers' dispatcher: one that does in its place, or

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.adapters.block_modules import BlockModules
 from dit_accel.adapters.joint import joint_attentions, order_tokens, read_images, restore_tokens
 from dit_accel.errors import LayoutError
 from dit_accel.layout import Grid, TokenLayout
@@ -28,6 +29,13 @@ TRAIN_TIMESTEPS = 1000  # the pipelines divide the scheduler's timesteps by it
 _REORDERED = ("FluxTransformer2DModel",)
 # classes that pass the region tests of tests/region
 REGION = ("FluxTransformer2DModel",)
+# for caches that leave out parts of a block
+MODULES = {
+    "FluxTransformerBlock": BlockModules(attentions=("attn",), rows=("ff",), with_text=("attn",)),
+    "FluxSingleTransformerBlock": BlockModules(
+        attentions=("attn",), rows=("proj_out",), feeds=("proj_mlp",), with_text=("attn", "proj_out")
+    ),
+}
 
 self_attentions = joint_attentions
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]

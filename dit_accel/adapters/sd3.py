@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_accel.adapters import patches, sd3_processors
+from dit_accel.adapters.block_modules import BlockModules
 from dit_accel.adapters.joint import order_tokens, restore_tokens
 from dit_accel.errors import LayoutError, UsageError
 from dit_accel.layout import Grid, TokenLayout
@@ -28,6 +29,8 @@ from dit_accel.trajectory import Facts
 _REORDERED = ("SD3Transformer2DModel",)
 # classes that pass the region tests of tests/region
 REGION = ("SD3Transformer2DModel",)
+# for caches that leave out parts of a block
+MODULES = {"JointTransformerBlock": BlockModules(attentions=("attn", "attn2"), rows=("ff",), with_text=("attn",))}
 
 dispatching = sd3_processors.dispatching
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]

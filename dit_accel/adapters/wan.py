@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_accel.adapters import patches
+from dit_accel.adapters.block_modules import BlockModules
 from dit_accel.errors import LayoutError
 from dit_accel.layout import Grid, TokenLayout
 from dit_accel.trajectory import Facts
@@ -29,6 +30,8 @@ _REORDERED = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 PARALLEL = ("WanTransformer3DModel",)
 # classes that pass the region tests of tests/region
 REGION = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+# for caches that leave out parts of a block; VACE's own blocks and Animate's face blocks are computed at every step
+MODULES = {"WanTransformerBlock": BlockModules(attentions=("attn1",), rows=("attn2", "ffn"))}
 
 OrderHook = tuple[nn.Module, Callable[[Any, TokenLayout], Any]]
 

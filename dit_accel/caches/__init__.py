@@ -3,11 +3,13 @@
 Between two steps of denoising a transformer's output changes little. A step cache computes some steps and makes up the
 others from what it kept. Each is a frozen dataclass `Cache`, made of five parts:
 
-- *boundary*, a class attribute: "call", all of the transformer, between its latents and its output; or "stack", its
-  blocks but for the first `head` and the last `tail` of them, which are always computed;
+- *boundary*, a class attribute: "call", all of the transformer, between its latents and its output; "stack", its blocks
+  but for the first `head` and the last `tail` of them, which are always computed; or "modules", the attentions and MLPs
+  of its blocks, of which a reused step computes some rows (a folder of one file for each: `caches.boundaries`);
 - *signal and policy*, `judge(view, memory) -> error`: the error that reuse here would make, by the cache's own rule.
   Reuse happens below `threshold`, within the limits that all caches share (`caches.cache.Cache`);
-- *predictor*, `fill(view, memory) -> parts`: what stands for the output, or for what the blocks add;
+- *predictor*, `fill(view, memory) -> parts`: what stands for the output, or for what the blocks add; of boundary
+  "modules" `choose(kept, age, step, layer) -> rows`: which rows are computed, where the others are held;
 - *store*, `learn(view, parts, memory)`: what it keeps of a computed step. The engine keeps `memory` apart for each
   transformer and branch of guidance, and lets nothing into it of a forward that did not return.
 

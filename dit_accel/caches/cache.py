@@ -99,10 +99,6 @@ class Cache(ABC):
         """
 
     @abstractmethod
-    def fill(self, view: View, memory: dict[str, Any]) -> Parts:
-        """What stands for a step that is not computed."""
-
-    @abstractmethod
     def learn(self, view: View, parts: Parts, memory: dict[str, Any]) -> None:
         """Take from a computed step what later ones need. The tensors are the cache's own."""
 
@@ -111,8 +107,17 @@ class Cache(ABC):
         """The most tensors that one branch's memory holds, by kind, of which `CacheEngine.declare` makes bytes.
 
         "latents"; "hidden", tokens of image or video; "text", tokens of it; "time", a projected time embedding;
-        "figures", a number for each sample.
+        "figures", a number for each sample; "modules", what each attention and MLP of the blocks gives; "ages", a
+        small number for each token of each block.
         """
+
+
+class StepCache(Cache):
+    """One that makes up the output, or what the blocks add, as a whole: boundary "call" or "stack"."""
+
+    @abstractmethod
+    def fill(self, view: View, memory: dict[str, Any]) -> Parts:
+        """What stands for a step that is not computed."""
 
 
 def need(holds: bool, name: str, value: Any, allowed: str) -> None:

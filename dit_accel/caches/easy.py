@@ -15,7 +15,7 @@ from dit_accel.caches.cache import NEVER, Parts, View
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """One branch decides for all, each makes its own output up."""
 
     shared: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from dit_accel.caches.cache import NEVER, Parts, View, check_order, place_of
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """Stack without its first block, relative L1 against the step computed last, what was added held or continued."""
 
     boundary: ClassVar[str] = "stack"

@@ -20,7 +20,7 @@ from dit_accel.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """All blocks, a table of ratios, what was added is held."""
 
     boundary: ClassVar[str] = "stack"

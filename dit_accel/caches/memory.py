@@ -35,17 +35,23 @@ class Memory:
         held = self._entries.get(branch)
         return held if held is not None and held.signature == signature else None
 
-    def load(self, entry: Entry, device: torch.device) -> dict[str, Any]:
-        """A copy of an entry's memory, its tensors on a device."""
-        return _mapped(entry.memory, lambda x: x.to(device))
+    def load(self, entry: Entry, device: torch.device | None) -> dict[str, Any]:
+        """A copy of an entry's memory, its tensors on a device; None leaves them where they are kept."""
+        return _mapped(entry.memory, lambda x: x if device is None else x.to(device))
+
+    def away(self, value: Any) -> Any:
+        """A value with its tensors where they are kept."""
+        return _mapped(value, lambda x: x.cpu()) if self._device == "cpu" else value
 
     def put(self, branch: str, entry: Entry, memory: dict[str, Any]) -> None:
         """Keep an entry with this memory."""
-        entry.memory = _mapped(memory, lambda x: x.cpu()) if self._device == "cpu" else memory
+        entry.memory = self.away(memory)
         self._entries[branch] = entry
 
-    def drop(self, branch: str) -> None:
+    def release(self, branch: str, entry: Entry) -> None:
+        """Let go of an entry's tensors: whoever loaded them holds them alone, until they are put back."""
         self._entries.pop(branch, None)
+        entry.memory = {}
 
     def clear(self) -> None:
         self._entries.clear()

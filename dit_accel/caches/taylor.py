@@ -15,7 +15,7 @@ from dit_accel.caches.cache import Parts, View, check_order, need, place_of, who
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """All blocks, a fixed interval, a polynomial."""
 
     boundary: ClassVar[str] = "stack"

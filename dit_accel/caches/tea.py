@@ -31,7 +31,7 @@ SIGNALS = ("modulated", "time")
 
 
 @dataclass(frozen=True)
-class Cache(base.Cache):
+class Cache(base.StepCache):
     """All blocks, an accumulated polynomial, what was added is held."""
 
     boundary: ClassVar[str] = "stack"

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
+    from dit_accel.caches.boundaries.modules import ModuleBoundary, Site
+    from dit_accel.caches.boundaries.stack import StackBoundary
     from dit_accel.caches.engine import CacheEngine
     from dit_accel.engine import Engine
 
@@ -48,17 +50,34 @@ class BlockHook(ModelHook):
     # Tokens may be used in another forward: sparse attention then keeps one order for all (`hooks.keeps_tokens`).
     _is_stateful = True
 
-    def __init__(self, engine: CacheEngine, index: int, form: Form) -> None:
+    def __init__(self, stack: StackBoundary, index: int, form: Form) -> None:
         super().__init__()
-        self.engine, self.index, self.form = engine, index, form
+        self.stack, self.index, self.form = stack, index, form
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = self.form.arguments(args, kwargs)
-        return self.engine.pass_block(self, module, lambda: self.fn_ref.original_forward(*args, **kwargs), given)
+        return self.stack.pass_block(self, module, lambda: self.fn_ref.original_forward(*args, **kwargs), given)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         return module  # the clock tells the engine of a run's end
+
+
+class ModuleHook(ModelHook):
+    """Around one attention or MLP of a block."""
+
+    _is_stateful = True  # as a BlockHook is
+
+    def __init__(self, modules: ModuleBoundary, site: Site) -> None:
+        super().__init__()
+        self.modules, self.site = modules, site
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.modules.pass_module(self.site, self.fn_ref.original_forward, args, kwargs)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 @dataclass(frozen=True)

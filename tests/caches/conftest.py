@@ -25,9 +25,11 @@ CACHES: dict[str, dict[str, Any]] = {
     "tea": {"name": "tea", "threshold": 2.0, "coefficients": (1.0, 0.0), "max_consecutive": 1},
     "mag": {"name": "mag", "threshold": 0.5, "ratios": (1.0, *[0.9] * 30), "max_consecutive": 1},
     "taylor": {"name": "taylor", "interval": 2, "warmup": 1},
+    "tokens": {"name": "tokens", "interval": 2, "warmup": 1, "mlp_ratio": 0.3},
 }
 STACK = {"first_block", "dual_block", "tea", "mag", "taylor"}
 TIMED = {"wan-t2v", "wan-i2v", "wan-two-experts"}  # whose blocks are given the time embedding itself
+MODULES = {"wan-t2v", "wan-i2v", "wan-two-experts", "flux", "sd3"}  # whose blocks' modules are known
 WHOLE_ONLY = {"flux2-klein", "hunyuan-video15-t2v", "z-image"}  # whose blocks diffusers does not describe as one stack
 STEPS = 8
 
@@ -37,17 +39,19 @@ def options_of(cache: str, family: str, **more: Any) -> dict[str, Any]:
     return {**found, "signal": "time" if family in TIMED else "modulated"} if cache == "tea" else found
 
 
+def serves(cache: str, family: str) -> bool:
+    return family in MODULES if cache == "tokens" else not (family in WHOLE_ONLY and cache in STACK)
+
+
 def has_one_schedule(family: str, cache: str) -> bool:
     """Whether all forwards of a step decide alike: one transformer, and one branch or a decision for both."""
-    alike = FAMILIES[family].forwards == 1 or cache in ("easy", "latent", "mag", "taylor")
+    alike = FAMILIES[family].forwards == 1 or cache in ("easy", "latent", "mag", "taylor", "tokens")
     return alike and family != "wan-two-experts"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
-        pairs = [
-            (family, cache) for family in FAMILIES for cache in CACHES if not (family in WHOLE_ONLY and cache in STACK)
-        ]
+        pairs = [(family, cache) for family in FAMILIES for cache in CACHES if serves(cache, family)]
         if metafunc.definition.get_closest_marker("one_schedule"):
             pairs = [pair for pair in pairs if has_one_schedule(*pair)]
         metafunc.parametrize("pair", pairs, indirect=True, ids=lambda pair: "-".join(pair))

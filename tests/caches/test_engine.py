@@ -96,7 +96,7 @@ def test_blocks_left_out_add_what_they_added(name, order, over, factor):
 
 
 @pytest.mark.parametrize("order", ["ABAB", "ABBA", "A then AB"])
-@pytest.mark.parametrize("name", ["easy", "first_block"])
+@pytest.mark.parametrize("name", ["easy", "first_block", "tokens"])
 def test_branches_never_mix_whatever_their_order(order, name):
     """Each branch alone gives what it gives among the others. (Here none decides for the other.)"""
     times = [900, 800, 700, 600, 500, 400]
@@ -196,6 +196,7 @@ FULL_MEMORIES = [
     {"name": "first_block", "threshold": 1e9, "min_steps": 0, "order": 2, "warmup": 3},
     {"name": "tea", "threshold": 0.0, "min_steps": 0, "model": "wan21-14b"},
     {"name": "taylor", "min_steps": 0, "order": 2, "warmup": 9},
+    {"name": "tokens", "min_steps": 0, "interval": 2, "selector": "staleness"},
 ]
 
 
@@ -214,7 +215,7 @@ def test_memory_is_what_was_declared():
         assert engine.bytes_held() == 0
 
 
-@pytest.mark.parametrize("name", ["easy", "first_block"])
+@pytest.mark.parametrize("name", ["easy", "first_block", "tokens"])
 def test_peak_memory_is_denses_and_what_is_declared(name):
     model = Model()
     model.transformer = tiny_wan_transformer(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024)
@@ -227,22 +228,25 @@ def test_peak_memory_is_denses_and_what_is_declared(name):
 
     run()
     dense, _ = peak_bytes(run)
-    handle = accelerate(model, {"name": name, "threshold": 0, "min_steps": 0})
+    more = {"schedule": "101", "mlp_ratio": 0.3} if name == "tokens" else {"threshold": 0}
+    handle = accelerate(model, {"name": name, "min_steps": 0, **more})
     run()
     cached, _ = peak_bytes(run)
     declared = handle._caches[0].declare(tuple(model("cond", 100).shape), 720, 0, 4)
     hidden = 720 * 256 * 4
     # tokens at the gate stay while the blocks behind it run, and new memory stands beside the old until it is put
-    working = declared + hidden if name == "first_block" else declared
+    # (but for "tokens", which has one layer's at a time beside it)
+    working = {"easy": declared, "first_block": declared + hidden, "tokens": 2 * hidden}[name]
     assert cached <= (dense + declared + working) * 1.02
 
 
-def test_memory_may_be_kept_on_the_cpu():
+@pytest.mark.parametrize("given", [ALWAYS, {"name": "tokens", "schedule": "110", "max_stale": 2, "min_steps": 0}])
+def test_memory_may_be_kept_on_the_cpu(given):
     model = Model()
-    handle = accelerate(model, {**ALWAYS, "store_device": "cpu"})
+    handle = accelerate(model, {**given, "store_device": "cpu"})
     outs = [model("cond", time) for time in (900, 800, 700)]
     handle.remove()
-    accelerate(model, ALWAYS)
+    accelerate(model, given)
     for out, time in zip(outs, (900, 800, 700), strict=True):
         assert torch.equal(out, model("cond", time))
 
@@ -357,16 +361,18 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def test_sparse_attention_beside_a_cache_does_not_advance_on_skipped_steps():
+@pytest.mark.parametrize(("name", "ordered"), [("easy", 14), ("tokens", 24)])
+def test_sparse_attention_beside_a_cache_does_not_advance_on_skipped_steps(name, ordered):
+    """A forward of which some rows are computed still brings its tokens into the order of those that are kept."""
     pipe = tiny_wan_pipeline()
     sparse = {"method": "svg2", "keep": 0.4, "min_tokens": 0, "block": 16}
-    handle = dit_accel.accelerate(pipe, cache={"name": "easy", "schedule": "110101010101"}, **sparse)
+    handle = dit_accel.accelerate(pipe, cache={"name": name, "schedule": "110101010101"}, **sparse)
     sample(pipe)
     report = handle.report()
     layers = len(pipe.transformer.blocks)
     assert report.forwards == {"computed": 14, "reused": 10}
     assert report.sparse_calls == 14 * layers and report.plans == {"predicted": 14 * layers}
-    assert sum(report.token_orders.values()) == 14
+    assert sum(report.token_orders.values()) == ordered
 
 
 def test_dense_calls_of_a_forward_that_is_made_up_are_not_counted():
@@ -415,11 +421,12 @@ def test_strict_lets_a_forward_be_made_up_and_raises_before_one_is_computed():
     assert not ran
 
 
-def test_dense_steps_keep_the_order_of_sparse_ones_under_a_stack_cache():
+@pytest.mark.parametrize("name", ["first_block", "tokens"])
+def test_dense_steps_keep_the_order_of_sparse_ones_under_a_cache_of_tokens(name):
     """Tokens of a dense step are used in a sparse one: in another order they would be of other places."""
     pipe = tiny_wan_pipeline()
     sparse = {"method": "pooled", "keep": 1.0, "min_tokens": 0, "block": 16, "order": "tiles", "dense_above": 0.8}
-    cache = {"name": "first_block", "schedule": "101010101010"}
+    cache = {"name": name, "schedule": "101010101010"}
     with dit_accel.accelerate(pipe, cache=cache):
         stock = sample(pipe)
     with dit_accel.accelerate(pipe, cache=cache, **sparse) as handle:
@@ -447,6 +454,7 @@ def test_dense_steps_keep_the_order_of_sparse_ones_under_a_stack_cache():
         ({"name": "mag"}, "needs ratios"),
         ({"name": "tea"}, "needs either model"),
         ({"name": "tea", "model": "wan"}, "Did you mean 'wan21"),
+        ({"name": "tokens", "selector": "map"}, "selector='map' is out of range"),
         (3, "give a cache's name"),
     ],
 )  # fmt: skip

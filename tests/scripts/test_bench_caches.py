@@ -89,5 +89,5 @@ def test_default_variants_can_be_run(script):
 
 def test_what_is_missing_is_told(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_caches.py"])
-    with pytest.raises(SystemExit, match="--model and --out are needed"):
+    with pytest.raises(SystemExit, match="--out DIR and --model DIR"):
         script.main()
