@@ -62,11 +62,10 @@ class Handle:
     def decisions(self) -> dict[str, str]:
         """What the step caches decided in the latest run, as their option `schedule` takes it, by transformer.
 
-        A step counts as computed (1) if any branch of guidance computed it. Replayed, it costs no look at the tensors.
+        A digit a step, 1 for a computed one; where branches of guidance decided differently, such a text for each:
+        "cond=1101; uncond=1111". Replayed, it costs no look at the tensors.
         """
-        return {
-            cache.role: "".join("01"[computed] for computed in cache.decisions) for cache in self._caches
-        }
+        return {cache.role: cache.decisions.text() for cache in self._caches}
 
     def trials(self) -> list[Trial]:
         """What step caches with `dry_run` noted so far: see `dit_accel.caches.trials`."""

@@ -54,6 +54,11 @@ def read(transformer: nn.Module, arguments: dict[str, Any]) -> Facts:
     )
 
 
+def why_apart(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why a step cache can keep nothing of a forward: one that was made up would leave out the sound."""
+    return "the model gives sound beside the video"
+
+
 def why_dense(transformer: nn.Module, arguments: dict[str, Any]) -> str | None:
     """Why no attention of this forward can be sparse, or None if some can."""
     if _find_video(transformer, arguments).grid is None:

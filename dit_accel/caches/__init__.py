@@ -28,7 +28,7 @@ from typing import Any
 from dit_accel.caches.cache import Cache
 from dit_accel.errors import UsageError, unknown_name
 
-_NO_CACHES = {"cache", "engine", "memory", "trials", "walk"}
+_NO_CACHES = {"cache", "engine", "memory", "schedule", "trials", "walk"}
 
 
 def cache_names() -> list[str]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dit_accel.caches.schedule import parse_schedule
 from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class Cache(ABC):
     compute_below: float = 0.0  # compute while the noise level is below this
     max_consecutive: int | None = None  # most steps in a row that are made up
     max_reused: int | None = None  # most steps of a run that are made up
-    schedule: str | None = None  # decisions made beforehand, a digit a step: 1 computes, 0 reuses; nothing is judged
+    # decisions made beforehand, a digit a step: 1 computes, 0 reuses; nothing is judged; or one for each
+    # branch: "cond=10; uncond=11"
+    schedule: str | None = None
     dry_run: bool = False  # compute every step, and note what reuse would have cost
     min_steps: int = 10  # off where the schedule has fewer steps: such models leave no step like the one before
     store_device: str = "auto"  # where memory is kept between steps: "auto", where it is made, or "cpu"
@@ -72,14 +75,23 @@ class Cache(ABC):
             need(value is None or (whole(value) and value >= 0), name, value, "a whole number from 0 on")
         if whole(self.schedule):  # digits without quotes are a number in TOML
             object.__setattr__(self, "schedule", str(self.schedule))
-        plan = self.schedule
-        legal = plan is None or (isinstance(plan, str) and plan and set(plan) <= {"0", "1"} and plan[0] == "1")
-        need(legal, "schedule", plan, "a text of 1 (compute) and 0 (reuse), a digit a step, the first of them 1")
+        if self.schedule is not None:
+            self._check_schedule()
         need(isinstance(self.dry_run, bool), "dry_run", self.dry_run, "true or false")
         need(whole(self.min_steps) and self.min_steps >= 0, "min_steps", self.min_steps, "a whole number from 0 on")
         need(self.store_device in DEVICES, "store_device", self.store_device, " or ".join(map(repr, DEVICES)))
         if self.schedule is not None and self.dry_run:
             raise UsageError("schedule and dry_run exclude each other: a dry run computes every step. Drop one.")
+
+    def _check_schedule(self) -> None:
+        try:
+            parse_schedule(self.schedule)
+        except (AttributeError, ValueError):
+            need(
+                False, "schedule", self.schedule,
+                "a text of 1 (compute) and 0 (reuse), a digit a step, the first of them 1; or such a text for each "
+                "branch, as in 'cond=1101; uncond=1111'",
+            )  # fmt: skip
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from dit_accel.caches.boundaries import make_boundary
 from dit_accel.caches.cache import NEVER, Cache, Parts, View
 from dit_accel.caches.memory import Entry, Memory
 from dit_accel.caches.parts.measures import relative_l1, worst
+from dit_accel.caches.schedule import Decisions, parse_schedule
 from dit_accel.caches.trials import Trial
 from dit_accel.errors import UsageError
 from dit_accel.hooks import Listener
@@ -71,7 +72,8 @@ class CacheEngine:
         self.adapter = find_adapter(transformer)
         self.cache, self.trajectory, self.tally, self.role, self.sparse = cache, trajectory, tally, role, sparse
         self.trials: list[Trial] = []
-        self.decisions: list[bool] = []  # by step: whether any branch of the latest run computed it
+        self.decisions = Decisions()  # of the latest run
+        self._plans = None if cache.schedule is None else parse_schedule(cache.schedule)
         self.memory = Memory(cache.store_device)
         self.given: dict[str, Any] | None = None  # arguments of the forward under way
         self.call: Call | None = None
@@ -192,11 +194,11 @@ class CacheEngine:
             return Verdict(call, False, reason, Entry(signature))
         device = None if self._boundary.lazy else view.x.device
         verdict = Verdict(call, False, "", entry, self.memory.load(entry, device))
-        if cache.schedule is None:
+        if self._plans is None:
             verdict.expected = cache.judge(view, verdict.memory)
         limited = self._why_limited(call, entry)
         verdict.reason = limited or self._why_judged(verdict)
-        if cache.shared and not cache.dry_run and cache.schedule is None:
+        if cache.shared and not cache.dry_run and self._plans is None:
             self._share(verdict, bool(limited))
         verdict.reuse = not verdict.reason
         if verdict.reuse and cache.dry_run:
@@ -225,10 +227,13 @@ class CacheEngine:
 
     def _why_limited(self, call: Call, entry: Entry) -> str:
         cache = self.cache
-        if cache.schedule is not None:
-            if call.step >= len(cache.schedule):
+        if self._plans is not None:
+            plan = self._plans.get(call.branch, self._plans.get(None))
+            if plan is None:
+                return "a branch that the schedule does not name"
+            if call.step >= len(plan):
                 return "beyond the schedule's end"
-            return "the schedule" if cache.schedule[call.step] == "1" else ""
+            return "the schedule" if plan[call.step] == "1" else ""
         if entry.computed < cache.warmup:
             return "warm-up"
         if call.noise > cache.compute_above:
@@ -242,7 +247,7 @@ class CacheEngine:
         return ""
 
     def _why_judged(self, verdict: Verdict) -> str:
-        if self.cache.schedule is not None or verdict.expected < self.cache.threshold:
+        if self._plans is not None or verdict.expected < self.cache.threshold:
             return ""
         return "nothing to judge by yet" if verdict.expected == NEVER else "above the threshold"
 
@@ -298,15 +303,13 @@ class CacheEngine:
 
     def count(self, call: Call, reused: bool, reason: str) -> None:
         self.tally.note_forward(reused, reason)
-        while len(self.decisions) <= call.step:
-            self.decisions.append(False)
-        self.decisions[call.step] |= not reused
+        self.decisions.note(call.branch, call.step, not reused)
 
     def _begin(self) -> None:
         """A new run, or one that broke off."""
         self.memory.clear()
         self._shared = None
-        self.decisions = []
+        self.decisions.clear()
 
     def declare(self, latents: tuple[int, ...], tokens: int, text: int, itemsize: int) -> int:
         """Bytes that one branch's memory will hold.

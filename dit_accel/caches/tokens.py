@@ -3,9 +3,9 @@
 Source: ToCa (arXiv 2410.05317) and DuCa (arXiv 2412.18911). ToCa chooses tokens by sums over the attention map, which
 fast kernels do not make; DuCa by the size of their values, or at random. At a step that computes no attention there are
 no values either: "norm" takes the tokens to which the block's MLP added most when it last computed them. "random" is
-the control that such a choice must beat. Published defaults for FLUX.1: interval 5, ratio .10. Three things differ
-from the published code: the interval is constant, all layers compute the same share, and the staleness bound holds for
-every token (ToCa adds age to its score, which bounds nothing).
+the control that such a choice must beat, and the default because this one has not (`docs/caches.md`). Published for
+FLUX.1: interval 5, ratio .10. Three things differ from the published code: the interval is constant, all layers compute
+the same share, and the staleness bound holds for every token (ToCa adds age to its score, which bounds nothing).
 
 Every layer's outputs are kept, two or three tensors a layer and branch: `docs/caches.md` says how many GiB that is.
 """
@@ -22,7 +22,7 @@ from dit_accel.caches.cache import Parts, View, need, number, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-SELECTORS = ("norm", "random", "staleness")
+SELECTORS = ("random", "norm", "staleness")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Cache(base.Cache):
     warmup: int = 3
     interval: int = 4  # one step of so many is computed
     mlp_ratio: float = 0.1  # share of the image's or video's tokens that MLPs compute at a reused step
-    selector: str = "norm"  # which tokens: "norm", what the MLP added most to; "random"; "staleness", the oldest
+    # which tokens: "random"; "norm", those to which the MLP added most; "staleness", the oldest
+    selector: str = "random"
     # Most steps for which a token's outputs serve. The oldest tokens are chosen first, a (max_stale + 1)th of all, also
     # where mlp_ratio is less. None: as long as no step is computed.
     max_stale: int | None = None

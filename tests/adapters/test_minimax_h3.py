@@ -147,3 +147,18 @@ def test_each_step_of_a_loop_is_counted():
     with dit_accel.accelerate(pipe, None, keep=0.4, block=16, min_tokens=0) as handle:
         samples(pipe)
     assert list(handle.report().keep_per_step) == [0, 1, 2]
+
+
+def test_a_step_cache_computes_every_forward_and_says_why():
+    """A forward that was made up would have no sound. Times rise from noise, 0, to 1."""
+    transformer = tiny_minimax_h3_transformer()
+    inputs = tiny_minimax_h3_inputs(transformer)
+    handle = dit_accel.accelerate(transformer, cache={"name": "easy", "threshold": 1e9, "min_steps": 0})
+    for noisy in (0.4, 0.5, 0.6):
+        inputs["timestep"] = torch.tensor([0.95, noisy])
+        out = run(transformer, inputs)
+    report = handle.report()
+    assert report.forwards == {"computed": 3}
+    assert report.computed_reasons == {"the model gives sound beside the video": 3}
+    handle.remove()
+    assert torch.equal(run(transformer, inputs), out)

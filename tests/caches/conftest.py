@@ -43,17 +43,16 @@ def serves(cache: str, family: str) -> bool:
     return family in MODULES if cache == "tokens" else not (family in WHOLE_ONLY and cache in STACK)
 
 
-def has_one_schedule(family: str, cache: str) -> bool:
-    """Whether all forwards of a step decide alike: one transformer, and one branch or a decision for both."""
-    alike = FAMILIES[family].forwards == 1 or cache in ("easy", "latent", "mag", "taylor", "tokens")
-    return alike and family != "wan-two-experts"
+def has_one_schedule(family: str) -> bool:
+    """Whether one transformer makes all steps: decisions are by transformer, the option is for all of them."""
+    return family != "wan-two-experts"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         pairs = [(family, cache) for family in FAMILIES for cache in CACHES if serves(cache, family)]
         if metafunc.definition.get_closest_marker("one_schedule"):
-            pairs = [pair for pair in pairs if has_one_schedule(*pair)]
+            pairs = [pair for pair in pairs if has_one_schedule(pair[0])]
         metafunc.parametrize("pair", pairs, indirect=True, ids=lambda pair: "-".join(pair))
     elif "cache" in metafunc.fixturenames:
         metafunc.parametrize("cache", list(CACHES))

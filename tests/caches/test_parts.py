@@ -9,6 +9,7 @@ from dit_accel.caches.mag import Cache as Mag
 from dit_accel.caches.mag import ratios_of
 from dit_accel.caches.parts.extrapolate import extrapolate
 from dit_accel.caches.parts.measures import relative_l1, worst
+from dit_accel.caches.schedule import Decisions, parse_schedule
 from dit_accel.caches.trials import Trial, threshold_for
 from dit_accel.errors import UsageError
 
@@ -36,6 +37,23 @@ def test_few_or_equal_samples_lower_the_order():
     one, two = torch.ones(2), torch.full((2,), 3.0)
     assert torch.equal(extrapolate([(0.9, one)], 0.5, 2), one)
     assert torch.equal(extrapolate([(0.9, one), (0.9, two)], 0.5, 1), two)
+
+
+def test_decisions_are_text_that_is_read_again():
+    decisions = Decisions()
+    assert decisions.text() == ""
+    for step, computed in enumerate([True, False, True]):
+        decisions.note("cond", step, computed)
+        decisions.note("uncond", step, computed)
+    assert decisions.text() == "101" and parse_schedule("101") == {None: "101"}
+    decisions.note("cond, skip 7", 3, True)  # a branch of some steps only
+    decisions.note("cond", 3, False)
+    assert decisions.text() == "cond=1010; uncond=1011; cond, skip 7=1111"
+    assert parse_schedule(decisions.text()) == {"cond": "1010", "uncond": "1011", "cond, skip 7": "1111"}
+    decisions.note("cond", 3, True)  # the second forward of a branch in one step
+    assert decisions.text() == "1011"
+    decisions.clear()
+    assert decisions.text() == ""
 
 
 def test_a_prediction_is_no_alias_of_what_is_kept():

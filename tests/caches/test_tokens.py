@@ -75,11 +75,11 @@ MODELS = {
     ),
 }
 CHOICES = [
+    {"mlp_ratio": 0.3, "selector": "norm"},
     {"mlp_ratio": 0.3},
-    {"mlp_ratio": 0.3, "selector": "random"},
     {"mlp_ratio": 0.3, "selector": "staleness"},
     {"mlp_ratio": 0.0},
-    {"mlp_ratio": 0.1, "max_stale": 2},
+    {"mlp_ratio": 0.1, "selector": "norm", "max_stale": 2},
 ]
 BLOCKS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
@@ -231,7 +231,7 @@ def test_no_row_is_older_than_the_bound(selector, ratio, bound):
         age = (age + 1).scatter(1, rows, 0)
         oldest = max(oldest, int(age.max()))
     assert oldest <= bound
-    free = Cache(mlp_ratio=0.1)  # without it the lowest rows would stay out for ever
+    free = Cache(mlp_ratio=0.1, selector="norm")  # without it the lowest rows would stay out for ever
     assert int(free.choose(kept, None, 1, 0).min()) == 31 - 4
 
 
@@ -249,7 +249,7 @@ def test_the_bound_holds_in_a_run():
 
 def test_the_norm_takes_the_largest():
     kept = torch.tensor([[[3.0, 4], [1, 0], [0, 6], [2, 2]], [[0, 1], [7, 0], [1, 1], [0, 2]]])
-    assert Cache(mlp_ratio=0.5).choose(kept, None, 1, 0).tolist() == [[0, 2], [1, 3]]
+    assert Cache(mlp_ratio=0.5, selector="norm").choose(kept, None, 1, 0).tolist() == [[0, 2], [1, 3]]
 
 
 def test_chance_is_the_same_in_every_run_and_another_at_each_step_and_layer():
@@ -462,7 +462,7 @@ def test_other_families_say_what_serves_them(make):
     ("options", "message"),
     [
         ({"mlp_ratio": 1.5}, "mlp_ratio=1.5 is out of range: a share from 0 to 1"),
-        ({"selector": "attention"}, "selector='attention' is out of range: 'norm', 'random', 'staleness'"),
+        ({"selector": "attention"}, "selector='attention' is out of range: 'random', 'norm', 'staleness'"),
         ({"max_stale": 0}, "max_stale=0 is out of range"),
         ({"interval": 0}, "interval=0 is out of range"),
     ],
