@@ -71,7 +71,7 @@ def assert_a_line(transformer, inputs, why, calls, method):
     assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3
 
 
-def assert_the_models_order(transformer, inputs, why, **options):
+def assert_the_models_order(transformer, inputs, why, *, run=run, **options):
     """Tokens that were to be brought into tiles keep the model's own order, and the report says why."""
     true = run(transformer, inputs)
     processor = sparse(transformer, order="tiles", **options)

@@ -68,7 +68,7 @@ def test_rows_with_times_of_their_own_keep_the_models_order():
     transformer = tiny_minimax_h3_transformer()
     inputs = tiny_minimax_h3_inputs(transformer)
     inputs["timestep_indices"][-105:-70] = 0  # the first frame is clean
-    assert_the_models_order(transformer, inputs, "the video's rows are modulated one by one")
+    assert_the_models_order(transformer, inputs, "the video's rows are modulated one by one", run=run)
 
 
 def test_a_sequence_that_ends_with_something_else_runs_dense_and_says_so():
