@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
+from dit_accel.errors import UsageError, unknown_name
+from dit_accel.pipelines.staging import Stage
 
 SUFFIXES = (".mp4", ".gif", ".png")
 IMAGE_SUFFIXES = (".png",)  # of a single image
@@ -51,46 +50,32 @@ def write_clip(path: Path, frames: np.ndarray, fps: float, comment: str | None =
 
     Returns:
         The files written.
+
+    Raises:
+        EnvironmentProblem: a file cannot be written.
     """
-    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}[path.suffix.lower()]
-    if path.suffix.lower() != ".png":
-        with _staged([path]) as (part,):
-            write(part, frames, fps, comment)
+    with Stage() as stage:
+        return stage_clip(stage, path, frames, fps, comment)
+
+
+def stage_clip(
+    stage: Stage, path: Path, frames: np.ndarray, fps: float, comment: str | None = None
+) -> list[Path]:
+    """Write a clip as `write_clip` does, under the temporary names of a stage.
+
+    Returns:
+        The files that there will be.
+    """
+    suffix = path.suffix.lower()
+    if suffix != ".png":
+        write = {".mp4": _write_mp4, ".gif": _write_gif}[suffix]
+        write(stage.add(path), frames, fps, comment)
         return [path]
-    paths = (
-        [path]
-        if len(frames) == 1
-        else [path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in range(1, len(frames) + 1)]
-    )
-    with _staged(paths) as parts:
-        for part, frame in zip(parts, frames, strict=True):
-            _write_png(part, frame[None], fps, comment)
+    numbers = range(1, len(frames) + 1)
+    paths = [path] if len(frames) == 1 else [path.with_name(f"{path.stem}-{n:04d}{path.suffix}") for n in numbers]
+    for name, frame in zip(paths, frames, strict=True):
+        _write_png(stage.add(name), frame[None], fps, comment)
     return paths
-
-
-@contextlib.contextmanager
-def _staged(paths: list[Path]) -> Iterator[list[Path]]:
-    """Temporary names beside the final ones; renamed when the block ends well, removed when it does not."""
-    parts = [path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") for path in paths]
-    try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {paths[0]}: {error.strerror or error}") from error
-    try:
-        yield parts
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {paths[0]}: {error.strerror or error}") from error
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    with _staged([path]) as (part,):
-        part.write_text(text, encoding="utf-8")
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:

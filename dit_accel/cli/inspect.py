@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from dit_accel.pipelines.video import SUFFIXES, check_writable
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+    from dit_accel.pipelines.staging import Stage
 
 RECORD = "inspect.json"
 _HEADS, _LAYERS = 4, 3  # most heads and layers drawn as block masks
@@ -154,7 +155,8 @@ def _run(
     """
     from dit_accel import accelerate
     from dit_accel.cli.making import announce, load, open_record, picture_for, timed
-    from dit_accel.pipelines.video import write_clip
+    from dit_accel.pipelines.staging import Stage
+    from dit_accel.pipelines.video import stage_clip
     from dit_accel.quality.recall import Recorder
 
     announce(request, quiet=quiet, verbose=verbose)
@@ -164,11 +166,16 @@ def _run(
     record = {**open_record(request, pipe), "rows": rows, "every": every}
     recorder = Recorder(rows, lambda call: call.step % every == 0)
     keeper = _MaskKeeper(layers, preset.sparse.dense_layers, preset.generate.steps)
-    folder, clip = request.outputs[0].parent, []
+    clip = request.outputs[0]
 
-    def finish(complete: bool, report: Any) -> None:
-        record["complete"], record["report"] = complete, report.to_dict()
-        _write(record, recorder.seen, keeper, folder, clip, earlier)
+    def finish(report: Any, frames: np.ndarray | None) -> None:
+        """Write what was seen, and the clip if there is one, which gets its name together with the record."""
+        record["complete"], record["report"] = frames is not None, report.to_dict()
+        with Stage() as stage:
+            more = [] if frames is None else stage_clip(stage, clip, frames, preset.generate.fps)
+            files = _stage(stage, record, recorder.seen, keeper, clip.parent, more)
+        for path in set(earlier) - set(files):  # what an earlier run left under other names
+            path.unlink(missing_ok=True)
 
     with accelerate(pipe, preset.sparse) as handle:
 
@@ -181,16 +188,15 @@ def _run(
             frames, seconds = timed(pipe, request, request.clips[0], picture, "inspect", quiet)
         except BaseException:
             if recorder.seen:
-                finish(False, handle.report())
-                remark(f"what was seen until then is in {folder}", quiet=quiet)
+                finish(handle.report(), None)
+                remark(f"what was seen until then is in {clip.parent}", quiet=quiet)
             raise
         report = handle.report()
     if not recorder.seen:
         reasons = ", ".join(report.dense_reasons) or "no self-attention ran"
         raise DitAccelError(f"nothing ran sparse, so there is nothing to show: {reasons}")
     record["seconds"] = seconds
-    clip += [str(file) for file in write_clip(request.outputs[0], frames, preset.generate.fps, None)]
-    finish(True, report)
+    finish(report, frames)
     if verbose:
         remark(str(report))
     remark(_closing_line(record), quiet=quiet)
@@ -249,25 +255,28 @@ class _MaskKeeper:
         )
 
 
-def _write(
+def _stage(
+    stage: Stage,
     record: dict[str, Any],
     seen: Sequence[Any],
     keeper: _MaskKeeper,
     folder: Path,
-    clip: list[str],
-    earlier: Iterable[Path],
-) -> None:
-    """Complete the record and write every file; what an earlier run left under other names goes."""
-    from dit_accel.pipelines.video import write_text
+    clip: list[Path],
+) -> list[Path]:
+    """Complete the record, and write it and the pictures to the stage.
 
+    Returns:
+        All files that there will be.
+    """
     record["summary"] = _summarise(seen)
     record["calls"] = [call.to_dict() for call in seen]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / RECORD, *_draw(seen, keeper, folder)]
-    record["files"] = [*map(str, files), *clip]
-    write_text(files[0], json.dumps(record, indent=2) + "\n")
-    for path in set(earlier) - {*files, *map(Path, clip)}:
-        path.unlink(missing_ok=True)
+    pictures = _draw(seen, keeper)
+    for name, picture in pictures.items():
+        picture.save(stage.add(folder / name), format="PNG")
+    files = [folder / RECORD, *(folder / name for name in pictures), *clip]
+    record["files"] = [str(path) for path in files]
+    stage.write_text(files[0], json.dumps(record, indent=2) + "\n")
+    return files
 
 
 def _summarise(seen: Sequence[Any]) -> dict[str, Any]:
@@ -287,7 +296,8 @@ def _summarise(seen: Sequence[Any]) -> dict[str, Any]:
     return {**figures(list(seen)), "per_layer": grouped("layer"), "per_step": grouped("step")}
 
 
-def _draw(seen: Sequence[Any], keeper: _MaskKeeper, folder: Path) -> list[Path]:
+def _draw(seen: Sequence[Any], keeper: _MaskKeeper) -> dict[str, Image.Image]:
+    """Pictures by the names of their files."""
     from dit_accel.quality.mask_pictures import draw_heat_map
 
     n_layers = 1 + max(call.layer for call in seen)
@@ -299,17 +309,10 @@ def _draw(seen: Sequence[Any], keeper: _MaskKeeper, folder: Path) -> list[Path]:
     ):
         shares = _table(seen, name, (n_layers, keeper.steps))
         if shares is not None:
-            pictures[folder / f"{name}.png"] = draw_heat_map(shares, title, missing=missing)
+            pictures[f"{name}.png"] = draw_heat_map(shares, title, missing=missing)
     for layer in sorted(keeper.masks):
-        pictures[folder / f"masks-layer-{layer}.png"] = keeper.picture(layer)
-    for path, picture in pictures.items():
-        part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
-        try:
-            picture.save(part, format="PNG")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    return list(pictures)
+        pictures[f"masks-layer-{layer}.png"] = keeper.picture(layer)
+    return pictures
 
 
 def _table(seen: Sequence[Any], name: str, shape: tuple[int, int]) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from dit_accel import accelerate
 from dit_accel.cli.making import announce, load, open_record, picture_for, timed
 from dit_accel.cli.request import Clip, Request, dense_name
 from dit_accel.cli.terminal import remark
-from dit_accel.pipelines.video import write_clip, write_text
+from dit_accel.pipelines.staging import Stage
+from dit_accel.pipelines.video import stage_clip
 
 
 def run(
@@ -28,8 +30,8 @@ def run(
 ) -> dict[str, Any]:
     """Make every clip of a request.
 
-    A clip is written only when it is whole, and run.json is rewritten after each, so that an interrupted list
-    keeps what was finished.
+    A clip is written only when it is whole, and together with run.json, so that an interrupted list keeps what was
+    finished, and a record of it.
 
     Returns:
         What run.json holds.
@@ -45,12 +47,24 @@ def run(
     }
     for number, asked in enumerate(request.clips, start=1):
         title = f"{number}/{len(request.clips)} " if len(request.clips) > 1 else ""
-        clip = _make(pipe, request, asked, picture, title, record, compare_dense, metadata, quiet, verbose)
-        record["clips"].append(clip)
-        write_text(request.record, json.dumps(record, indent=2) + "\n")
+        made = _make(pipe, request, asked, picture, title, compare_dense, quiet)
+        _keep(made, request, asked, record, metadata)
+        if verbose and made.report is not None:
+            remark(str(made.report))
+        remark(bargain(made.told, made.report, request.preset.name), quiet=quiet)
         if print_files:
-            print(*clip["files"], sep="\n", flush=True)
+            print(*made.told["files"], sep="\n", flush=True)
     return record
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A clip that was made, and is not written yet."""
+
+    frames: np.ndarray
+    dense: np.ndarray | None  # its twin
+    report: Any  # what ran; None where all was stock
+    told: dict[str, Any]  # what run.json says of it
 
 
 def _make(
@@ -59,12 +73,9 @@ def _make(
     asked: Clip,
     picture: Any,
     title: str,
-    record: dict[str, Any],
     compare_dense: bool,
-    metadata: bool,
     quiet: bool,
-    verbose: bool,
-) -> dict[str, Any]:
+) -> _Made:
     clip: dict[str, Any] = {"prompt": asked.prompt, "seed": asked.seed}
     report = None
     if request.preset.is_stock:
@@ -85,18 +96,22 @@ def _make(
             "psnr_db": _psnr(frames, dense),
         }
     clip["frames"] = list(frames.shape)
+    return _Made(frames, dense, report, clip)
+
+
+def _keep(made: _Made, request: Request, asked: Clip, record: dict[str, Any], metadata: bool) -> None:
+    """Add a clip to the record, and write both at once."""
+    clip = made.told
     comment = {key: record[key] for key in ("tool", "versions", "preset", "machine")} | clip
     text = json.dumps(comment, separators=(",", ":")) if metadata else None
     fps = request.preset.generate.fps
-    clip["files"] = [str(file) for file in write_clip(asked.output, frames, fps, text)]
-    if dense is not None:
-        clip["dense"]["files"] = [
-            str(file) for file in write_clip(dense_name(asked.output), dense, fps, None)
-        ]
-    if verbose and report is not None:
-        remark(str(report))
-    remark(bargain(clip, report, request.preset.name), quiet=quiet)
-    return clip
+    with Stage() as stage:
+        clip["files"] = [str(file) for file in stage_clip(stage, asked.output, made.frames, fps, text)]
+        if made.dense is not None:
+            twin = stage_clip(stage, dense_name(asked.output), made.dense, fps)
+            clip["dense"]["files"] = [str(file) for file in twin]
+        record["clips"].append(clip)
+        stage.write_text(request.record, json.dumps(record, indent=2) + "\n")
 
 
 def bargain(clip: dict[str, Any], report: Any, preset: str) -> str:

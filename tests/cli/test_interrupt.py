@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,3 +65,35 @@ def test_interrupted_in_the_first_clip(start_cli: Callable, wan21_folder: Path, 
     assert process.returncode == 130
     assert told.splitlines()[-1] == "error: interrupted; nothing half-written was left"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clip_and_its_record_come_together(
+    cli_environment: dict[str, str], wan21_folder: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C at the worst moment: a clip's file has its name, and its twin and the record have none yet."""
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dit_accel.cli.app import run\n"
+        "rename = os.replace\n"
+        "def rename_and_interrupt(part, path):\n"
+        "    rename(part, path)\n"
+        "    if str(path).endswith('.mp4'):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "os.replace = rename_and_interrupt\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    more = ["--steps", "2", "--model", wan21_folder, "--prompt", "star", "--compare-dense", "-o", "out/a.mp4"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *RUN, *SPARSE, *more],
+        cwd=tmp_path,
+        env=cli_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: interrupted; nothing half-written was left"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-dense.mp4", "a.mp4", "run.json"]
+    (clip,) = json.loads((tmp_path / "out" / "run.json").read_text())["clips"]
+    assert clip["files"] == ["out/a.mp4"] and clip["dense"]["files"] == ["out/a-dense.mp4"]

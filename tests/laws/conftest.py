@@ -15,7 +15,7 @@ import dit_accel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import Bench
-from families import FAMILIES, MODELS, Family, Model
+from families import FAMILIES, MODELS, Model
 from methods_table import EVERYWHERE, METHODS
 
 
@@ -33,21 +33,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, rows[name], indirect=True)
         return
     host = asked[0]
-    marked = {mark.name for mark in metafunc.definition.iter_markers()}
+    everything = metafunc.definition.get_closest_marker("every_pair") is not None
+    chooses_backend = metafunc.definition.get_closest_marker("chooses_backend") is not None
     chosen = [
         (row, method)
         for row, method in itertools.product(rows[host], METHODS)
-        if "every_pair" in marked or row == rows[host][0] or method in EVERYWHERE
-        if host == "model" or _can_run(FAMILIES[row], method, marked)
+        if everything or row == rows[host][0] or method in EVERYWHERE
+        if not (host == "bench" and FAMILIES[row].line and getattr(METHODS[method](0.4), "needs_grid", False))
+        if not chooses_backend or FAMILIES[row].backend
     ]
     metafunc.parametrize((host, "method"), chosen, indirect=True)
-
-
-def _can_run(family: Family, method: str, marked: set[str]) -> bool:
-    """Whether a family has what a method and a law's markers ask for."""
-    if family.line and getattr(METHODS[method](0.4), "needs_grid", False):
-        return False
-    return family.takes_backend or "backend" not in marked
 
 
 @pytest.fixture

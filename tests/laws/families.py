@@ -38,7 +38,7 @@ class Family:
     prepare: Callable[[Any, Request], None] | None = None  # what is set on the pipeline instead of given to it
     raster: str | None = None  # why its tokens keep the model's own order
     line: str | None = None  # why its tokens are no one grid, on which methods that need one cannot be used
-    takes_backend: bool = True  # whether its stock processors heed a chosen attention backend
+    backend: bool = True  # whether its stock processors know a choice of attention backend
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,7 @@ FAMILIES: dict[str, Family] = {
         _framepack_video,
         line="history of other scales before the video",
     ),
-    "sd3": Family(
-        testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1, takes_backend=False
-    ),
+    "sd3": Family(testing.tiny_sd3_pipeline, _sd3_embeddings, _sd3_image, "images", forwards=1, backend=False),
     "z-image": Family(
         testing.tiny_z_image_pipeline,
         _z_image_embeddings,

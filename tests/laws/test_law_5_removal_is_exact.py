@@ -73,11 +73,11 @@ def test_installing_twice_removes_to_the_stock_processors(bench, method, install
     assert anatomy(bench.pipe) == before
 
 
-@pytest.mark.backend
+@pytest.mark.chooses_backend
 def test_a_backend_chosen_meanwhile_stays(bench, method, install):
     transformer = bench.transformers()[0]
-    # not those of text refiners, which take none
-    attentions = [m for m in transformer.modules() if hasattr(getattr(m, "processor", None), "_attention_backend")]
+    found = [m for m in transformer.modules() if hasattr(m, "get_processor")]
+    attentions = [m for m in found if hasattr(m.processor, "_attention_backend")]  # not a text refiner's
     assert set(bench.attentions()) <= set(attentions)
     for attention in attentions:
         attention.processor._attention_backend = AttentionBackendName._NATIVE_MATH
