@@ -140,12 +140,14 @@ class Seating:
         return [(attn, seat) for attn, seat in pairs if attn is not None]
 
     def _is_out_by_adapter(self, pairs: list[tuple[nn.Module, Seat]]) -> bool:
-        """Whether loading or unloading an IP-Adapter put others in place of all our processors since the last look."""
+        """Whether an IP-Adapter that came, went or changed put others in place of all of ours since the last look."""
         if not self._acted or not hasattr(self._adapter, "has_image_prompt"):
             return False
-        has = self._adapter.has_image_prompt(self._module())
-        attending = [(attn, seat) for attn, seat in pairs if seat.layer is not None]
-        return all(has == isinstance(attn.processor, nn.Module) != seat.has_weights for attn, seat in attending)
+        found = [(attn.processor, seat) for attn, seat in pairs if seat.layer is not None]
+        if self._adapter.has_image_prompt(self._module()):
+            # The ones that stood there before, set again by hand, are an opting out.
+            return all(isinstance(processor, nn.Module) and processor is not seat.stock for processor, seat in found)
+        return all(seat.has_weights and not isinstance(processor, nn.Module) for processor, seat in found)
 
     def copy_to(self, engine: Engine, transformer: nn.Module | None, memo: dict) -> Seating:
         """The seats of a copied transformer, under a deep copy that is under way."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.pipelines.limits import SizeRule, refuse_branches, vae_step
 from dit_accel.pipelines.loading import load_stock
 from dit_accel.pipelines.running import run_stock
-from dit_accel.pipelines.weights import SizeRule, expect, locate, read_json, refuse_branches
+from dit_accel.pipelines.weights import Models, read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,21 +17,10 @@ if TYPE_CHECKING:
     from dit_accel.preset import GenerateOptions
 
 MAKES = "image"
+find = Models("flux", ("FluxPipeline",), ("FluxTransformer2DModel",)).find
 _PACKED = 2  # the pipeline makes a token of so many latents each way
 # Text tokens: what FluxPipeline takes by default, and what its documentation gives schnell.
 _TEXT, _TEXT_OF_SCHNELL = 512, 256
-
-
-def find(model: str, *, download: bool = True) -> Path:
-    """The local folder of a FLUX.1 model, its files judged. Imports no torch.
-
-    Raises:
-        EnvironmentProblem: not found, incomplete or corrupt.
-        UnknownModelError: a pipeline or transformer that this recipe does not drive.
-    """
-    folder = locate(model, download=download)
-    expect(folder, "flux", ("FluxPipeline",), ("FluxTransformer2DModel",))
-    return folder
 
 
 def start_image(folder: Path) -> str:
@@ -40,17 +30,12 @@ def start_image(folder: Path) -> str:
 
 def size_rule(folder: Path) -> SizeRule:
     """What the model in a folder can make, read from its config files. Imports no torch."""
-    vae = read_json(folder / "vae" / "config.json", "the size rule")
-    return _rule(2 ** (len(vae.get("block_out_channels", (0,))) - 1))
+    return SizeRule.of_images(vae_step(read_config(folder, "vae")) * _PACKED)
 
 
 def size_rule_of(pipe: Any) -> SizeRule:
     """What a loaded pipeline can make."""
-    return _rule(pipe.vae_scale_factor)
-
-
-def _rule(spatial: int) -> SizeRule:
-    return SizeRule(width_step=spatial * _PACKED, height_step=spatial * _PACKED, frame_step=None)
+    return SizeRule.of_images(pipe.vae_scale_factor * _PACKED)
 
 
 def load(model: str | Path, **options: Any) -> Any:
@@ -92,13 +77,5 @@ def generate(
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     refuse_branches(options)
-    distilled = pipe.transformer.config.guidance_embeds
-    call = dict(
-        prompt=prompt,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        max_sequence_length=_TEXT if distilled else _TEXT_OF_SCHNELL,
-    )
-    return run_stock(pipe, call, seed=seed, callback=callback)
+    text = _TEXT if pipe.transformer.config.guidance_embeds else _TEXT_OF_SCHNELL
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, max_sequence_length=text)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.pipelines.limits import SizeRule, refuse_branches
 from dit_accel.pipelines.loading import load_stock
 from dit_accel.pipelines.running import run_stock
-from dit_accel.pipelines.weights import SizeRule, expect, locate, read_json, refuse_branches
+from dit_accel.pipelines.weights import Models, read_config, read_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,47 +19,30 @@ if TYPE_CHECKING:
 
 MAKES = "video"
 _FROM_TEXT, _FROM_IMAGE = "HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"
+find = Models("hunyuan_video", (_FROM_TEXT, _FROM_IMAGE), ("HunyuanVideoTransformer3DModel",)).find
 # AutoencoderKLHunyuanVideo's and the transformer's own defaults, for a config that leaves them out
 _SPATIAL, _TEMPORAL, _PATCH = 8, 4, 2
-_PIPELINE_STEP = 16  # the pipelines refuse sides that it does not divide
-
-
-def find(model: str, *, download: bool = True) -> Path:
-    """The local folder of a HunyuanVideo model, its files judged. Imports no torch.
-
-    Raises:
-        EnvironmentProblem: not found, incomplete or corrupt.
-        UnknownModelError: a pipeline or transformer that this recipe does not drive.
-    """
-    folder = locate(model, download=download)
-    expect(folder, "hunyuan_video", (_FROM_TEXT, _FROM_IMAGE), ("HunyuanVideoTransformer3DModel",))
-    return folder
 
 
 def start_image(folder: Path) -> str:
     """Whether a video of this model begins at a picture: "never" or "always". Imports no torch."""
-    return "always" if _class_name(folder) == _FROM_IMAGE else "never"
+    return "always" if read_index(folder)["_class_name"] == _FROM_IMAGE else "never"
 
 
 def size_rule(folder: Path) -> SizeRule:
     """What the model in a folder can make, read from its config files. Imports no torch."""
-    vae = read_json(folder / "vae" / "config.json", "the size rule")
-    dit = read_json(folder / "transformer" / "config.json", "the size rule")
+    vae, dit = read_config(folder, "vae"), read_config(folder, "transformer")
     spatial = vae.get("spatial_compression_ratio", _SPATIAL)
     temporal = vae.get("temporal_compression_ratio", _TEMPORAL)
-    return _rule(spatial, temporal, dit.get("patch_size", _PATCH), dit.get("patch_size_t", 1))
+    side = dit.get("patch_size", _PATCH)
+    return SizeRule.of_videos(spatial, temporal, (dit.get("patch_size_t", 1), side, side))
 
 
 def size_rule_of(pipe: Any) -> SizeRule:
     """What a loaded pipeline can make."""
     config = pipe.transformer.config
     spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
-    return _rule(spatial, temporal, config.patch_size, config.patch_size_t)
-
-
-def _rule(spatial: int, temporal: int, patch: int, patch_t: int) -> SizeRule:
-    side = math.lcm(_PIPELINE_STEP, spatial * patch)
-    return SizeRule(width_step=side, height_step=side, frame_step=math.lcm(temporal, temporal * patch_t))
+    return SizeRule.of_videos(spatial, temporal, (config.patch_size_t, config.patch_size, config.patch_size))
 
 
 def load(model: str | Path, **options: Any) -> Any:
@@ -74,7 +57,7 @@ def load(model: str | Path, **options: Any) -> Any:
         UsageError: an option that cannot be.
     """
     folder = find(str(model))
-    pipe = load_stock(folder, _class_name(folder), vae_dtype="float16", **options)
+    pipe = load_stock(folder, read_index(folder)["_class_name"], vae_dtype="float16", **options)
     pipe.vae.enable_tiling()  # a whole clip at once takes more memory than a GPU has
     return pipe
 
@@ -106,18 +89,5 @@ def generate(
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     refuse_branches(options)
-    call: dict[str, Any] = dict(
-        prompt=prompt,
-        width=options.width,
-        height=options.height,
-        num_frames=options.frames,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-    )
-    if image is not None:
-        call["image"] = image
-    return run_stock(pipe, call, seed=seed, callback=callback)
-
-
-def _class_name(folder: Path) -> str:
-    return read_json(folder / "model_index.json", f"{folder} is no diffusers model")["_class_name"]
+    video = dict(num_frames=options.frames, image=image)
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, **video)

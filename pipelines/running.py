@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit_accel.errors import DitAccelError
 
+if TYPE_CHECKING:
+    from dit_accel.preset import GenerateOptions
+
 
 def run_stock(
-    pipe: Any, call: dict[str, Any], *, seed: int, callback: Callable[[int], None] | None = None
+    pipe: Any,
+    options: GenerateOptions,
+    prompt: str,
+    *,
+    seed: int,
+    callback: Callable[[int], None] | None = None,
+    **more: Any,
 ) -> np.ndarray:
     """Run a pipeline once.
 
     Args:
-        call: the pipeline's arguments.
+        options: size, steps and guidance.
+        more: the pipeline's other arguments, its own defaults where they are None.
         seed: seeds a CPU generator, so that the same seed starts from the same noise on every device.
         callback: called after each step with the number of steps done. What it raises ends the run.
 
@@ -35,7 +45,12 @@ def run_stock(
 
     try:
         (made,) = pipe(
-            **call,
+            prompt=prompt,
+            width=options.width,
+            height=options.height,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            **{name: value for name, value in more.items() if value is not None},
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="np",
             callback_on_step_end=after_step,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import UsageError
+from dit_accel.pipelines.limits import SizeRule, refuse_second_guidance, vae_step
 from dit_accel.pipelines.loading import load_stock
 from dit_accel.pipelines.running import run_stock
-from dit_accel.pipelines.weights import SizeRule, expect, locate, read_json
+from dit_accel.pipelines.weights import Models, read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,19 +17,8 @@ if TYPE_CHECKING:
     from dit_accel.preset import GenerateOptions
 
 MAKES = "image"
+find = Models("sd3", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)).find
 _PATCH = 2  # SD3Transformer2DModel's own default
-
-
-def find(model: str, *, download: bool = True) -> Path:
-    """The local folder of a Stable Diffusion 3 model, its files judged. Imports no torch.
-
-    Raises:
-        EnvironmentProblem: not found, incomplete or corrupt.
-        UnknownModelError: a pipeline or transformer that this recipe does not drive.
-    """
-    folder = locate(model, download=download)
-    expect(folder, "sd3", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",))
-    return folder
 
 
 def start_image(folder: Path) -> str:
@@ -39,18 +28,13 @@ def start_image(folder: Path) -> str:
 
 def size_rule(folder: Path) -> SizeRule:
     """What the model in a folder can make, read from its config files. Imports no torch."""
-    vae = read_json(folder / "vae" / "config.json", "the size rule")
-    dit = read_json(folder / "transformer" / "config.json", "the size rule")
-    return _rule(2 ** (len(vae.get("block_out_channels", (0,))) - 1), dit.get("patch_size", _PATCH))
+    patch = read_config(folder, "transformer").get("patch_size", _PATCH)
+    return SizeRule.of_images(vae_step(read_config(folder, "vae")) * patch)
 
 
 def size_rule_of(pipe: Any) -> SizeRule:
     """What a loaded pipeline can make."""
-    return _rule(pipe.vae_scale_factor, pipe.patch_size)
-
-
-def _rule(spatial: int, patch: int) -> SizeRule:
-    return SizeRule(width_step=spatial * patch, height_step=spatial * patch, frame_step=None)
+    return SizeRule.of_images(pipe.vae_scale_factor * pipe.patch_size)
 
 
 def load(model: str | Path, **options: Any) -> Any:
@@ -90,16 +74,6 @@ def generate(
         DitAccelError: the run produced values that are not finite.
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
-    if options.guidance_2 is not None:
-        raise UsageError(
-            f"guidance_2={options.guidance_2}: this model has one transformer; guidance alone applies"
-        )
-    call = dict(
-        prompt=prompt,
-        negative_prompt=options.negative_prompt,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-    )
-    return run_stock(pipe, call, seed=seed, callback=callback)
+    refuse_second_guidance(options)
+    negative = options.negative_prompt
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, negative_prompt=negative)

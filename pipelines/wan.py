@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import UsageError
+from dit_accel.pipelines.limits import SizeRule, refuse_second_guidance
 from dit_accel.pipelines.loading import load_stock, pick_device, place
 from dit_accel.pipelines.running import run_stock
-from dit_accel.pipelines.weights import SizeRule, expect, locate, read_json
+from dit_accel.pipelines.weights import Models, read_config, read_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,27 +31,14 @@ __all__ = [
 
 MAKES = "video"
 _FROM_TEXT, _FROM_IMAGE = "WanPipeline", "WanImageToVideoPipeline"
+find = Models("wan", (_FROM_TEXT, _FROM_IMAGE), ("WanTransformer3DModel",)).find
 # AutoencoderKLWan's own defaults, for a config written before they were config values.
 _SPATIAL, _TEMPORAL = 8, 4
-# The pipelines refuse sides that 16 does not divide, whatever the model.
-_PIPELINE_STEP = 16
-
-
-def find(model: str, *, download: bool = True) -> Path:
-    """The local folder of a Wan model, its files judged. Imports no torch.
-
-    Raises:
-        EnvironmentProblem: not found, incomplete or corrupt.
-        UnknownModelError: a pipeline or transformer that this recipe does not drive.
-    """
-    folder = locate(model, download=download)
-    expect(folder, "wan", (_FROM_TEXT, _FROM_IMAGE), ("WanTransformer3DModel",))
-    return folder
 
 
 def start_image(folder: Path) -> str:
     """Whether a video of this model begins at a picture: "never", "optional" or "always". Imports no torch."""
-    index = _index(folder)
+    index = read_index(folder)
     if index["_class_name"] == _FROM_IMAGE:
         return "always"
     # Wan 2.2 5B: the first frame's tokens have a noise level of their own, so one model does both.
@@ -61,23 +47,16 @@ def start_image(folder: Path) -> str:
 
 def size_rule(folder: Path) -> SizeRule:
     """What the model in a folder can make, read from its config files. Imports no torch."""
-    vae = read_json(folder / "vae" / "config.json", "the size rule")
-    dit = read_json(folder / "transformer" / "config.json", "the size rule")
+    vae, dit = read_config(folder, "vae"), read_config(folder, "transformer")
     spatial, temporal = vae.get("scale_factor_spatial", _SPATIAL), vae.get("scale_factor_temporal", _TEMPORAL)
-    return _rule(spatial, temporal, dit.get("patch_size", (1, 2, 2)))
+    return SizeRule.of_videos(spatial, temporal, dit.get("patch_size", (1, 2, 2)))
 
 
 def size_rule_of(pipe: Any) -> SizeRule:
     """What a loaded pipeline can make."""
     transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-    return _rule(pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, transformer.config.patch_size)
-
-
-def _rule(spatial: int, temporal: int, patch: Sequence[int]) -> SizeRule:
-    return SizeRule(
-        width_step=math.lcm(_PIPELINE_STEP, spatial * patch[2]),
-        height_step=math.lcm(_PIPELINE_STEP, spatial * patch[1]),
-        frame_step=math.lcm(temporal, temporal * patch[0]),
+    return SizeRule.of_videos(
+        pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, transformer.config.patch_size
     )
 
 
@@ -94,7 +73,7 @@ def load(model: str | Path, *, from_image: bool = False, **options: Any) -> Any:
         UsageError: an option that cannot be.
     """
     folder = find(str(model))
-    pipeline = _FROM_IMAGE if from_image else _index(folder)["_class_name"]
+    pipeline = _FROM_IMAGE if from_image else read_index(folder)["_class_name"]
     # Wan's documentation asks for the VAE's float32.
     return load_stock(folder, pipeline, vae_dtype="float32", **options)
 
@@ -124,24 +103,16 @@ def generate(
         DitAccelError: the run produced values that are not finite.
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
-    if options.guidance_2 is not None and pipe.config.boundary_ratio is None:
-        raise UsageError(
-            f"guidance_2={options.guidance_2}: this model has one transformer; guidance alone applies"
-        )
-    call: dict[str, Any] = dict(
-        prompt=prompt,
+    if pipe.config.boundary_ratio is None:
+        refuse_second_guidance(options)
+    return run_stock(
+        pipe,
+        options,
+        prompt,
+        seed=seed,
+        callback=callback,
         negative_prompt=options.negative_prompt,
-        width=options.width,
-        height=options.height,
         num_frames=options.frames,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
         guidance_scale_2=options.guidance_2,
+        image=image,
     )
-    if image is not None:
-        call["image"] = image
-    return run_stock(pipe, call, seed=seed, callback=callback)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "model_index.json", f"{folder} is no diffusers model")

@@ -7,20 +7,16 @@ the local cache first; the hub is asked only for what is not there.
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
+from dit_accel.errors import EnvironmentProblem, UnknownModelError
 from dit_accel.presets import model_path, shipped_models
-
-if TYPE_CHECKING:
-    from dit_accel.preset import GenerateOptions
 
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all; a download then takes what it takes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -134,9 +130,8 @@ def check_folder(folder: Path) -> Path:
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:
     """Component name -> (library, class) from model_index.json, those that the model leaves out excepted."""
-    index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
     found = {}
-    for name, entry in index.items():
+    for name, entry in read_index(folder).items():
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
             found[name] = (entry[0], entry[1])
     return found
@@ -144,8 +139,19 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
 
 def left_out(folder: Path) -> list[str]:
     """Names of the components that model_index.json says the model is without."""
-    index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
-    return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
+    return [
+        name for name, entry in read_index(folder).items() if isinstance(entry, list) and entry[:1] == [None]
+    ]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A model's model_index.json."""
+    return read_json(folder / "model_index.json", f"{folder} is no diffusers model")
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """The config.json of a model's component, which says what sizes it can make."""
+    return read_json(folder / component / "config.json", "the size rule")
 
 
 def _weight_files(place: Path) -> list[Path]:
@@ -209,70 +215,34 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SizeRule:
-    """Which sizes and frame counts a model can make."""
+class Models:
+    """The models that a recipe drives."""
 
-    width_step: int  # pixels
-    height_step: int  # pixels
-    frame_step: int | None  # frames = 1 + k * frame_step; none: single images
+    recipe: str  # its name
+    pipelines: tuple[str, ...]  # classes in diffusers
+    transformers: tuple[str, ...]  # likewise
 
-    def check(self, width: int, height: int, frames: int) -> None:
-        """Raise UsageError with the nearest legal size or frame count."""
-        near_w, near_h = _nearest(width, self.width_step), _nearest(height, self.height_step)
-        if (width, height) != (near_w, near_h):
-            raise UsageError(
-                f"size {width}x{height}: this model makes widths in steps of {self.width_step} and heights "
-                f"in steps of {self.height_step}; the nearest is {near_w}x{near_h}"
-            )
-        if self.frame_step is None:
-            if frames != 1:
-                raise UsageError(f"{frames} frames: this model makes single images; leave frames at 1")
-            return
-        near_f = 1 + self.frame_step * max(0, math.floor((frames - 1) / self.frame_step + 0.5))
-        if frames != near_f:
-            below = 1 + (frames - 1) // self.frame_step * self.frame_step
-            raise UsageError(
-                f"{frames} frames: this model makes 1 + {self.frame_step}k frames; "
-                f"the nearest are {below} and {below + self.frame_step}"
-            )
+    def find(self, model: str, *, download: bool = True) -> Path:
+        """The local folder of one of these models, its files judged. Imports no torch.
 
-    def in_shape(self, width: int, height: int, area: int) -> tuple[int, int]:
-        """The size in the shape of `width` x `height` with about so many pixels, rounded down to what can be made."""
-        high = math.sqrt(area * height / width)
-        wide = area / high
-        return (
-            max(self.width_step, round(wide) // self.width_step * self.width_step),
-            max(self.height_step, round(high) // self.height_step * self.height_step),
-        )
+        Args:
+            model: a shipped name, a folder, or a hub id.
+            download: whether the hub may be asked for a model that is not in the local cache.
 
-
-def refuse_branches(options: GenerateOptions) -> None:
-    """Raise UsageError where options ask for what a model with distilled guidance does not have."""
-    if options.negative_prompt:
-        raise UsageError(
-            "negative_prompt: this model has its guidance built in and runs without a negative branch; leave it out"
-        )
-    if options.guidance_2 is not None:
-        raise UsageError(
-            f"guidance_2={options.guidance_2}: this model has one transformer; guidance alone applies"
-        )
-
-
-def _nearest(value: int, step: int) -> int:
-    return max(step, math.floor(value / step + 0.5) * step)
-
-
-def expect(folder: Path, recipe: str, pipelines: tuple[str, ...], transformers: tuple[str, ...]) -> None:
-    """Raise UnknownModelError unless the folder holds what a recipe drives."""
-    index = read_json(folder / "model_index.json", f"{folder} is no diffusers model")
-    pipeline = index.get("_class_name")
-    if pipeline not in pipelines:
-        raise UnknownModelError(
-            f"{folder} is a {pipeline}; the recipe {recipe!r} drives {' or '.join(pipelines)}"
-        )
-    for name, (_, class_name) in components(folder).items():
-        if name.startswith("transformer") and class_name not in transformers:
+        Raises:
+            EnvironmentProblem: not found, incomplete or corrupt.
+            UnknownModelError: a pipeline or transformer that this recipe does not drive.
+        """
+        folder = locate(model, download=download)
+        pipeline = read_index(folder).get("_class_name")
+        if pipeline not in self.pipelines:
             raise UnknownModelError(
-                f"{folder}: its {name} is a {class_name}, of no family that the recipe {recipe!r} knows "
-                f"({', '.join(transformers)})"
+                f"{folder} is a {pipeline}; the recipe {self.recipe!r} drives {' or '.join(self.pipelines)}"
             )
+        for name, (_, class_name) in components(folder).items():
+            if name.startswith("transformer") and class_name not in self.transformers:
+                raise UnknownModelError(
+                    f"{folder}: its {name} is a {class_name}, of no family that the recipe {self.recipe!r} knows "
+                    f"({', '.join(self.transformers)})"
+                )
+        return folder

@@ -32,10 +32,10 @@ class FullSize:
     config: Mapping[str, Any]
     width: int  # pixels
     height: int  # pixels
-    frames: int
-    spatial: int  # compression of the autoencoder
-    temporal: int
     text: int  # text tokens a forward is given, padding included
+    frames: int = 1
+    spatial: int = 8  # compression of the autoencoder
+    temporal: int = 4
     valid: int | None = None  # how many of them are no padding, where the model masks it; none: it does not
     batch: int = 1
     presets: tuple[str, ...] = ()  # those made for this model and size
@@ -68,7 +68,7 @@ class FullSize:
     @property
     def layers(self) -> dict[str, int]:
         """Blocks of the published model, by the config's name for them."""
-        return {name: self.config[name] for name in set(DEPTHS.values()) if name in self.config}
+        return {name: self.config[name] for name in dict.fromkeys(DEPTHS.values()) if name in self.config}
 
     def made_tiny(self) -> FullSize:
         """The same code on a model and a grid for a CPU."""
@@ -85,132 +85,147 @@ class FullSize:
         )
 
 
-_WAN = dict(
-    patch_size=(1, 2, 2), attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
-    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
-)  # fmt: skip
-_TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32)
-_FLUX = dict(
-    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
 _SMALL_HEADS = dict(num_attention_heads=2, attention_head_dim=16)
 
 
-def _flux(side: int) -> FullSize:
-    return FullSize(
-        name=f"flux-{side}", model="black-forest-labs/FLUX.1-dev", transformer="FluxTransformer2DModel", config=_FLUX,
-        width=side, height=side, frames=1, spatial=8, temporal=1, text=512, presets=("flux-fast", "flux-balanced"),
-        tiny={**_SMALL_HEADS, "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6)},
+def _wan(
+    name: str,
+    model: str,
+    size: dict[str, int],
+    presets: tuple[str, ...],
+    shallow: dict[str, int] | None = None,
+    **config: int,
+) -> FullSize:
+    """Wan 2.1's text to video, of one of its numbers of weights."""
+    shared = dict(
+        patch_size=(1, 2, 2), attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024,
     )  # fmt: skip
+    return FullSize(
+        name=name,
+        model=f"Wan-AI/{model}-Diffusers",
+        transformer="WanTransformer3DModel",
+        config={**shared, **config},
+        **size,
+        frames=81,
+        text=512,
+        presets=presets,
+        shallow=shallow or {},
+        tiny=dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32),
+    )
 
 
+def _flux(side: int) -> FullSize:
+    """FLUX.1 dev, with square images of so many pixels."""
+    return FullSize(
+        name=f"flux-{side}",
+        model="black-forest-labs/FLUX.1-dev",
+        transformer="FluxTransformer2DModel",
+        config=dict(
+            patch_size=1,
+            in_channels=64,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            pooled_projection_dim=768,
+            guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56),
+        ),
+        width=side,
+        height=side,
+        temporal=1,
+        text=512,
+        presets=("flux-fast", "flux-balanced"),
+        tiny={
+            **_SMALL_HEADS,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 24,
+            "axes_dims_rope": (4, 6, 6),
+        },
+    )
+
+
+_HUNYUAN = FullSize(
+    name="hunyuanvideo-720p",
+    model="hunyuanvideo-community/HunyuanVideo",
+    transformer="HunyuanVideoTransformer3DModel",
+    config=dict(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        num_layers=20,
+        num_single_layers=40,
+        num_refiner_layers=2,
+        mlp_ratio=4.0,
+        patch_size=2,
+        patch_size_t=1,
+        qk_norm="rms_norm",
+        guidance_embeds=True,
+        text_embed_dim=4096,
+        pooled_projection_dim=768,
+        rope_theta=256.0,
+        rope_axes_dim=(16, 56, 56),
+    ),
+    width=1280,
+    height=720,
+    frames=129,
+    text=256,
+    valid=64,  # a prompt of some forty words
+    presets=("hunyuanvideo-fast", "hunyuanvideo-balanced"),
+    shallow={"num_layers": 4, "num_single_layers": 8},
+    tiny={**_SMALL_HEADS, "text_embed_dim": 24, "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6)},
+)
+_SD3 = FullSize(
+    name="sd3.5-large-1024",
+    model="stabilityai/stable-diffusion-3.5-large",
+    transformer="SD3Transformer2DModel",
+    config=dict(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=38,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        joint_attention_dim=4096,
+        caption_projection_dim=2432,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    ),
+    width=1024,
+    height=1024,
+    temporal=1,
+    text=77 + 256,  # CLIP's and T5's
+    batch=2,  # its pipeline sends both branches of guidance in one forward
+    presets=("sd3-fast", "sd3-balanced"),
+    tiny={
+        **_SMALL_HEADS,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 20,
+    },
+)
+_480P, _720P = dict(width=832, height=480), dict(width=1280, height=720)
 CASES = {
     case.name: case
     for case in (
-        FullSize(
-            name="wan-1.3b-480p",
-            model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-            transformer="WanTransformer3DModel",
-            config={**_WAN, "num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
-            width=832,
-            height=480,
-            frames=81,
-            spatial=8,
-            temporal=4,
-            text=512,
-            presets=("wan21-1.3b-fast", "wan21-1.3b-balanced"),
-            tiny=_TINY_WAN,
+        _wan(
+            "wan-1.3b-480p", "Wan2.1-T2V-1.3B", _480P, ("wan21-1.3b-fast", "wan21-1.3b-balanced"),
+            num_attention_heads=12, num_layers=30, ffn_dim=8960,
         ),
-        FullSize(
-            name="wan-14b-720p",
-            model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
-            transformer="WanTransformer3DModel",
-            config={**_WAN, "num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
-            width=1280,
-            height=720,
-            frames=81,
-            spatial=8,
-            temporal=4,
-            text=512,
-            presets=("wan21-fast", "wan21-balanced"),
-            shallow={"num_layers": 8},
-            tiny=_TINY_WAN,
+        _wan(
+            "wan-14b-720p", "Wan2.1-T2V-14B", _720P, ("wan21-fast", "wan21-balanced"),
+            shallow={"num_layers": 8}, num_attention_heads=40, num_layers=40, ffn_dim=13824,
         ),
-        FullSize(
-            name="hunyuanvideo-720p",
-            model="hunyuanvideo-community/HunyuanVideo",
-            transformer="HunyuanVideoTransformer3DModel",
-            config=dict(
-                in_channels=16,
-                out_channels=16,
-                num_attention_heads=24,
-                attention_head_dim=128,
-                num_layers=20,
-                num_single_layers=40,
-                num_refiner_layers=2,
-                mlp_ratio=4.0,
-                patch_size=2,
-                patch_size_t=1,
-                qk_norm="rms_norm",
-                guidance_embeds=True,
-                text_embed_dim=4096,
-                pooled_projection_dim=768,
-                rope_theta=256.0,
-                rope_axes_dim=(16, 56, 56),
-            ),
-            width=1280,
-            height=720,
-            frames=129,
-            spatial=8,
-            temporal=4,
-            text=256,
-            valid=64,  # a prompt of some forty words
-            presets=("hunyuanvideo-fast", "hunyuanvideo-balanced"),
-            shallow={"num_layers": 4, "num_single_layers": 8},
-            tiny={
-                **_SMALL_HEADS,
-                "text_embed_dim": 24,
-                "pooled_projection_dim": 8,
-                "rope_axes_dim": (4, 6, 6),
-            },
-        ),
+        _HUNYUAN,
         *map(_flux, (1024, 2048, 4096)),
-        FullSize(
-            name="sd3.5-large-1024",
-            model="stabilityai/stable-diffusion-3.5-large",
-            transformer="SD3Transformer2DModel",
-            config=dict(
-                sample_size=128,
-                patch_size=2,
-                in_channels=16,
-                out_channels=16,
-                num_layers=38,
-                attention_head_dim=64,
-                num_attention_heads=38,
-                joint_attention_dim=4096,
-                caption_projection_dim=2432,
-                pooled_projection_dim=2048,
-                pos_embed_max_size=192,
-                qk_norm="rms_norm",
-            ),
-            width=1024,
-            height=1024,
-            frames=1,
-            spatial=8,
-            temporal=1,
-            text=77 + 256,  # CLIP's and T5's
-            batch=2,  # its pipeline sends both branches of guidance in one forward
-            presets=("sd3-fast", "sd3-balanced"),
-            tiny={
-                **_SMALL_HEADS,
-                "joint_attention_dim": 24,
-                "caption_projection_dim": 32,
-                "pooled_projection_dim": 20,
-            },
-        ),
+        _SD3,
     )
-}
+}  # fmt: skip
 
 
 def build_transformer(case: FullSize, device: torch.device, dtype: torch.dtype, *, whole: bool) -> nn.Module:

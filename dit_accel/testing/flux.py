@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.image_vae import tiny_image_vae
+from dit_accel.testing.seeded import build, seeded
+
 
 def tiny_flux_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `FluxTransformer2DModel` of one dual and two single blocks, two heads of 16.
@@ -27,9 +30,7 @@ def tiny_flux_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "pooled_projection_dim": 24,
         "axes_dims_rope": (4, 6, 6),
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FluxTransformer2DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(FluxTransformer2DModel, seed, **{**own, **config})
 
 
 def tiny_flux_inputs(
@@ -71,12 +72,8 @@ def tiny_flux_pipeline(variant: str = "FluxPipeline", *, seed: int = 0) -> Any:
     widths = {"FluxFillPipeline": 16 + 16 + 4, "FluxControlPipeline": 16 + 16}
     transformer = tiny_flux_transformer(seed=seed + 1, in_channels=widths.get(variant, 16), out_channels=16)
     parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1, scaling_factor=1.5,
-            use_quant_conv=False, use_post_quant_conv=False,
-        ).eval()  # fmt: skip
+    with seeded(seed):
+        vae = tiny_image_vae()
         if variant == "FluxControlNetPipeline":
             parts["controlnet"] = _tiny_controlnet(transformer)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
+
 
 def tiny_flux2_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `Flux2Transformer2DModel` of one dual and two single blocks, two heads of 16.
@@ -27,9 +29,7 @@ def tiny_flux2_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "timestep_guidance_channels": 16,
         "axes_dims_rope": (4, 4, 4, 4),
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Flux2Transformer2DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(Flux2Transformer2DModel, seed, **{**own, **config})
 
 
 def tiny_flux2_inputs(
@@ -85,8 +85,7 @@ def tiny_flux2_pipeline(variant: str = "Flux2Pipeline", *, seed: int = 0) -> Any
     """
     import diffusers
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae = diffusers.AutoencoderKLFlux2(
             block_out_channels=(4, 4, 4), latent_channels=4, norm_num_groups=1, layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,

@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_inputs, tiny_hunyuan_video_vae
+from dit_accel.testing.hunyuan_video import TINY, tiny_hunyuan_video_inputs, tiny_hunyuan_video_vae
+from dit_accel.testing.seeded import build, seeded
 from dit_accel.testing.siglip import tiny_siglip
 
-HISTORY = {"4x": 16, "2x": 2, "clean": 2}  # frames of each scale, the image's among the last, as the pipeline has it
+HISTORY = {
+    "4x": 16,
+    "2x": 2,
+    "clean": 2,
+}  # frames of each scale, the image's among the last, as the pipeline has it
 
 
 def tiny_framepack_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
@@ -22,24 +27,8 @@ def tiny_framepack_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
-    own: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "text_embed_dim": 24,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 6, 6),
-        "has_image_proj": True,
-        "image_proj_dim": 20,
-        "has_clean_x_embedder": True,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return HunyuanVideoFramepackTransformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+    own = {**TINY, "has_image_proj": True, "image_proj_dim": 20, "has_clean_x_embedder": True}
+    return build(HunyuanVideoFramepackTransformer3DModel, seed, **{**own, **config})
 
 
 def tiny_framepack_inputs(
@@ -88,8 +77,7 @@ def tiny_framepack_pipeline(*, seed: int = 0, transformer: dict[str, Any] | None
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoFramepackPipeline
 
     parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts |= tiny_siglip(20, patches=3)
     parts["vae"] = tiny_hunyuan_video_vae(seed=seed)
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -7,6 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
+
+# what makes a model of HunyuanVideo's shape tiny
+TINY: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": 24,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
+
 
 def tiny_hunyuan_video_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `HunyuanVideoTransformer3DModel` of one dual and one single block, two heads of 16.
@@ -17,24 +36,7 @@ def tiny_hunyuan_video_transformer(*, seed: int = 0, **config: Any) -> nn.Module
     """
     from diffusers import HunyuanVideoTransformer3DModel
 
-    own: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "patch_size": 2,
-        "patch_size_t": 1,
-        "guidance_embeds": True,
-        "text_embed_dim": 24,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 6, 6),
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return HunyuanVideoTransformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(HunyuanVideoTransformer3DModel, seed, **{**TINY, **config})
 
 
 def tiny_hunyuan_video_inputs(
@@ -78,8 +80,7 @@ def tiny_hunyuan_video_vae(*, seed: int = 0) -> nn.Module:
     from diffusers import AutoencoderKLHunyuanVideo
 
     kinds = {f"{way.lower()}_block_types": (f"HunyuanVideo{way}Block3D",) * 4 for way in ("Down", "Up")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return AutoencoderKLHunyuanVideo(
             latent_channels=4,
             block_out_channels=(4, 4, 4, 4),

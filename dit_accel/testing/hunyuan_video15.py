@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
 from dit_accel.testing.siglip import tiny_siglip
 
 
@@ -32,9 +33,7 @@ def tiny_hunyuan_video15_transformer(*, seed: int = 0, **config: Any) -> nn.Modu
         "rope_axes_dim": (4, 6, 6),
         "target_size": 96,  # image to video then makes 80 x 112 pixels of an image of that shape
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return HunyuanVideo15Transformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(HunyuanVideo15Transformer3DModel, seed, **{**own, **config})
 
 
 def tiny_hunyuan_video15_inputs(
@@ -102,8 +101,7 @@ def tiny_hunyuan_video15_pipeline(
     )
 
     parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts["vae"] = AutoencoderKLHunyuanVideo15(
             latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
         ).eval()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
+
 
 def tiny_ltx_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `LTXVideoTransformer3DModel` of two blocks and two heads of 16.
@@ -26,9 +28,7 @@ def tiny_ltx_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "num_layers": 2,
         "caption_channels": 24,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LTXVideoTransformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(LTXVideoTransformer3DModel, seed, **{**own, **config})
 
 
 def tiny_ltx_inputs(
@@ -85,8 +85,7 @@ def tiny_ltx_pipeline(variant: str = "LTXPipeline", *, seed: int = 0) -> Any:
     """
     import diffusers
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae = diffusers.AutoencoderKLLTXVideo(
             latent_channels=8, block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4),
             layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),

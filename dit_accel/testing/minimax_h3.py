@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build
+
 CLEAN, NOISY = 0, 1  # indices of the two times in the inputs
 
 
@@ -34,9 +36,7 @@ def tiny_minimax_h3_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "time_embed_dim": 16,
         "rope_freq_dim": 2,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MiniMaxH3Transformer3DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(MiniMaxH3Transformer3DModel, seed, **{**own, **config})
 
 
 def tiny_minimax_h3_inputs(

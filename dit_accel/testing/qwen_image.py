@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
+
 
 def tiny_qwen_image_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `QwenImageTransformer2DModel` of two blocks and two heads of 16.
@@ -26,9 +28,7 @@ def tiny_qwen_image_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "joint_attention_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return QwenImageTransformer2DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(QwenImageTransformer2DModel, seed, **{**own, **config})
 
 
 def tiny_qwen_image_inputs(
@@ -77,8 +77,7 @@ def tiny_qwen_image_pipeline(*, seed: int = 0) -> Any:
     """
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae = AutoencoderKLQwenImage(
             base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
             latents_mean=[0.0] * 4, latents_std=[1.0] * 4,

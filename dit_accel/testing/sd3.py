@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.image_vae import tiny_image_vae
+from dit_accel.testing.seeded import build, seeded
+
 
 def tiny_sd3_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """An `SD3Transformer2DModel` of two blocks and two heads of 16, as Stable Diffusion 3's.
@@ -31,9 +34,7 @@ def tiny_sd3_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "pooled_projection_dim": 20,
         "pos_embed_max_size": 16,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SD3Transformer2DModel(**{**own, **config}).eval().requires_grad_(False)
+    return build(SD3Transformer2DModel, seed, **{**own, **config})
 
 
 def tiny_sd3_inputs(
@@ -63,14 +64,10 @@ def tiny_sd3_pipeline(*, seed: int = 0, transformer: dict[str, Any] | None = Non
         seed: of all weights.
         transformer: further arguments of `tiny_sd3_transformer`.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1, scaling_factor=1.5,
-            use_quant_conv=False, use_post_quant_conv=False,
-        ).eval()  # fmt: skip
+    with seeded(seed):
+        vae = tiny_image_vae()
     kinds = ("text_encoder", "tokenizer")
     parts = dict.fromkeys(kind + place for kind in kinds for place in ("", "_2", "_3"))
     denoiser = tiny_sd3_transformer(seed=seed + 1, **(transformer or {}))

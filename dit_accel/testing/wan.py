@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.seeded import build, seeded
 from dit_accel.testing.text import byte_tokenizer
 
 
@@ -38,9 +39,7 @@ def tiny_wan_transformer(*, i2v: bool = False, seed: int = 0, **config: Any) -> 
         own.update(in_channels=36, image_dim=32, added_kv_proj_dim=24)
     own.update(config)
     cls = WanVACETransformer3DModel if "vace_layers" in own else WanTransformer3DModel
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cls(**own).eval().requires_grad_(False)
+    return build(cls, seed, **own)
 
 
 def tiny_wan_inputs(
@@ -83,8 +82,7 @@ def tiny_wan_pipeline(
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = byte_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = UMT5Config(
             vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4
         )

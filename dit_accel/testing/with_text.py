@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from dit_accel.testing.flux import tiny_flux_transformer
 from dit_accel.testing.hunyuan_video import tiny_hunyuan_video_transformer
+from dit_accel.testing.image_vae import tiny_image_vae
+from dit_accel.testing.seeded import seeded
 from dit_accel.testing.text import byte_tokenizer
 
 
@@ -23,10 +23,9 @@ def tiny_flux_with_text(*, seed: int = 0, **config: Any) -> Any:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts = {
-            "vae": _image_vae(),
+            "vae": tiny_image_vae(halvings=2),
             "text_encoder": _clip(24),
             "tokenizer": _clip_tokenizer(),
             "text_encoder_2": _t5(),
@@ -48,10 +47,9 @@ def tiny_sd3_with_text(*, seed: int = 0, t5: bool = True) -> Any:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts = {
-            "vae": _image_vae(),
+            "vae": tiny_image_vae(halvings=2),
             "text_encoder": _clip(16, projection=True),
             "tokenizer": _clip_tokenizer(),
             "text_encoder_2": _clip(16, projection=True),
@@ -79,8 +77,7 @@ def tiny_hunyuan_video_with_text(*, seed: int = 0) -> Any:
         vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=512,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts = {
             "text_encoder": LlamaModel(llama).eval(),
             "tokenizer": tokenizer,
@@ -130,8 +127,7 @@ def tiny_hunyuan_video_from_image(*, seed: int = 0) -> Any:
         pad_token_id=tokenizer.pad_token_id, vision_feature_layer=-1,
     )  # fmt: skip
     size = {"height": side, "width": side}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts = {
             "text_encoder": LlavaForConditionalGeneration(llava).eval(),
             "tokenizer": tokenizer,
@@ -157,16 +153,6 @@ def _video_vae(cls: type) -> Any:
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
     ).eval()
-
-
-def _image_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=1, layers_per_block=1,
-        shift_factor=0.1, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
-    ).eval()  # fmt: skip
 
 
 def _clip(width: int, *, projection: bool = False) -> Any:

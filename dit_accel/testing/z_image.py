@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.testing.image_vae import tiny_image_vae
+from dit_accel.testing.seeded import seeded
+
 
 def tiny_z_image_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
     """A `ZImageTransformer2DModel` of three main layers and two heads of 16.
@@ -30,8 +33,7 @@ def tiny_z_image_transformer(*, seed: int = 0, **config: Any) -> nn.Module:
         "axes_dims": [4, 6, 6],
         "axes_lens": [256, 64, 64],
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         transformer = ZImageTransformer2DModel(**{**own, **config})
         for token in (transformer.x_pad_token, transformer.cap_pad_token):
             nn.init.normal_(token)
@@ -71,14 +73,10 @@ def tiny_z_image_pipeline(*, seed: int = 0) -> Any:
 
     Its autoencoder does not compress, so an image of 18 x 22 pixels is 9 x 11 tokens.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1, scaling_factor=1.5,
-            use_quant_conv=False, use_post_quant_conv=False,
-        ).eval()  # fmt: skip
+    with seeded(seed):
+        vae = tiny_image_vae()
     parts = {"text_encoder": None, "tokenizer": None}
     transformer = tiny_z_image_transformer(seed=seed + 1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -2,74 +2,28 @@
 
 import pytest
 import torch
-from joint_models import FULL, NEEDS_GRID, ORDERS, assert_a_line, run, sparse
+from joint_models import (
+    LITTLE,
+    NEEDS_GRID,
+    ORDERS,
+    assert_a_line,
+    assert_runs_again_and_again,
+    assert_text_is_whole,
+    assert_the_models_order,
+    run,
+    sparse,
+)
 
 import dit_accel
 from dit_accel.adapters import find_adapter, flux
 from dit_accel.errors import LayoutError
-from dit_accel.methods import load_method
 from dit_accel.testing import tiny_flux_inputs, tiny_flux_pipeline, tiny_flux_transformer
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("text", [1, 19, 32])
-def test_keeping_everything_is_stock_diffusers_in_every_order(order, batch, text):
-    transformer = tiny_flux_transformer(guidance_embeds=text == 19)
-    inputs = tiny_flux_inputs(transformer, text=text, batch=batch)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order=order)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    report = processor.report
-    assert report.sparse_calls == 3 and report.dense_calls == 0 and report.keep_achieved == 1
-    assert set(report.token_orders) == {order}
-
-
-@pytest.mark.parametrize("method", FULL)
-def test_keeping_everything_is_stock_diffusers_with_every_method(method):
-    transformer = tiny_flux_transformer()
-    inputs = tiny_flux_inputs(transformer, (13, 9), batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, method)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert processor.report.dense_calls == 0
-
-
-def test_tokens_really_are_reordered():
-    """Without the rotary hook the result is wrong, so the parity test can tell."""
-    transformer = tiny_flux_transformer()
-    inputs = tiny_flux_inputs(transformer)
-    true = run(transformer, inputs)
-    sparse(transformer, order="tiles")
-    transformer.pos_embed._forward_hooks.clear()
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
 
 
 @pytest.mark.parametrize("method", ["pooled", "rectified", "sparge", "svg1", "svg2"])
 def test_text_reads_all_and_is_read_by_all(method):
-    """Little is kept of the image; the text's part of every plan is whole."""
     transformer = tiny_flux_transformer()
-    pipe_input = tiny_flux_inputs(transformer, text=19)
-    engine = sparse(transformer, method, keep=0.3).engine
-    seen = []
-    engine.observer = lambda call, layout, q, k, v, plan: seen.append((call, layout, plan.to_token_mask()))
-    run(transformer, pipe_input)
-    assert [call.layer for call, _, _ in seen] == [0, 1, 2]
-    for call, layout, mask in seen:
-        assert call.segments == (("text", 0, 19), ("video", 19, 118)) and layout.text == 19
-        assert layout.text_first and mask[..., :19].all() and mask[..., :19, :].all()
-        assert 0.1 < mask[..., 19:, 19:].float().mean() < 0.8
-
-
-def test_a_batch_row_is_the_same_in_other_company():
-    transformer = tiny_flux_transformer()
-    sparse(transformer, keep=0.3)
-    pair, other = (tiny_flux_inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
-    shared = ("img_ids", "txt_ids")
-    mixed = {k: pair[k] if k in shared else torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
-    first, second = run(transformer, pair), run(transformer, mixed)
-    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
-    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
+    assert_text_is_whole(transformer, tiny_flux_inputs(transformer, text=19), method, 19, 118, layers=3)
 
 
 def kontext_inputs(transformer, size):
@@ -113,10 +67,7 @@ def test_a_controlnet_keeps_the_models_order():
     transformer = tiny_flux_transformer()
     inputs = tiny_flux_inputs(transformer)
     inputs["controlnet_block_samples"] = [torch.randn(1, 99, 32, generator=torch.Generator().manual_seed(3))]
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order="tiles")
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: a ControlNet adds its tokens in the model's order"]
+    assert_the_models_order(transformer, inputs, "a ControlNet adds its tokens in the model's order")
 
 
 def test_facts():
@@ -140,19 +91,14 @@ def call_of(batch=1, seed=0, **more):
     return {**embeddings, **size, "generator": noise, **more}
 
 
-@pytest.mark.parametrize("method", ["pooled", "lite", "svg2"])
+@pytest.mark.parametrize("method", LITTLE)
 def test_a_pipeline_runs_sparse_again_and_again_and_is_as_it_was_afterwards(method):
     pipe = tiny_flux_pipeline()
-    true = pipe(**call_of()).images
-    options = {"threshold": -0.5} if method == "lite" else {"keep": 0.4}
-    with dit_accel.accelerate(pipe, None, method=load_method(method, **options), block=16, min_tokens=0) as handle:
-        first = pipe(**call_of()).images
-        pipe(**call_of(seed=1, num_images_per_prompt=2))
-        again = pipe(**call_of()).images
-        report = handle.report()
-    assert torch.equal(first, again) and not torch.equal(first, true)
-    assert report.runs == 3 and report.sparse_calls == 27 and report.dense_calls == 0
-    assert torch.equal(pipe(**call_of()).images, true)
+
+    def sample(**more):
+        return pipe(**call_of(**more)).images
+
+    assert_runs_again_and_again(pipe, sample, method, 9, {"seed": 1, "num_images_per_prompt": 2})
 
 
 def test_guidance_with_a_negative_prompt_has_branches():

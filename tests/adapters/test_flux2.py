@@ -2,89 +2,33 @@
 
 import pytest
 import torch
-from joint_models import FULL, ORDERS, assert_a_line, run, sparse
+from joint_models import (
+    LITTLE,
+    assert_a_line,
+    assert_runs_again_and_again,
+    assert_text_is_whole,
+    assert_the_models_order,
+)
 from PIL import Image
 
 import dit_accel
 from dit_accel.adapters import find_adapter, flux2
 from dit_accel.errors import FallbackError, LayoutError
-from dit_accel.methods import load_method
 from dit_accel.testing import tiny_flux2_inputs, tiny_flux2_pipeline, tiny_flux2_transformer
-
-# what may be reordered: configurations and reference images
-REORDERED = {"dev": ({}, ()), "klein": ({"guidance_embeds": False}, ()), "references": ({}, ((9, 11), (9, 11)))}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("text", [1, 19, 32])
-@pytest.mark.parametrize(("config", "references"), REORDERED.values(), ids=REORDERED)
-def test_keeping_everything_is_stock_diffusers_in_every_order(config, references, order, batch, text):
-    transformer = tiny_flux2_transformer(**config)
-    inputs = tiny_flux2_inputs(transformer, references=references, text=text, batch=batch)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order=order)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    report = processor.report
-    assert report.sparse_calls == 3 and report.dense_calls == 0 and report.keep_achieved == 1
-    assert set(report.token_orders) == {order}
-
-
-@pytest.mark.parametrize("references", [(), ((9, 7),)], ids=["alone", "reference"])
-@pytest.mark.parametrize("method", FULL)
-def test_keeping_everything_is_stock_diffusers_with_every_method(method, references):
-    transformer = tiny_flux2_transformer()
-    inputs = tiny_flux2_inputs(transformer, (9, 7), references=references, batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, method)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert processor.report.dense_calls == 0
-
-
-@pytest.mark.parametrize("part", ["pos_embed", "x_embedder", "proj_out"])
-def test_tokens_really_are_reordered(part):
-    """Without one of the hooks the result is wrong, so the parity test can tell."""
-    transformer = tiny_flux2_transformer()
-    inputs = tiny_flux2_inputs(transformer)
-    true = run(transformer, inputs)
-    sparse(transformer, order="tiles")
-    getattr(transformer, part)._forward_hooks.clear()
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
 
 
 def test_text_as_long_as_the_image_keeps_the_models_order():
     transformer = tiny_flux2_transformer()
     inputs = tiny_flux2_inputs(transformer, text=99)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order="tiles")
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: as many text tokens as image tokens"]
+    assert_the_models_order(transformer, inputs, "as many text tokens as image tokens")
 
 
 @pytest.mark.parametrize("method", ["pooled", "rectified", "sparge", "svg1", "svg2"])
 def test_text_reads_all_and_is_read_by_all(method):
-    """Little is kept of the image and its reference; the text's part of every plan is whole."""
+    """The image's reference is no part of it."""
     transformer = tiny_flux2_transformer()
     inputs = tiny_flux2_inputs(transformer, references=((9, 11),))
-    engine = sparse(transformer, method, keep=0.3).engine
-    seen = []
-    engine.observer = lambda call, layout, q, k, v, plan: seen.append((call, layout, plan.to_token_mask()))
-    run(transformer, inputs)
-    assert [call.layer for call, _, _ in seen] == [0, 1, 2]
-    for call, layout, mask in seen:
-        assert call.segments == (("text", 0, 19), ("video", 19, 217)) and layout.text == 19
-        assert mask[..., :19].all() and mask[..., :19, :].all()
-        assert 0.1 < mask[..., 19:, 19:].float().mean() < 0.8
-
-
-def test_a_batch_row_is_the_same_in_other_company():
-    transformer = tiny_flux2_transformer()
-    sparse(transformer, keep=0.3)
-    pair, other = (tiny_flux2_inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
-    mixed = {k: torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
-    first, second = run(transformer, pair), run(transformer, mixed)
-    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
-    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
+    assert_text_is_whole(transformer, inputs, method, 19, 217, layers=3)
 
 
 @pytest.mark.parametrize("method", ["pooled", "radial"])
@@ -123,24 +67,16 @@ def picture(width=88, height=72):
 VARIANTS = {"Flux2Pipeline": {}, "Flux2KleinPipeline": {"guidance_scale": 1.0}, "Flux2KleinKVPipeline": {}}
 
 
-@pytest.mark.parametrize("method", ["pooled", "lite", "svg2"])
+@pytest.mark.parametrize("method", LITTLE)
 @pytest.mark.parametrize("image", [False, True], ids=["text", "edit"])
 def test_a_pipeline_runs_sparse_again_and_again_and_is_as_it_was_afterwards(method, image):
     pipe = tiny_flux2_pipeline()
-    more = {"image": picture()} if image else {}
-    stocks = dict(pipe.transformer.attn_processors)
-    true = pipe(**call_of(**more)).images
-    options = {"threshold": -0.5} if method == "lite" else {"keep": 0.4}
-    with dit_accel.accelerate(pipe, None, method=load_method(method, **options), block=16, min_tokens=0) as handle:
-        first = pipe(**call_of(**more)).images
-        pipe(**call_of(seed=1, num_images_per_prompt=2, **more))
-        again = pipe(**call_of(**more)).images
-        report = handle.report()
-    assert torch.equal(first, again) and not torch.equal(first, true)
-    assert report.runs == 3 and report.sparse_calls == 27 and report.dense_calls == 0 and not report.stateless
-    assert report.keep_achieved < 1
-    assert all(pipe.transformer.attn_processors[path] is stock for path, stock in stocks.items())
-    assert torch.equal(pipe(**call_of(**more)).images, true)
+    given = {"image": picture()} if image else {}
+
+    def sample(**more):
+        return pipe(**call_of(**given, **more)).images
+
+    assert_runs_again_and_again(pipe, sample, method, 9, {"seed": 1, "num_images_per_prompt": 2})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,77 +2,20 @@
 
 import pytest
 import torch
-from joint_models import FULL, ORDERS, run, sparse
+from joint_models import LITTLE, assert_runs_again_and_again, assert_the_models_order
 from PIL import Image
 
 import dit_accel
 from dit_accel.adapters import find_adapter, ltx
 from dit_accel.errors import LayoutError
-from dit_accel.methods import load_method
 from dit_accel.testing import tiny_ltx_inputs, tiny_ltx_pipeline, tiny_ltx_transformer
-
-# what pipelines send: text to video, image to video, and conditions
-REORDERED = {
-    "grid": {},
-    "timestep per token": {"per_token": True},
-    "coordinates": {"coords": True},
-    "condition ahead": {"coords": True, "ahead": 1, "per_token": True},
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", REORDERED.values(), ids=REORDERED)
-def test_keeping_everything_is_stock_diffusers_in_every_order(kind, order, batch):
-    transformer = tiny_ltx_transformer()
-    inputs = tiny_ltx_inputs(transformer, batch=batch, **kind)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order=order)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    report = processor.report
-    assert report.sparse_calls == 2 and report.dense_calls == 0 and report.keep_achieved == 1
-    assert report.cross_attention_calls == 2 and set(report.token_orders) == {order}
-
-
-@pytest.mark.parametrize("method", FULL)
-def test_keeping_everything_is_stock_diffusers_with_every_method(method):
-    transformer = tiny_ltx_transformer()
-    inputs = tiny_ltx_inputs(transformer, (3, 5, 6), batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, method)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert processor.report.dense_calls == 0
-
-
-@pytest.mark.parametrize("part", ["rope", "proj_in", "time_embed", "proj_out"])
-def test_tokens_really_are_reordered(part):
-    """Without one of the hooks the result is wrong, so the parity test can tell."""
-    transformer = tiny_ltx_transformer()
-    inputs = tiny_ltx_inputs(transformer, per_token=True)
-    true = run(transformer, inputs)
-    sparse(transformer, order="tiles")
-    getattr(transformer, part)._forward_hooks.clear()
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
 
 
 def test_as_many_batch_rows_as_tokens_keep_the_models_order():
     transformer = tiny_ltx_transformer()
     inputs = tiny_ltx_inputs(transformer, (2, 2, 3), batch=12)
     inputs["timestep"] = torch.arange(12.0) * 80
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order="tiles", block=8)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: as many batch rows as tokens"]
-
-
-def test_a_batch_row_is_the_same_in_other_company():
-    transformer = tiny_ltx_transformer()
-    sparse(transformer, keep=0.3)
-    pair, other = (tiny_ltx_inputs(transformer, batch=2, coords=True, seed=seed) for seed in (0, 1))
-    mixed = {k: torch.cat([pair[k][:1], other[k][1:]]) for k in pair}
-    first, second = run(transformer, pair), run(transformer, mixed)
-    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
-    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
+    assert_the_models_order(transformer, inputs, "as many batch rows as tokens", block=8)
 
 
 def test_facts_and_attentions():
@@ -83,7 +26,9 @@ def test_facts_and_attentions():
     assert facts.condition is inputs["encoder_hidden_states"] and find_adapter(transformer) is ltx
     ahead = tiny_ltx_inputs(transformer, coords=True, ahead=2)
     assert ltx.read(transformer, ahead).grid == (5, 5, 7)
-    with pytest.raises(LayoutError, match=r"105 tokens, but num_frames, height and width of a grid of \(3, 5, 0\)"):
+    with pytest.raises(
+        LayoutError, match=r"105 tokens, but num_frames, height and width of a grid of \(3, 5, 0\)"
+    ):
         ltx.read(transformer, {**inputs, "width": None})
     shuffled = torch.rand(1, 3, 105, generator=torch.Generator().manual_seed(0))
     with pytest.raises(LayoutError, match="video_coords of whole frames"):
@@ -130,18 +75,11 @@ def test_a_pipeline_that_keeps_everything_is_the_stock_one(variant):
     assert report.sparse_calls == 6 and set(report.token_orders) == {"tiles"}
 
 
-@pytest.mark.parametrize("method", ["pooled", "lite", "svg2"])
+@pytest.mark.parametrize("method", LITTLE)
 def test_a_pipeline_runs_sparse_again_and_again_and_is_as_it_was_afterwards(method):
     pipe = tiny_ltx_pipeline()
-    stocks = dict(pipe.transformer.attn_processors)
-    true = pipe(**call_of()).frames
-    options = {"threshold": -0.5} if method == "lite" else {"keep": 0.4}
-    with dit_accel.accelerate(pipe, None, method=load_method(method, **options), block=16, min_tokens=0) as handle:
-        first = pipe(**call_of()).frames
-        pipe(**call_of(seed=1))
-        again = pipe(**call_of()).frames
-        report = handle.report()
-    assert torch.equal(first, again) and not torch.equal(first, true)
-    assert report.runs == 3 and report.sparse_calls == 18 and report.dense_calls == 0 and not report.stateless
-    assert all(pipe.transformer.attn_processors[path] is stock for path, stock in stocks.items())
-    assert torch.equal(pipe(**call_of()).frames, true)
+
+    def sample(**more):
+        return pipe(**call_of(**more)).frames
+
+    assert_runs_again_and_again(pipe, sample, method, 6, {"seed": 1})

@@ -6,73 +6,28 @@ from diffusers import MiniMaxH3Scheduler
 from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference, MiniMaxH3VideoReference
 from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
-from joint_models import FULL, ORDERS, sparse
+from joint_models import (
+    LITTLE,
+    assert_runs_again_and_again,
+    assert_text_is_whole,
+    assert_the_models_order,
+    sparse,
+)
+from joint_models import run_with_sound as run
 
 import dit_accel
 from dit_accel.adapters import find_adapter, minimax_h3
 from dit_accel.errors import FallbackError, LayoutError
-from dit_accel.methods import load_method
 from dit_accel.testing import tiny_minimax_h3_inputs, tiny_minimax_h3_transformer
 
 LAYOUT = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
-# what may be reordered
-REORDERED = {"text": {}, "key frames": {"keyframes": ("first", "last")}, "no sound": {"audio": 0}}
-
-
-def run(transformer, inputs):
-    """Video and sound side by side, `[B, all numbers]`."""
-    with torch.no_grad():
-        return torch.cat([x.flatten(1) for x in transformer(**inputs, return_dict=False)], 1)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", REORDERED.values(), ids=REORDERED)
-def test_keeping_everything_is_stock_diffusers_in_every_order(kind, order, batch):
-    transformer = tiny_minimax_h3_transformer()
-    inputs = tiny_minimax_h3_inputs(transformer, batch=batch, **kind)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order=order)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    report = processor.report
-    assert report.sparse_calls == 2 and report.dense_calls == 0 and report.keep_achieved == 1
-    assert report.cross_attention_calls == 1 and set(report.token_orders) == {order}, "the refiner's is left alone"
-
-
-@pytest.mark.parametrize("method", FULL)
-def test_keeping_everything_is_stock_diffusers_with_every_method(method):
-    transformer = tiny_minimax_h3_transformer()
-    inputs = tiny_minimax_h3_inputs(transformer, (3, 5, 6), keyframes=("first",), text=1, batch=2)
-    true = run(transformer, inputs)
-    processor = sparse(transformer, method)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert processor.report.dense_calls == 0
-
-
-@pytest.mark.parametrize("part", ["rope", "proj_in", "proj_out"])
-def test_tokens_really_are_reordered(part):
-    """Without one of the hooks the result is wrong, so the parity test can tell."""
-    transformer = tiny_minimax_h3_transformer()
-    inputs = tiny_minimax_h3_inputs(transformer)
-    true = run(transformer, inputs)
-    sparse(transformer, order="tiles")
-    getattr(transformer, part)._forward_hooks.clear()
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-3  # parity: 1e-7
 
 
 def test_all_before_the_video_reads_all_and_is_read_by_all():
     """Text 19, one key frame of 35, sound 8: 62 rows before the video's 105."""
     transformer = tiny_minimax_h3_transformer()
     inputs = tiny_minimax_h3_inputs(transformer, keyframes=("last",))
-    engine = sparse(transformer, keep=0.3).engine
-    seen = []
-    engine.observer = lambda call, layout, q, k, v, plan: seen.append((call, plan.to_token_mask()))
-    run(transformer, inputs)
-    assert [call.layer for call, _ in seen] == [0, 1]
-    for call, mask in seen:
-        assert call.segments == (("text", 0, 62), ("video", 62, 167))
-        assert mask[..., :62].all() and mask[..., :62, :].all()
-        assert 0.1 < mask[..., 62:, 62:].float().mean() < 0.8
+    assert_text_is_whole(transformer, inputs, "pooled", 62, 167, layers=2)
 
 
 def test_references_with_their_sound_count_as_text():
@@ -81,7 +36,18 @@ def test_references_with_their_sound_count_as_text():
     references = [MiniMaxH3VideoReference(None, audio=torch.zeros(1, 1)), MiniMaxH3ImageReference(None)]
     latents = [torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 4, 1, 6, 10)]
     packed = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
-        torch.ones(19, dtype=torch.long), references, latents, [torch.zeros(6, 6)], 3, 10, 14, 4, (1, 2, 2), 2, 2, 0
+        torch.ones(19, dtype=torch.long),
+        references,
+        latents,
+        [torch.zeros(6, 6)],
+        3,
+        10,
+        14,
+        4,
+        (1, 2, 2),
+        2,
+        2,
+        0,
     )
     inputs = tiny_minimax_h3_inputs(transformer)
     inputs |= dict(zip(LAYOUT, packed, strict=False))
@@ -98,25 +64,11 @@ def test_references_with_their_sound_count_as_text():
     assert processor.report.dense_calls == 0 and list(processor.report.token_orders) == ["tiles"]
 
 
-def test_a_batch_row_is_the_same_in_other_company():
-    transformer = tiny_minimax_h3_transformer()
-    sparse(transformer, keep=0.3)
-    pair, other = (tiny_minimax_h3_inputs(transformer, batch=2, seed=seed) for seed in (0, 1))
-    own = ("hidden_states", "audio_hidden_states", "encoder_hidden_states")
-    mixed = {k: torch.cat([pair[k][:1], other[k][1:]]) if k in own else pair[k] for k in pair}
-    first, second = run(transformer, pair), run(transformer, mixed)
-    torch.testing.assert_close(second[:1], first[:1], rtol=1e-4, atol=1e-5)
-    assert float((second[1:] - first[1:]).norm() / first[1:].norm()) > 1e-2
-
-
 def test_rows_with_times_of_their_own_keep_the_models_order():
     transformer = tiny_minimax_h3_transformer()
     inputs = tiny_minimax_h3_inputs(transformer)
     inputs["timestep_indices"][-105:-70] = 0  # the first frame is clean
-    true = run(transformer, inputs)
-    processor = sparse(transformer, order="tiles")
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: the video's rows are modulated one by one"]
+    assert_the_models_order(transformer, inputs, "the video's rows are modulated one by one", run=run)
 
 
 def test_a_sequence_that_ends_with_something_else_runs_dense_and_says_so():
@@ -161,7 +113,7 @@ def loop_of(transformer):
     return pipe
 
 
-def sample(pipe, seed=0, **kind):
+def samples(pipe, seed=0, **kind):
     """Latents of a run of three steps."""
     inputs = tiny_minimax_h3_inputs(pipe.transformer, seed=seed, **kind)
     for scheduler in (pipe.scheduler, pipe.audio_scheduler):
@@ -180,22 +132,21 @@ def sample(pipe, seed=0, **kind):
     return state.get("latents")
 
 
-@pytest.mark.parametrize("method", ["pooled", "lite", "svg2"])
+@pytest.mark.parametrize("method", LITTLE)
 def test_a_loop_runs_sparse_again_and_again_and_is_as_it_was_afterwards(method):
     pipe = loop_of(tiny_minimax_h3_transformer())
-    stocks = dict(pipe.transformer.attn_processors)
-    true = sample(pipe, keyframes=("first",))
-    options = {"threshold": -0.5} if method == "lite" else {"keep": 0.4}
-    with dit_accel.accelerate(pipe, None, method=load_method(method, **options), block=16, min_tokens=0) as handle:
-        first = sample(pipe, keyframes=("first",))
-        sample(pipe, seed=1)
-        again = sample(pipe, keyframes=("first",))
-        report = handle.report()
-    assert torch.equal(first, again) and not torch.equal(first, true)
-    assert report.runs == 3 and report.sparse_calls == 18 and report.dense_calls == 0 and not report.stateless
-    assert list(report.keep_per_step) == [0, 1, 2]
-    assert all(pipe.transformer.attn_processors[path] is stock for path, stock in stocks.items())
-    assert torch.equal(sample(pipe, keyframes=("first",)), true)
+
+    def sample(**more):
+        return samples(pipe, **{"keyframes": ("first",), **more})
+
+    assert_runs_again_and_again(pipe, sample, method, 6, {"seed": 1, "keyframes": ()})
+
+
+def test_each_step_of_a_loop_is_counted():
+    pipe = loop_of(tiny_minimax_h3_transformer())
+    with dit_accel.accelerate(pipe, None, keep=0.4, block=16, min_tokens=0) as handle:
+        samples(pipe)
+    assert list(handle.report().keep_per_step) == [0, 1, 2]
 
 
 def test_a_step_cache_computes_every_forward_and_says_why():

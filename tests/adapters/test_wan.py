@@ -2,62 +2,19 @@
 
 import pytest
 import torch
+from joint_models import assert_the_models_order, run
 
 from dit_accel import SparseProcessor
 from dit_accel.adapters import find_adapter, wan
 from dit_accel.errors import LayoutError, UnknownModelError
 from dit_accel.testing import tiny_wan_inputs, tiny_wan_transformer
 
-# every (class, configuration) that may be reordered
-REORDERED = {
-    "t2v": {},
-    "i2v": {"i2v": True},
-    "vace": {"vace_layers": [0, 1], "vace_in_channels": 4},
-    "patches of two frames": {"patch_size": (2, 2, 2)},
-}
-
-
-def run(transformer, inputs):
-    with torch.no_grad():
-        return transformer(**inputs, return_dict=False)[0]
-
-
-@pytest.mark.parametrize("per_token", [False, True], ids=["one timestep", "timestep per token"])
-@pytest.mark.parametrize("config", REORDERED.values(), ids=REORDERED)
-def test_permutation(config, per_token):
-    """In tile order and dense, the transformer computes what it computes in its own order."""
-    transformer = tiny_wan_transformer(**config)
-    inputs = tiny_wan_inputs(transformer, (3, 5, 7), batch=2)
-    if per_token:
-        if "vace_layers" in config:
-            pytest.skip("diffusers' VACE transformer takes one timestep per row only")
-        inputs["timestep"] = torch.randint(0, 1000, (2, 105), generator=torch.Generator().manual_seed(0))
-    true = run(transformer, inputs)
-    processor = SparseProcessor(transformer, keep=1.0, block=16, min_tokens=0, impl="reference", strict=True)
-    transformer.set_attn_processor(processor)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert set(processor.report.token_orders) == {"tiles"}
-
-
-def test_tokens_really_are_reordered():
-    """Without the rotary hook the result is wrong, so the permutation test can tell."""
-    transformer = tiny_wan_transformer()
-    inputs = tiny_wan_inputs(transformer, (3, 5, 7))
-    true = run(transformer, inputs)
-    transformer.set_attn_processor(SparseProcessor(transformer, keep=1.0, block=16, min_tokens=0))
-    transformer.rope._forward_hooks.clear()
-    assert float((run(transformer, inputs) - true).norm() / true.norm()) > 1e-2
-
 
 def test_vace_control_of_another_size_keeps_the_models_order():
     transformer = tiny_wan_transformer(vace_layers=[0], vace_in_channels=4)
     inputs = tiny_wan_inputs(transformer, (3, 5, 7))
     inputs["control_hidden_states"] = inputs["control_hidden_states"][:, :, :2]
-    true = run(transformer, inputs)
-    processor = SparseProcessor(transformer, keep=1.0, block=16, min_tokens=0)
-    transformer.set_attn_processor(processor)
-    torch.testing.assert_close(run(transformer, inputs), true, rtol=1e-4, atol=1e-5)
-    assert list(processor.report.token_orders) == ["raster: VACE control of another size than the latents"]
+    assert_the_models_order(transformer, inputs, "VACE control of another size than the latents")
 
 
 def test_a_subclass_keeps_the_models_order():

@@ -5,8 +5,10 @@ A new family adds a line to `FAMILIES` and, if it has a tiny pipeline, one to `P
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,8 @@ from dit_accel.testing import (
     tiny_wan_pipeline,
     tiny_wan_transformer,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))  # what several tests share: `from ip_adapters import HOSTS`
 
 SPARSE = {"block": 16, "min_tokens": 0, "strict": True}  # strict: a fall-back nobody planned ends the test
 FEW = 0.3  # a keep at which every family's result differs from the dense one

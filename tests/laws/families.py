@@ -203,7 +203,6 @@ FAMILIES: dict[str, Family] = {
         _hunyuan15_embeddings,
         lambda request: dict(_HUNYUAN),
         prepare=_guide_hunyuan15,
-        backend=False,
     ),
     "framepack": Family(
         testing.tiny_framepack_pipeline,

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from dit_accel.errors import UsageError
+from dit_accel.pipelines.limits import SizeRule
 from dit_accel.pipelines.pictures import fit_picture, open_picture, share_cut
-from dit_accel.pipelines.weights import SizeRule
 
 
 def halves(width: int, height: int) -> Image.Image:

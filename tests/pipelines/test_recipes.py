@@ -17,7 +17,8 @@ from dit_accel import testing
 from dit_accel.adapters import FAMILIES
 from dit_accel.errors import UnknownModelError, UsageError
 from dit_accel.pipelines import RECIPES, recipe
-from dit_accel.pipelines.weights import SizeRule, _wanted_files
+from dit_accel.pipelines.limits import SizeRule
+from dit_accel.pipelines.weights import _wanted_files
 from dit_accel.preset import GenerateOptions, load_preset, preset_names
 
 IMAGE = GenerateOptions(width=64, height=48, frames=1, steps=2, guidance=3.5)

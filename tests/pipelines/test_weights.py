@@ -13,7 +13,8 @@ import pytest
 
 from dit_accel.errors import EnvironmentProblem, UnknownModelError, UsageError
 from dit_accel.pipelines import wan
-from dit_accel.pipelines.weights import SizeRule, locate
+from dit_accel.pipelines.limits import SizeRule
+from dit_accel.pipelines.weights import locate
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
