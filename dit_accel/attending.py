@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ logger = logging.getLogger("dit_accel")
 # Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
 # [B, S, H, D], and its plan.
 Observer = Callable[[Call, TokenLayout, Tensor, Tensor, Tensor, BlockPlan], None]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """How a forward's tokens lie, and who is told of its plans."""
+
+    layout: TokenLayout  # of the first group of rows
+    groups: tuple[RowGroup, ...]  # its rows by their padding; none: calls have no mask
+    observer: Observer | None
 
 
 class Attending:
@@ -56,9 +66,7 @@ class Attending:
         value: Tensor,
         call: dict[str, Any],
         now: Call,
-        layout: TokenLayout,
-        groups: tuple[RowGroup, ...],
-        observer: Observer | None,
+        laid: Laid,
     ) -> Tensor:
         """Attend to all tokens of a forward, with all heads of this process.
 
@@ -66,25 +74,23 @@ class Attending:
             query: `[B, S, H, D]`, post-RoPE; as are key and value.
             call: the dispatcher's other arguments.
             now: which call this is.
-            layout: of the forward's tokens, those of its first group of rows.
-            groups: its rows by their padding; none: calls have no mask.
-            observer: told of the plan.
+            laid: of the forward.
 
         Returns:
             `[B, S, H, D]`; zeros where there is padding.
         """
-        watch = layout, len(groups), observer
-        if not groups:
+        layout = laid.layout
+        if not laid.groups:
             text = layout.text
             if text and query.shape[1] == layout.n_video_tokens:  # the text takes no part in this attention
                 text = 0
                 now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
-            whole, title, read, present = self._attend_rows(query, key, value, call, now, text, watch)
+            whole, title, read, present = self._attend_rows(query, key, value, call, now, text, laid)
             self.tally.note_sparse(now, title, read, present)
             return whole
         whole, titles, read, present = None, {}, 0, 0
-        for group in groups:
-            out, title, *counts = self._attend_group(group, query, key, value, call, now, watch)
+        for group in laid.groups:
+            out, title, *counts = self._attend_group(group, query, key, value, call, now, laid)
             titles[title] = None
             read, present = read + counts[0], present + counts[1]
             if group.is_everything:
@@ -104,14 +110,14 @@ class Attending:
         value: Tensor,
         call: dict[str, Any],
         now: Call,
-        watch: tuple[TokenLayout, int, Observer | None],
+        laid: Laid,
     ) -> tuple[Tensor, str, Tensor, int]:
         """`_attend_rows` of a group, without its padding."""
-        rows = group.rows if watch[1] > 1 else None
+        rows = group.rows if len(laid.groups) > 1 else None
         now = dataclasses.replace(now, rows=rows, segments=group.segments)
         taken = [group.take(x) for x in (query, key, value)]
         held = sum(x.numel() * x.element_size() for x in taken) if group.copies else 0
-        return self._attend_rows(*taken, call, now, group.text, watch, held)
+        return self._attend_rows(*taken, call, now, group.text, laid, held)
 
     def _attend_rows(
         self,
@@ -121,13 +127,13 @@ class Attending:
         call: dict[str, Any],
         now: Call,
         text: int,
-        watch: tuple[TokenLayout, int, Observer | None],
+        laid: Laid,
         held: int = 0,
     ) -> tuple[Tensor, str, Tensor, int]:
         """Attend among batch rows with so many tokens of text and no padding.
 
         Args:
-            watch: the forward's layout, how many groups of rows it has, and who is told of the plan.
+            laid: of the forward.
             held: bytes that were taken for this call already.
 
         Returns:
@@ -136,11 +142,10 @@ class Attending:
         from dit_accel.kernels.coarse import add_block_means
         from dit_accel.kernels.counting import count_pairs
 
-        like, groups, observer = watch
-        layout = self.layouts.of_call(query, text, like, groups)
+        layout = self.layouts.of_call(query, text, laid.layout, len(laid.groups))
         plan = self.planner.plan(query, key, layout, now)
-        if observer is not None:
-            observer(now, layout, query, key, value, plan)
+        if laid.observer is not None:
+            laid.observer(now, layout, query, key, value, plan)
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
         out, lse, title = self._execute(by_head, plan, layout, now, call)
         if plan.coarse is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dit_accel.adapters import arguments_of, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import arrange
-from dit_accel.attending import Attending, Observer
+from dit_accel.attending import Attending, Laid, Observer
 from dit_accel.errors import FallbackError, UsageError
 from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout
@@ -314,8 +314,8 @@ class Engine:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
             now = self.call.at(seat.layer, first_head)
-            forward = self.layout, self.groups, self.observer
-            return self.attending.attend_sparsely(query, key, value, call, now, *forward)
+            laid = Laid(self.layout, self.groups, self.observer)
+            return self.attending.attend_sparsely(query, key, value, call, now, laid)
 
         return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
 
