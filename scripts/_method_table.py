@@ -86,6 +86,7 @@ SPARGE: tuple[Options, ...] = ({}, {"similarity": -1.0})
 SVG2: tuple[Options, ...] = ({}, {"min_keep": 0.0})
 NABLA: tuple[Options, ...] = ({}, {"keep": 0.05}, {"keep": 0.001})  # floors
 FEW = (0.25, 0.15, 0.10)  # of the keeps, for variations of a method
+FORCED = 2.0  # times the budget may be kept, no more
 
 
 def _and(fixed: tuple[Options, ...], **options: Any) -> tuple[Options, ...]:
@@ -206,13 +207,16 @@ def _search(
 ) -> Fit:
     """Bisect the knob. What is kept may rise or fall with it, and may do so in steps.
 
-    Of budgets, one below what is forced anyway is no answer: the method would choose nothing.
+    Of budgets, one below what is forced anyway is no answer: the method would choose nothing. Nor is one of which
+    forced blocks make more than double, as an anchored first frame does in small grids: they decide then.
     """
     known: dict[float, float] = {}
     lowest = float(f"{entry.span[0]:.4g}")
 
     def chooses(value: float) -> bool:
-        return entry.knob != "keep" or known[value] != known.get(lowest)
+        if entry.knob != "keep":
+            return True
+        return known[value] != known.get(lowest) and known[value] <= FORCED * value
 
     def fits(value: float) -> bool:
         value = float(f"{value:.4g}")

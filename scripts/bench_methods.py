@@ -418,14 +418,14 @@ def merge(records: list[dict]) -> dict:
     """
     first = records[0]
     need_one_run(records[1:], first)
-    merged = {**first, "shard": None, "environments": [record["environment"] for record in records]}
-    del merged["environment"]
-    merged["variants"] = {}
+    merged = {**first, "shard": None, "variants": {}}
+    merged.pop("environment", None)
+    merged["environments"] = [one for record in records for one in _environments_of(record)]
     for record in records:
         dense = record["variants"]["dense"]["figures"]["denoise_seconds_per_prompt"]
         for name, told in record["variants"].items():
-            # every shard has timed dense attention on its own device
-            merged["variants"].setdefault(name, {**told, "dense_seconds": dense})
+            # every shard has timed dense attention on its own device; a merged record says so of each variant
+            merged["variants"].setdefault(name, {"dense_seconds": dense, **told})
     merged["failed"] = [one for record in records for one in record["failed"]]
     known = done_in(records, first)
     for key in ("left", "unreached"):  # by one shard; another may have done it
@@ -434,6 +434,11 @@ def merge(records: list[dict]) -> dict:
     merged["left"] = [one for one in merged["left"] if _name_of(one) not in known]
     merged["keeps"] = sorted({keep for record in records for keep in record["keeps"]}, reverse=True)
     return merged
+
+
+def _environments_of(record: dict) -> list[dict]:
+    """Of one run, or of all that a merged record was made from."""
+    return record.get("environments") or [record["environment"]]
 
 
 def _name_of(one: dict) -> str:

@@ -1,4 +1,4 @@
-"""The faster of torch's two fused attention kernels, measured where it will run."""
+"""The faster of torch's two fused attention kernels that can be used, measured where it will run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .ranks import Ranks
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+# cuDNN's backward ended at an illegal address with 4,096 + 48 tokens, and did not with 4,096 + 96 (torch 2.11, H200).
+CUDNN_TOKENS = 32
 
 
 def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int, width: int):
-    """A context in which attention of so many tokens, and heads so wide, takes the faster kernel; on a CPU none."""
+    """A context in which attention of so many tokens, and heads so wide, takes the faster kernel; on a CPU none.
+
+    A number of tokens that cuDNN cannot be trusted with takes flash attention.
+    """
     if not ranks.device.startswith("cuda"):
         return contextlib.nullcontext()
     shape = (batch, tokens, heads, width)  # laid out as projections leave it
+    if tokens % CUDNN_TOKENS:
+        return sdpa_kernel([BACKENDS[0], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
     seconds = [_time_backend(backend, ranks.device, shape) for backend in BACKENDS]
     best = BACKENDS[int(ranks.agree(float(seconds[1] < seconds[0])))]
     if ranks.first:

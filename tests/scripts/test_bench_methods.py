@@ -117,6 +117,9 @@ def test_what_is_done_is_not_run_again(compared, tmp_path):
     run("--merge", "part.json", "rest/record.json", "--out", "whole", cwd=tmp_path)
     whole = json.loads((tmp_path / "whole" / "record.json").read_text())
     assert whole["variants"].keys() == record["variants"].keys() and whole["left"] == left[1:]
+    run("--merge", "whole/record.json", "rest/record.json", "--out", "again", cwd=tmp_path)
+    again = json.loads((tmp_path / "again" / "record.json").read_text())
+    assert again["variants"] == whole["variants"] and len(again["environments"]) == 3
     small[small.index("--frames") + 1] = 9
     told = run(*small, "--beside", "part.json", "--out", "other", cwd=tmp_path, code=1)
     assert "not of one run: grid" in told
@@ -178,6 +181,11 @@ def test_a_budget_below_what_is_forced_is_no_answer(table):
     assert found.keep == forced + 0.028 and found.options["keep"] > 0.1 and found.reached
     found = table.fit(table.Entry(), 0.15, lambda options: max(forced, options["keep"]), layout, close=0.01)
     assert found.options["keep"] == 0.15
+    # nor is one that forced blocks make a multiple of, though a little nearer
+    found = table.fit(
+        table.Entry(), 0.15, lambda o: 0.163 if o["keep"] < 0.08 else 0.168, layout, close=0.01
+    )
+    assert found.reached and found.keep == 0.168
 
 
 def test_the_search_finds_what_keeps_as_much(table):
