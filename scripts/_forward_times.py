@@ -140,7 +140,7 @@ def take_sample(
     with installed(transformer, options) as processor:
         if warm or options is not None:
             transformer(**inputs(noise + STEP))
-        held = _reset_peak(device)
+        held = reset_peak(device)
         spent = 0.0
         for step in range(steps):
             given = inputs(noise - STEP * step)
@@ -150,7 +150,8 @@ def take_sample(
     return Sample(spent / steps, report, peak)
 
 
-def _reset_peak(device: torch.device) -> int | None:
+def reset_peak(device: torch.device) -> int | None:
+    """Bytes in use on a GPU, from which its peak counts anew; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
