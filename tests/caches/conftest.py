@@ -12,6 +12,7 @@ import torch
 
 import dit_accel
 
+sys.path.insert(0, str(Path(__file__).parent))  # what several tests share: `from stepping import Model`
 sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
 from bench import Bench
 from families import FAMILIES
