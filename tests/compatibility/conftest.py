@@ -218,10 +218,13 @@ def _one_thread(one_thread: None) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Rows of the tables for every test that takes a `family` or a `pipeline`."""
+    """Rows of the tables for every test that takes a `family` or a `pipeline`, if it is marked `of` some only those."""
+    mark = metafunc.definition.get_closest_marker("of")
     for name, rows in (("family", FAMILIES), ("pipeline", PIPELINES)):
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, rows, ids=[row.name for row in rows])
+            chosen = [row for row in rows if mark is None or row.name in mark.args]
+            assert mark is None or len(chosen) == len(mark.args), f"{mark.args}: a name is in no table"
+            metafunc.parametrize(name, chosen, ids=[row.name for row in chosen])
 
 
 @pytest.fixture(params=["before", "after"])

@@ -6,8 +6,6 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dit_accel.errors import FallbackError
 
-JOINT = ("flux", "hunyuan-video")  # these tests are slow, so that each family has few
-
 
 def stock_fits_one_graph(family):
     """Whether diffusers' own blocks can be one graph once a backend is set; with torch 2.6 they cannot."""
@@ -23,10 +21,9 @@ def stock_fits_one_graph(family):
     return True
 
 
+@pytest.mark.of("flux", "hunyuan-video")  # these tests are slow, so that each family has few
 def test_regional(family):
     """One graph for each kind of block, installed before compiling and after."""
-    if family.name not in JOINT:
-        pytest.skip("tests/test_compile.py")
     torch._dynamo.reset()
     if not stock_fits_one_graph(family):
         pytest.skip("stock diffusers cannot be one graph here")
@@ -47,10 +44,9 @@ def test_regional(family):
     torch.testing.assert_close(family.run(late), true, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.of("flux")  # a family of two kinds of block
 def test_whole(family):
     """The whole transformer compiled with graph breaks: steps and dense layers come and go as in eager mode."""
-    if family.name != "flux":
-        pytest.skip("one family of two kinds of block says it")
     torch._dynamo.reset()
     eager, compiled = family.make(), family.make()
     options = {"dense_above": 0.6, "dense_layers": (1,)}
@@ -64,9 +60,8 @@ def test_whole(family):
     assert ours.dense_reasons.keys() == {"noise level above 0.6", "dense layer"}
 
 
+@pytest.mark.of("flux")
 def test_gradients_in_a_compiled_transformer_are_still_refused(family):
-    if family.name != "flux":
-        pytest.skip("one family of two kinds of block says it")
     transformer = family.make().requires_grad_(True)
     family.install(transformer, 0.3)
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")

@@ -17,13 +17,23 @@ def fuse_and_unfuse(transformer):
     transformer.unfuse_qkv_projections()
 
 
-@pytest.mark.parametrize("feature", [fuse, fuse_and_unfuse])
-def test_fusing(family, feature, when):
-    if family.name == "sd3" and feature is fuse and when == "after":
-        pytest.skip("diffusers then sets processors of its own: below")
-    true = family.compare(feature, when)
-    plain = family.run(family.make())
+def compare(family, feature, when):
+    """Ours with stock, and stock fused with stock plain."""
+    true, plain = family.compare(feature, when), family.run(family.make())
     assert float((true - plain).abs().max()) < 1e-4
+
+
+FEATURES = [(fuse, "before"), (fuse_and_unfuse, "before"), (fuse_and_unfuse, "after")]
+
+
+@pytest.mark.parametrize(("feature", "when"), FEATURES)
+def test_fusing(family, feature, when):
+    compare(family, feature, when)
+
+
+@pytest.mark.of("wan", "flux", "hunyuan-video", "hunyuan-video15", "flux2")
+def test_fusing_after_installation(family):
+    compare(family, fuse, "after")
 
 
 @torch.no_grad()
@@ -47,9 +57,8 @@ def test_where_fusing_sets_other_processors_it_is_told():
     assert processor.report.sparse_calls == 2 and processor.report.dense_calls == 0
 
 
+@pytest.mark.of("wan", "flux", "hunyuan-video", "hunyuan-video15", "flux2")  # Stable Diffusion 3: above
 def test_fusing_while_installed(family):
-    if family.name == "sd3":
-        pytest.skip("diffusers then sets processors of its own: above")
     transformer = family.make()
     plain = family.run(transformer)
     processor = family.install(transformer)

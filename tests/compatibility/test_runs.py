@@ -13,11 +13,13 @@ def test_a_batch(pipeline):
     pipeline.compare(batch=2)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_several_results_for_a_prompt(pipeline, batch):
-    if batch > 1 and pipeline.name != "wan":
-        pytest.skip("this pipeline does not repeat embeddings that it was given")
-    pipeline.compare(batch=batch, **{pipeline.several: 2})
+def test_several_results_for_a_prompt(pipeline):
+    pipeline.compare(**{pipeline.several: 2})
+
+
+@pytest.mark.of("wan")  # the others do not repeat embeddings that they were given
+def test_several_results_for_each_prompt_of_a_batch(pipeline):
+    pipeline.compare(batch=2, **{pipeline.several: 2})
 
 
 def test_a_batch_row_does_not_see_the_others(pipeline):
@@ -44,10 +46,9 @@ def test_a_callback_changes_the_prompt(pipeline):
     pipeline.compare(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
+@pytest.mark.of("wan")  # the others read their guidance scale once
 def test_guidance_ends_in_mid_run(pipeline):
     """As with a guidance interval: two branches in the first steps, then one. Wan's may be switched off in a run."""
-    if pipeline.name != "wan":
-        pytest.skip("this pipeline reads its guidance scale once")
 
     def callback(pipe, step, timestep, tensors):
         if step == 0:
