@@ -139,13 +139,27 @@ class Attending:
         Returns:
             `[B, S, H, D]`, the executor's name, and the pairs of tokens that were read and that are present.
         """
-        from dit_accel.kernels.coarse import add_block_means
-        from dit_accel.kernels.counting import count_pairs
-
         layout = self.layouts.of_call(query, text, laid.layout, len(laid.groups))
         plan = self.planner.plan(query, key, layout, now)
         if laid.observer is not None:
             laid.observer(now, layout, query, key, value, plan)
+        return self.attend_by(plan, query, key, value, call, now, layout, held)
+
+    def attend_by(
+        self,
+        plan: BlockPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        now: Call,
+        layout: TokenLayout,
+        held: int = 0,
+    ) -> tuple[Tensor, str, Tensor, int]:
+        """Attend as a plan says, which may be of some query blocks alone; arguments and results as `_attend_rows`."""
+        from dit_accel.kernels.coarse import add_block_means
+        from dit_accel.kernels.counting import count_pairs
+
         by_head = [x.transpose(1, 2) for x in (query, key, value)]
         out, lse, title = self._execute(by_head, plan, layout, now, call)
         if plan.coarse is not None:

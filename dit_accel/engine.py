@@ -171,6 +171,8 @@ class Engine:
             self.order = self.region.enter(self.call, facts, given)
         if self.order is None:
             self._choose_attention(given, facts)
+        elif self._by_blocks():
+            self._dense_reason = self._why_all_dense(given["hidden_states"], facts)
         if self.order is None or not hasattr(self.adapter, "order_arguments"):
             return None
         return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
@@ -180,8 +182,12 @@ class Engine:
         self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(given["hidden_states"], facts)
         if self._dense_reason is None:
             self._to_count[1] = self._lay_out(given, facts)
-        elif self._dense_reason[1] and keeps_tokens(self._module()):
-            self._lay_out(given, facts)  # what a cache keeps of this forward may be used in a sparse one
+        elif self._dense_reason[1] and (keeps_tokens(self._module()) or self._by_blocks()):
+            self._lay_out(given, facts)  # what is kept of this forward may be used in a sparse one
+
+    def _by_blocks(self) -> bool:
+        """Whether region sampling computes whole blocks, and attends sparsely with them."""
+        return self.region is not None and self.region.region.unit == "block"
 
     def _lay_out(self, given: dict[str, Any], facts: Facts) -> str:
         """Choose the order of this forward's tokens, lay them out in it, and say which and why."""
@@ -341,6 +347,18 @@ class Engine:
         expected = [parallel.tokens_here(tokens, seat.stock) for tokens in whole]
         if query.shape[1] not in expected:
             return f"{query.shape[1]} tokens where the grid has {expected[0]}", False
+        return None
+
+    def why_dense_part(self, seat: Seat, call: dict[str, Any]) -> tuple[str, bool] | None:
+        """Why an attention of some query blocks runs dense, and whether that was planned; or None."""
+        if self._dense_reason is not None:
+            return self._dense_reason
+        if seat.layer in self.dense_layers:
+            return "dense layer", True
+        if self.planner.is_dense(self.call.at(seat.layer)):
+            return "a rule", True
+        if call["attn_mask"] is not None or call["is_causal"] or call["dropout_p"]:
+            return "an attention mask, causal attention or dropout", False
         return None
 
     def _is_padding(self, mask: Tensor, query: Tensor) -> bool:

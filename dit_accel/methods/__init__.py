@@ -9,6 +9,8 @@ for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may al
 - `arrangement`, a class attribute: the token order and block size it was made for, unless others are asked for.
 - `needs_grid`, true if it looks at where tokens stand in frame, row and column; where a model's tokens are no one grid
   such a method cannot be used.
+- `rows_apart`, true if the plan of a query block follows from its own queries and all keys, so that a part of the
+  queries can be planned for: what the plan says of other blocks then is of no matter.
 - `init_state(query, layout) -> state`, if it remembers something between steps: it is given that state back for the
   same transformer, branch and layer until the run ends, and None where the branch is not known.
 - `threshold_at(call)` and `learn(needed, plan, layout, call, state)`, if the kernel shall tell which entries of the
@@ -60,7 +62,7 @@ def method_options(name: str) -> set[str]:
     Raises:
         UnknownNameError: no such method.
     """
-    return {f.name for f in dataclasses.fields(_method_class(name))} - {"keep", "top_p"}
+    return {f.name for f in dataclasses.fields(method_class(name))} - {"keep", "top_p"}
 
 
 def load_method(name: str, **options: Any) -> Method:
@@ -70,7 +72,7 @@ def load_method(name: str, **options: Any) -> Method:
         UnknownNameError: no such method, or an option it does not have.
         UsageError: a value it refuses, or an option missing.
     """
-    cls = _method_class(name)
+    cls = method_class(name)
     given = {
         key: value for key, value in options.items() if value is not None or key not in ("keep", "top_p")
     }
@@ -90,7 +92,12 @@ def load_method(name: str, **options: Any) -> Method:
     return cls(**given)
 
 
-def _method_class(name: str) -> type:
+def method_class(name: str) -> type:
+    """The method's class.
+
+    Raises:
+        UnknownNameError: no such method.
+    """
     if name not in method_names():
         raise unknown_name("method", name, method_names())
     cls = importlib.import_module(f"{__name__}.{name}").Method

@@ -35,6 +35,7 @@ class Method:
 
     arrangement: ClassVar[Arrangement] = Arrangement("tiles", 128, None)
     needs_grid: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = True
 
     radius: float = 16  # tokens; a key at exactly this distance is not read
     frame_radius: int | None = None  # also at most so many frames away, 0 is the own frame; none: all frames

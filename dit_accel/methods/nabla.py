@@ -37,6 +37,7 @@ class Method:
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("tiles", 64, (1, 8, 8))
+    rows_apart: ClassVar[bool] = True
 
     top_p: float = 0.7  # share of the predicted attention that is read
     # read at least this share of the video's key blocks; .001 for the published rule, which has no floor

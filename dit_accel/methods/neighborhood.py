@@ -47,6 +47,7 @@ class Method:
 
     arrangement: ClassVar[Arrangement] = Arrangement("tiles", 128, (2, 8, 8))
     needs_grid: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = True
 
     # frames, rows, columns: tokens (whole numbers), or shares of the axis (0.5; 1.0 is all of it), rounded to the
     # nearest odd number of strides

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel.errors import UsageError
 
@@ -24,6 +24,8 @@ class Method:
     Source: the pooled score shared by SpargeAttn (arXiv:2502.18137), SLA and VSA, with blocks of unequal
     size.
     """
+
+    rows_apart: ClassVar[bool] = True
 
     keep: float | None = None  # share of key blocks to read, forced ones included
     top_p: float | None = None  # read the fewest blocks that should hold this share of the attention

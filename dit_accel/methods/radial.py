@@ -45,6 +45,7 @@ class Method:
 
     arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
     needs_grid: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = True
 
     decay_factor: float = 0.2  # scales the bands' width
     first_frame: bool = True  # also read every block of the first frame

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Method:
     """Blocks drawn anew for each step, branch, layer, head and query block; forced ones as in `pooled`."""
+
+    rows_apart: ClassVar[bool] = True
 
     keep: float  # share of key blocks to read, forced ones included
     neighbours: int | None = 0  # also read blocks so near; 0 is the own block, none forces nothing

@@ -32,6 +32,7 @@ class Method:
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("gilbert", 128)
+    rows_apart: ClassVar[bool] = True
 
     keep: float | None = None  # share of key blocks to read, forced ones included
     top_p: float | None = 0.3  # read the fewest blocks that should hold this share; the larger budget holds

@@ -18,7 +18,7 @@ class ActiveTokens:
     """Some tokens of each batch row."""
 
     grid: Grid  # of all tokens: frames, rows, columns
-    index: Tensor  # int64 [N, K], raster, ascending
+    index: Tensor  # int64 [N, K], raster indices; ascending, or of whole blocks in the layout's order
     velocity: Tensor  # fp32 [N, S, P], of all tokens as they left the transformer last
 
     @property

@@ -11,6 +11,7 @@ from dit_accel.errors import UsageError, unknown_name
 
 SELECTORS = ("std", "l2", "change", "random", "mask")
 KEYS = ("cached", "drop")
+UNITS = ("token", "block")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Region:
     error_reset: tuple[int | float, ...] = (0.4, 0.7)  # steps computed whole in between; the last one always is
     keys: str = "cached"  # tokens left out: "cached" keeps their keys and values, "drop" does without them
     layers: int | None = None  # with "cached": in how many of the last layers; none: in all
-    bucket: int = 64  # the number of tokens computed is a multiple of this
+    bucket: int = 64  # the number of tokens computed is a multiple of this; of unit "token"
+    # what is chosen: single tokens, or whole blocks of sparse attention's order, and then their steps attend sparsely
+    unit: str = "token"
     memory: float | None = None  # GiB that may be kept; none: what is free on a CUDA device, elsewhere no limit
     seed: int = 0  # of selector "random"
     # with selector "mask": what is computed first, nonzero in [frames, rows, columns] tokens, or [B, ...] of these
@@ -49,6 +52,8 @@ class Region:
             raise unknown_name("selector of region sampling", self.selector, SELECTORS)
         if self.keys not in KEYS:
             raise unknown_name("keys of region sampling", self.keys, KEYS)
+        if self.unit not in UNITS:
+            raise unknown_name("unit of region sampling", self.unit, UNITS)
         _need(_number(self.high_ratio) and 0 <= self.high_ratio <= 1, "high_ratio", self.high_ratio, "from 0 to 1")
         _need(_number(self.starvation) and self.starvation >= 0, "starvation", self.starvation, "a number from 0 on")
         _need(_step(self.start), "start", self.start, "a number of steps from 0 on, or a share below 1")
@@ -65,6 +70,10 @@ class Region:
             raise UsageError(
                 f"region option selector={self.selector!r} {'needs a' if self.mask is None else 'looks at no'} mask: "
                 "give both selector='mask' and mask=, a tensor of [frames, rows, columns] tokens, or neither."
+            )
+        if self.unit == "block" and self.keys == "drop":
+            raise UsageError(
+                "region option unit='block' attends to the keys of all tokens, and keys='drop' keeps none. Drop one."
             )
         if self.layers is not None and self.keys == "drop":
             raise UsageError("region option layers says where keys are kept, and keys='drop' keeps none. Drop one.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import UsageError
 from dit_accel.region import choose
+from dit_accel.region.blocks import Blocks
 from dit_accel.region.options import Region
 from dit_accel.region.schedulers import Step, check_scheduler, mend_history, remove_step
 from dit_accel.region.steps import count_active, whole_steps
@@ -63,7 +64,7 @@ class Sampler:
 
     def bytes_held(self) -> int:
         """Memory kept between steps: counts of steps, and the next step's tokens."""
-        held = (self._left_out, self._index, self._seen, self._rate)
+        held = (self._left_out, self._index, self._computed, self._seen, self._rate)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     # -- seen from a transformer's forward
@@ -93,6 +94,8 @@ class Sampler:
 
     def leaves_out(self, n_tokens: int) -> bool:
         """Whether any step can leave tokens out."""
+        if self.region.unit == "block":
+            return self.region.sample_ratio < 1
         return count_active(self.region, n_tokens) < n_tokens
 
     def hold(self, engine: RegionEngine) -> None:
@@ -108,9 +111,22 @@ class Sampler:
         assert self._index is not None
         return self._index
 
-    def note_forward(self, transformer: nn.Module, adapter: ModuleType, call: Call, index: Tensor | None) -> None:
-        """A forward computed these tokens, or all of them (None)."""
+    def chosen_blocks(self) -> Tensor:
+        """The blocks of this step, int64 `[B, A]` by row of the latents; with unit "block"."""
+        assert self._computed is not None
+        return self._computed
+
+    def note_forward(
+        self,
+        transformer: nn.Module,
+        adapter: ModuleType,
+        call: Call,
+        index: Tensor | None,
+        blocks: Blocks | None = None,
+    ) -> None:
+        """A forward computed these tokens, or all of them (None); with unit "block" it had such blocks."""
         self._see(transformer, adapter, call)
+        self._blocks = blocks
         if index is None:
             self._all = True
         else:
@@ -165,28 +181,45 @@ class Sampler:
     def after_step(self, velocity: Tensor) -> None:
         """Choose the tokens of the next step."""
         call, self._now = self._now, None
-        self._index, self._chosen_for = None, None
+        self._index, self._computed, self._chosen_for = None, None, None
         if call is None or self._left_out is None:
             return
         if self._first is None:  # image to image begins within the schedule, and not all pipelines say so before
             self._first, self._plan = self._stand.scheduler.step_index - 1 - call.step, None
         n_tokens = self._left_out.shape[1]
         if self.may_follow(call.step, n_tokens):
-            self._index, self._chosen_for = self._choose(velocity, call, n_tokens), call.step + 1
+            if self.region.unit == "token":
+                self._index = self._choose(velocity, call, count_active(self.region, n_tokens), None)
+            elif self._blocks is None:  # of a forward that no sparse attention laid out
+                return
+            else:
+                blocks = self._blocks
+                count = blocks.count(self.region.sample_ratio)
+                self._computed = blocks.computed(self._choose(velocity, call, count, blocks))
+                self._index = blocks.tokens(self._computed)
+            self._chosen_for = call.step + 1
 
-    def _choose(self, velocity: Tensor, call: Call, n_tokens: int) -> Tensor:
-        region, count = self.region, count_active(self.region, n_tokens)
+    def _choose(self, velocity: Tensor, call: Call, count: int, blocks: Blocks | None) -> Tensor:
+        """So many tokens, or full blocks, int64 `[B, count]` ascending."""
+        region, left_out = self.region, self._left_out
+        if blocks is not None:  # the tokens of a block are left out together
+            left_out = blocks.means(left_out).round().int()
         if region.selector == "mask":
             mask = choose.read_mask(region.mask, call.grid, len(velocity)).to(velocity.device)
-            return choose.choose_masked(mask, self._left_out, count)
+            return choose.choose_masked(mask if blocks is None else blocks.means(mask) > 0, left_out, count)
         if region.selector == "random":
-            measured = choose.draw(n_tokens, region.seed, call.step).to(velocity.device).expand(len(velocity), -1)
-        elif region.selector == "change":
+            drawn = choose.draw(left_out.shape[1], region.seed, call.step).to(velocity.device)
+            return choose.choose(
+                drawn.expand(len(velocity), -1), left_out, count, region.high_ratio, region.starvation
+            )
+        if region.selector == "change":
             measured = self._rate * (self._left_out + 1)  # what it would be off by if left out once more
         else:
             patches = self._host[0].patch_velocity(self._host[1](), velocity, call.grid)
             measured = choose.measure(patches, region.selector)
-        return choose.choose(measured, self._left_out, count, region.high_ratio, region.starvation)
+        if blocks is not None:
+            measured = blocks.means(measured)
+        return choose.choose(measured, left_out, count, region.high_ratio, region.starvation)
 
     # -- the run
 
@@ -194,6 +227,8 @@ class Sampler:
         """A new run, or one that broke off."""
         self._index: Tensor | None = None
         self._chosen_for: int | None = None  # the step that the index is of
+        self._computed: Tensor | None = None  # unit "block": the blocks that these are, int64 [B, A]
+        self._blocks: Blocks | None = None  # of the last forward
         self._left_out: Tensor | None = None  # int32 [B, S], steps in a row
         self._seen: Tensor | None = None  # selector "change": the velocity before, fp32 [B, S, P, C]
         self._rate: Tensor | None = None  # fp32 [B, S], how far each token's velocity moved in a step

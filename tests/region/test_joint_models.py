@@ -89,6 +89,27 @@ def test_a_part_gives_what_all_gave(kind, order):
     assert handle.report().regions == {"30 of 30 tokens": 1, "15 of 30 tokens": 1}
 
 
+@pytest.mark.parametrize("order", ["raster", "gilbert"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_blocks_give_what_all_gave_and_attend_sparsely(kind, order):
+    """Text beside the image: it has blocks of its own, which are always computed."""
+    pipe, batch = make(kind), 1 if kind == "flux" else 2
+    text, x = embeds(kind, batch), noise(kind, batch)
+    pipe.scheduler.set_timesteps(6)
+    sparse = dict(method="pooled", keep=0.6, order=order, block=8, min_tokens=0)
+    handle = dit_accel.accelerate(pipe, region={**REGION, "start": 1, "unit": "block"}, **sparse)
+    first = forward(pipe, kind, x, text, 500.0)
+    step(pipe, first, x)
+    index = handle._sampler.chosen()
+    second = forward(pipe, kind, x, text, 500.0)
+    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
+    left_out = torch.ones(batch, TOKENS, dtype=torch.bool).scatter(1, index, False)
+    assert torch.equal(by_token(kind, second)[left_out], by_token(kind, first)[left_out])
+    report = handle.report()
+    assert report.regions == {"30 of 30 tokens": 1, "14 of 30 tokens": 1}  # 8 and the short block of 6
+    assert report.dense_calls == 0 and report.sparse_calls > 0 and report.keep_achieved < 0.95
+
+
 class Oracle:
     """Keys and values of a stock transformer's image tokens, recorded and written over; its text is always new.
 
