@@ -42,6 +42,8 @@ VARIANTS = (
     "dense,region=0.25", "dense,region=0.25,region.selector=random",
     "fast", "fast,cache=latent,cache.threshold=0.1", "fast,cache=latent,cache.threshold=0.2",
     "dense,region=0.5,cache=latent,cache.threshold=0.1", "fast,region=0.5",
+    "fast,order=packed", "fast,order=packed,region=0.5,region.unit=block",
+    "fast,order=packed,region=0.5,region.unit=block,region.selector=random",
     "fast,region=0.5,cache=latent,cache.threshold=0.1",
 )  # fmt: skip
 

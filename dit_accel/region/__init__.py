@@ -11,6 +11,7 @@ schedulers with a history are mended where a token comes back, and nothing is a 
 - `options`: what may be said about it;
 - `steps`: which steps compute everything;
 - `choose`: which tokens are computed;
+- `blocks`: whole blocks as what is chosen, and the rows of a plan that they have;
 - `active`: taking these tokens out of a sequence, and putting them back;
 - `schedulers`: standing in a scheduler's `step`, and mending its history;
 - `sampler`: one pipeline's choice, from step to step;

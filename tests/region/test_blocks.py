@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_blocks_are_the_layouts(layout):
     starts = layout.starts[0, 0, layout.video_blocks.start : layout.video_blocks.stop + 1].tolist()
     first = layout.video_tokens.start
     order = torch.arange(layout.n_video_tokens) if layout.forward is None else layout.forward
-    members = [order[a - first : b - first].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    members = [order[a - first : b - first].tolist() for a, b in pairwise(starts)]
     assert [[t for t in range(len(order)) if blocks.owner[t] == n] for n in range(len(members))] == [
         sorted(one) for one in members
     ]
