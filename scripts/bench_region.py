@@ -6,9 +6,9 @@
 
 A stock pipeline without text encoders and autoencoder denoises embeddings drawn by lot to latents. How many tokens a
 step computes is known beforehand and which ones are of no matter to the time, so random weights serve. Told are the
-transformer's own time in all forwards of a run, which parts of it whole and part forwards take, and the run's. The
-bound is what the tokens alone would allow. Before anything is timed, a run that is asked for every token must equal
-dense to the bit.
+transformer's own time in all forwards of a run, what whole and part forwards take, and the run's. The bound is what the
+tokens alone would allow. Beside single tokens with dense attention stands the case's fast preset, alone and with whole
+blocks chosen. Before anything is timed, a run that is asked for every token must equal dense to the bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from _quality_record import describe_environment
 from torch import Tensor, nn
 
 from dit_accel import accelerate
+from dit_accel.options import SparseOptions
+from dit_accel.preset import load_preset
 from dit_accel.region.options import Region
 from dit_accel.region.steps import count_active, whole_steps
 
@@ -39,8 +42,18 @@ PIPELINES = {
     "WanTransformer3DModel": "WanPipeline",
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
 }
-KINDS = ("whole", "part")
 STEPS = {"FluxPipeline": 28, "WanPipeline": 30, "StableDiffusion3Pipeline": 28}
+KINDS = ("whole", "part")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Of a run: region sampling, sparse attention, both or neither."""
+
+    region: Region | None = None
+    sparse: SparseOptions | None = None
+
+
 
 
 def main() -> None:
@@ -111,31 +124,46 @@ def time_case(case: FullSize, device: torch.device, dtype: torch.dtype, options:
         "steps": steps,
         "variants": {},
     }
-    variants = {"dense": None, **{f"region {ratio:g}": Region(sample_ratio=ratio) for ratio in options.ratios}}
+    variants = variants_of(case, options)
     runs: dict[str, list[dict]] = {name: [] for name in variants}
-    denoise(pipe, given, variants["dense"])  # warms up
     for number in range(options.rounds):
-        for name, region in variants.items():
-            if number == 0 and region is not None:
-                denoise(pipe, {**given, "num_inference_steps": 6}, region)
-            runs[name].append(denoise(pipe, given, region))
+        for name, variant in variants.items():
+            if number == 0:  # warms up
+                denoise(pipe, {**given, "num_inference_steps": 6}, variant)
+            runs[name].append(denoise(pipe, given, variant))
     dense = statistics.median(run["transformer"] for run in runs["dense"])
-    for name, region in variants.items():
+    for name, variant in variants.items():
+        region, sparse = variant.region, variant.sparse
         spent = [run["transformer"] for run in runs[name]]
         told["variants"][name] = {
             "transformer_seconds": statistics.median(spent),
             "transformer_seconds_each": spent,
             "run_seconds": statistics.median(run["run"] for run in runs[name]),
             "times_as_fast": dense / statistics.median(spent),
-            "bound": bound_of(region, steps, tokens),
+            "bound": None if sparse is not None else bound_of(region, steps, tokens),
             "whole_ms": _middle(runs[name], "whole"),
             "part_ms": _middle(runs[name], "part"),
             "whole_forwards": len(runs[name][0]["whole"]),
             "part_forwards": len(runs[name][0]["part"]),
             "peak_bytes": runs[name][-1]["peak"],
             "options": None if region is None else region.to_mapping(),
+            "sparse": None if sparse is None else sparse.to_mapping(),
+            "sparse_calls": runs[name][0]["sparse_calls"],
+            "dense_reasons": runs[name][0]["dense_reasons"],
         }
     return told
+
+
+def variants_of(case: FullSize, options: argparse.Namespace) -> dict[str, Variant]:
+    """Dense; single tokens at each ratio; the case's fast preset, alone and with blocks at each ratio."""
+    name = case.presets[0]
+    sparse = load_preset(name).sparse.merged({"min_tokens": 0, **({"block": 16} if options.tiny else {})})
+    found = {"dense": Variant()}
+    found |= {f"region {ratio:g}": Variant(Region(sample_ratio=ratio)) for ratio in options.ratios}
+    found[name] = Variant(sparse=sparse)
+    for ratio in options.ratios:
+        found[f"{name}, region {ratio:g} by blocks"] = Variant(Region(sample_ratio=ratio, unit="block"), sparse)
+    return found
 
 
 def make_pipeline(
@@ -175,14 +203,16 @@ def make_pipeline(
     return pipe, given
 
 
-def denoise(pipe: Any, given: dict[str, Any], region: Region | None) -> dict[str, Any]:
+def denoise(pipe: Any, given: dict[str, Any], variant: Variant) -> dict[str, Any]:
     """One run: its seconds and its transformer's, milliseconds of whole and of part forwards, memory, and the latents.
 
     Raises:
         SystemExit: another number of part forwards than the plan of steps says.
     """
     device = next(pipe.transformer.parameters()).device
-    handle = None if region is None else accelerate(pipe, region=region)
+    region, handle = variant.region, None
+    if region is not None or variant.sparse is not None:
+        handle = accelerate(pipe, variant.sparse, region=False if region is None else region)
     watch, started = Stopwatch(device), []
     # in front of the package's own hooks and behind them
     hooks = [
@@ -194,7 +224,7 @@ def denoise(pipe: Any, given: dict[str, Any], region: Region | None) -> dict[str
     generator = torch.Generator(device).manual_seed(0)
     try:
         seconds = seconds_of(lambda: result.append(pipe(**given, generator=generator)[0]), device)
-        counted = {} if handle is None else handle.report().regions
+        report = None if handle is None else handle.report()
     finally:
         for hook in hooks:
             hook.remove()
@@ -205,16 +235,26 @@ def denoise(pipe: Any, given: dict[str, Any], region: Region | None) -> dict[str
     whole = range(steps) if region is None else whole_steps(region, steps)
     by_kind = {kind: [ms for n, ms in enumerate(spent) if (n in whole) == (kind == "whole")] for kind in KINDS}
     planned = sorted(map(len, by_kind.values()))
-    if region is not None and region.sample_ratio < 1 and sorted(counted.values()) != planned:
-        raise SystemExit(f"{region}: forwards were {counted}, and {steps} steps were to have {len(whole)} whole ones")
+    if region is not None and region.sample_ratio < 1 and sorted(report.regions.values()) != planned:
+        told = f"forwards were {report.regions}, and {steps} steps were to have {len(whole)} whole ones"
+        raise SystemExit(f"{region}: {told}")
     peak = None if held is None else torch.cuda.max_memory_allocated(device) - held
-    return {"run": seconds, "transformer": sum(spent) / 1e3, **by_kind, "peak": peak, "latents": result[0]}
+    return {
+        "run": seconds,
+        "transformer": sum(spent) / 1e3,
+        **by_kind,
+        "peak": peak,
+        "latents": result[0],
+        "sparse_calls": 0 if report is None else report.sparse_calls,
+        "dense_reasons": {} if report is None else dict(report.dense_reasons),
+    }
 
 
 def check(case: FullSize, pipe: Any, given: dict[str, Any]) -> None:
     """Raises SystemExit unless a run that asks for every token equals dense to the bit; four steps."""
     short = {**given, "num_inference_steps": 4}
-    dense, asked = (denoise(pipe, short, one)["latents"] for one in (None, Region(sample_ratio=1.0)))
+    every = Variant(Region(sample_ratio=1.0))
+    dense, asked = (denoise(pipe, short, one)["latents"] for one in (Variant(), every))
     if not torch.equal(dense, asked) or not dense.isfinite().all():
         raise SystemExit(f"{case.name}: with every token computed the latents are not dense's; nothing is timed")
 
@@ -247,10 +287,10 @@ def markdown_of(record: dict[str, Any]) -> str:
                 name,
                 f"{one['transformer_seconds']:.3f}",
                 f"{min(each):.3f}–{max(each):.3f}",
-                "" if one["bound"] is None else f"{one['times_as_fast']:.2f}",
+                "" if name == "dense" else f"{one['times_as_fast']:.2f}",
                 "" if one["bound"] is None else f"{one['bound']:.2f}",
                 *("" if one[f"{kind}_ms"] is None else f"{one[f'{kind}_ms']:.1f}" for kind in KINDS),
-                "" if one["bound"] is None else f"{one['whole_forwards']} + {one['part_forwards']}",
+                f"{one['whole_forwards']} + {one['part_forwards']}" if one["options"] else "",
                 f"{one['run_seconds']:.3f}",
                 "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e9:.2f}",
             ]

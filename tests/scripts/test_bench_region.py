@@ -43,6 +43,10 @@ def test_what_a_run_tells(run, tmp_path, case):
     assert 0 < part["part_ms"] and part["transformer_seconds"] < part["run_seconds"]
     assert part["times_as_fast"] == pytest.approx(dense["transformer_seconds"] / part["transformer_seconds"])
     assert f"{case}, " in told and "4 + 4" in told
+    sparse, both = list(record["cases"][0]["variants"].values())[2:]
+    assert sparse["sparse_calls"] > both["sparse_calls"] / 2 > 0 and sparse["options"] is None
+    assert both["options"]["unit"] == "block" and both["part_forwards"] == 4
+    assert not any("region" in reason for reason in both["dense_reasons"])
 
     page = tmp_path / "page.md"
     page.write_text("<!-- region: begin -->\nnothing\n<!-- region: end -->\n")
