@@ -157,7 +157,8 @@ def time_case(case: FullSize, device: torch.device, dtype: torch.dtype, options:
 def variants_of(case: FullSize, options: argparse.Namespace) -> dict[str, Variant]:
     """Dense; single tokens at each ratio; the case's fast preset, alone and with blocks at each ratio."""
     name = case.presets[0]
-    sparse = load_preset(name).sparse.merged({"min_tokens": 0, **({"block": 16} if options.tiny else {})})
+    small = {"block": 16, "dense_layers": ()} if options.tiny else {}
+    sparse = load_preset(name).sparse.merged({"min_tokens": 0, **small})
     found = {"dense": Variant()}
     found |= {f"region {ratio:g}": Variant(Region(sample_ratio=ratio)) for ratio in options.ratios}
     found[name] = Variant(sparse=sparse)
