@@ -18,7 +18,7 @@ from dit_accel.plan import lead_strides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = (16, 32, 64, 128)
-_NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Config:
 
 
 def config_for(kernel: str, head: int, operands: torch.dtype) -> Config:
-    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward")."""
-    if (
-        operands == torch.float32
-    ):  # products on the scalar units: small tiles, to keep everything in registers
-        return Config(16, 8, 1)
-    if head <= 64:
-        return Config(64, 4, 2)
-    return Config(64, 8, 2)
+    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward"), chosen so that what a
+    program keeps stays in registers."""
+    wide = head == 128
+    if operands == torch.float32:  # products on the scalar units, which take one operand whole
+        return Config(16, 16 if wide and kernel in ("read", "states_backward") else 8, 1)
+    if kernel == "read":
+        return Config(64, 8 if wide else 4, 1)
+    return Config(32, 8, 1) if wide else Config(64, 4, 1)
 
 
 def why_not(q: Tensor) -> str | None:
@@ -201,7 +201,7 @@ def _shared(config: Config, dim: int, feature: str, operands: torch.dtype) -> di
         FEATURE=feature,
         DIM=dim,
         ROWS=config.rows,
-        OPERANDS=_NAMES[operands],
+        OPERANDS=NAMES[operands],
         # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
         UPCAST=interpreting() and operands == torch.bfloat16,
         num_warps=config.warps,

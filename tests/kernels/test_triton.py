@@ -70,6 +70,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
                     "coarse",
                     "reorder",
                     "kmeans",
+                    "linear_attention",
                 )
             ),
         ),
