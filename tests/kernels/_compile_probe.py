@@ -232,7 +232,7 @@ def compile_linear(capability: int) -> Iterator[dict]:
         for projected in (False, True) if name == "read" else (False,):
             operands = torch.float32 if dtype == torch.float32 else torch.bfloat16
             config = linear.config_for(name, head, operands)
-            constants = {"FEATURE": feature, "DIM": head, "ROWS": config.rows, "UPCAST": False, **more}
+            constants = {"FEATURE": feature, "DIM": head, "ROWS": config.rows, "INTERPRETED": False, **more}
             constants |= {"OPERANDS": linear.NAMES[operands]}
             constants |= {"WEIGHT": projected, "BIAS": projected, "ADD": projected} if name == "read" else {}
             names = set(launched.arg_names)

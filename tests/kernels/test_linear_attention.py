@@ -21,7 +21,7 @@ from .conftest import INTERPRETING
 # name: query block lengths, key block lengths, batch, heads, the plan's batch and heads
 SHAPES = {
     "even": ((16,) * 3, (16,) * 4, 1, 2, (1, 2)),
-    "ragged, shared by heads": ((40, 70, 9), (33, 70, 1, 20), 2, 2, (2, 1)),
+    "ragged, shared by heads": ((20, 34, 5), (17, 34, 1, 10), 2, 2, (2, 1)),
     "empty blocks, shared by all": ((0, 20, 0, 9), (5, 0, 30, 0, 0), 2, 2, (1, 1)),
     "one block": ((7,), (50,), 1, 1, (1, 1)),
 }
@@ -81,15 +81,11 @@ def with_gradients(attend, q, k, v, grad) -> list[Tensor]:
 
 
 def assert_within_low_precision_error(found, plain, exact, dtype) -> None:
-    """The error against float64 is at most twice that of the reference in the same type.
-
-    The interpreter cuts bfloat16 off where a GPU rounds: errors of up to twice the size, all to one side.
-    """
-    times = 8 if INTERPRETING and dtype != torch.float32 else 2
+    """The error against float64 is at most twice that of the reference in the same type."""
     for name, a, b, true in zip(("out", "dq", "dk", "dv"), found, plain, exact, strict=True):
         assert a.dtype == dtype and a.shape == true.shape and a.isfinite().all(), name
         error, allowed = (x.double().sub(true).norm().item() for x in (a, b))
-        allowed = times * allowed + 4 * torch.finfo(torch.float32).eps * true.norm().item()
+        allowed = 2 * allowed + 4 * torch.finfo(torch.float32).eps * true.norm().item()
         assert error <= allowed, f"{name}: {error:.2e} of {true.norm():.2e}, allowed {allowed:.2e}"
 
 
@@ -112,7 +108,9 @@ def test_gradients_by_differences(variant, feature):
     (q, k, v, _), options = make("empty blocks, shared by all", variant, head=3)
     some = [x[:, :1].requires_grad_() for x in (q, k, v)]
     options = {n: x[:, :1] if n == "skipped" else x for n, x in options.items()}
-    assert torch.autograd.gradcheck(lambda *a: linear_attention(*a, **options, feature=feature), some)
+    assert torch.autograd.gradcheck(
+        lambda *a: linear_attention(*a, **options, feature=feature), some, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +122,8 @@ def test_gradients_by_differences(variant, feature):
         ("even", "skipped", "elu", torch.float16, 64),
         ("even", "all", "softmax", torch.bfloat16, 64),
         ("even", "complement", "softmax", torch.float32, 128),
-        ("empty blocks, shared by all", "complement", "softmax", torch.bfloat16, 128),
+        ("empty blocks, shared by all", "complement", "softmax", torch.bfloat16, 32),
+        ("ragged, shared by heads", "complement", "softmax", torch.bfloat16, 128),
         ("one block", "complement", "relu", torch.float32, 32),
     ],
     ids=str,
@@ -172,17 +171,23 @@ def test_sums_beyond_float16(impl, device):
     torch.testing.assert_close(out, k, rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["complement", "all"])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("shape", ["even", "ragged, shared by heads"])
+@pytest.mark.parametrize(
+    ("shape", "shared", "variant"),
+    [
+        ("even", True, "complement"),
+        ("even", False, "all"),
+        ("ragged, shared by heads", False, "complement"),
+        ("ragged, shared by heads", True, "all"),
+    ],
+)
 def test_projected_and_added(impl, device, shape, shared, variant):
     """In blocks of 16 rows the weight multiplies rows, in longer ones states."""
     (q, k, v, before), options = make(shape, variant, device, torch.float32)
     generator = torch.Generator().manual_seed(0)
     lead = () if shared else (2,)
     weight, bias = (torch.randn(*lead, *n, generator=generator).to(device) for n in ((16, 16), (16,)))
-    true = torch.einsum("bhsd,h...ed->bhse" if not shared else "bhsd,ed->bhse",
-                        by_hand(*(x.double() for x in (q, k, v)), **options), weight.double())  # fmt: skip
+    plain = by_hand(*(x.double() for x in (q, k, v)), **options)
+    true = plain @ weight.double().mT
     with_bias = true + bias.double().reshape(-1, 1, 16)
     out = linear_attention(q, k, v, **options, projection=(weight, bias), impl=impl)
     torch.testing.assert_close(out.double(), with_bias, rtol=1e-4, atol=1e-5)
@@ -193,15 +198,15 @@ def test_projected_and_added(impl, device, shape, shared, variant):
     )
     assert given.data_ptr() == into.data_ptr() and given.shape == into.shape
     torch.testing.assert_close(into.transpose(1, 2).double(), true + before.double(), rtol=1e-4, atol=1e-5)
-    added = linear_attention(q, k, v, **options, into=before.clone(), impl=impl) - before
-    torch.testing.assert_close(added, linear_attention(q, k, v, **options, impl=impl), rtol=1e-4, atol=1e-5)
+    added = linear_attention(q, k, v, **options, into=before.clone(), impl=impl)
+    torch.testing.assert_close(added.double(), plain + before.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_any_strides_and_offsets_of_each_head(impl, device):
     (q, k, v, grad), options = make("ragged, shared by heads", "complement", device, torch.float32)
     plan = options["plan"]
-    own = torch.tensor([[[0, 33, 103, 104, 124], [0, 1, 1, 71, 124]]], dtype=torch.int32, device=device)
-    plan = BlockPlan(plan.counts, plan.indices, plan.q_starts, own, 119, 124, 70, 70)
+    own = torch.tensor([[[0, 17, 51, 52, 62], [0, 1, 1, 35, 62]]], dtype=torch.int32, device=device)
+    plan = BlockPlan(plan.counts, plan.indices, plan.q_starts, own, 59, 62, 34, 34)
     # Neighbours in memory that must not be read: NaN there would show.
     fused = [torch.stack([x, x * torch.nan], 3)[:, :, :, 0] for x in (q, k, v)]
     runs = (
@@ -232,11 +237,11 @@ def test_heads_in_turns_change_nothing(impl, device, variant):
             assert torch.equal(a, b)
 
 
-def test_as_operators(impl, device):
+def test_as_operators(device):
     (q, k, v, grad), options = make("even", "complement", device, torch.float32)
     calls = (
-        lambda q, k, v: linear_attention(q, k, v, **options, impl=impl),
-        lambda q, k, v: linear_attention(q, k, v, impl=impl, layout="bshd"),
+        lambda q, k, v: linear_attention(q, k, v, **options),
+        lambda q, k, v: linear_attention(q, k, v, layout="bshd"),
     )
     for call in calls:
         given = (q, k, v, grad) if call is calls[0] else (q, q, v[:, :, :48], grad)
@@ -247,7 +252,7 @@ def test_as_operators(impl, device):
     weight, into = torch.randn(16, 16, device=device), grad.clone()
 
     def add(q, k, v, into):
-        return linear_attention(q, k, v, **options, projection=(weight, None), into=into, impl=impl)
+        return linear_attention(q, k, v, **options, projection=(weight, None), into=into)
 
     with torch.no_grad():
         true = add(q, k, v, grad.clone())
