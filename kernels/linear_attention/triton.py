@@ -137,12 +137,12 @@ def read_states_backward(
     eps: float,
     operands: torch.dtype,
     stored: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_q: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Launch on the current stream. Arguments and results as in `reference.read_states_backward`."""
     batch, heads, _, dim = q.shape
     blocks = starts.shape[2] - 1
     states, sums = _dense_blocks(states), _dense_blocks(sums)
-    d_q = torch.empty_like(q)
     d_states = torch.empty(batch, heads, blocks, dim, dim, dtype=stored, device=q.device)
     d_sums = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=q.device)
     config = config_for("read_backward", dim, operands)
@@ -154,7 +154,7 @@ def read_states_backward(
             STEPS=max(1, triton.cdiv(longest, config.rows)),
             **_shared(config, dim, feature, operands),
         )
-    return d_q, d_states, d_sums
+    return d_states, d_sums
 
 
 def block_states_backward(
@@ -166,12 +166,13 @@ def block_states_backward(
     longest: int,
     feature: str,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Launch on the current stream. Arguments and results as in `reference.block_states_backward`."""
+    d_k: Tensor,
+    d_v: Tensor,
+) -> None:
+    """Launch on the current stream. Arguments as in `reference.block_states_backward`."""
     batch, heads, _, dim = k.shape
     blocks = starts.shape[2] - 1
     d_states, d_sums = _dense_blocks(d_states), _dense_blocks(d_sums)
-    d_k, d_v = torch.empty_like(k), torch.empty_like(v)
     config = config_for("states_backward", dim, operands)
     parts = max(1, triton.cdiv(longest, config.rows))
     with _on(k):
@@ -181,7 +182,6 @@ def block_states_backward(
             *(*d_states.stride()[:3], *d_sums.stride()[:3], *lead_strides(starts), parts),
             **_shared(config, dim, feature, operands),
         )
-    return d_k, d_v
 
 
 def _on(x: Tensor):

@@ -142,6 +142,20 @@ def test_kernels_around_plans_compile_without_spills(capability: int):
 
 
 @needs_triton
+def test_linear_attention_compiles_without_spills():
+    told = run(str(HERE / "_compile_probe.py"), "90", "linear")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 4 * 5
+    for kernel in kernels:
+        # Products in float32 run on the scalar units, and with heads of 128 take more registers than there are.
+        scalar = kernel["dtype"] == "fp32"
+        allowed = 4096 if scalar else 0 if kernel["feature"] == "softmax" else 64
+        assert kernel["stack"] <= allowed and kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SMALLEST_SHARED, kernel
+        assert scalar or kernel["wgmma"] or kernel["mma"], kernel
+
+
+@needs_triton
 def test_hopper_kernel_compiles_for_speed():
     """Exponentials lie between the two waits, where products run beneath them, or there are none but those by which
     rows fade; loading and computing warps share 512 registers a lane; the ring fits; nothing of a block is spilled."""
