@@ -182,3 +182,20 @@ def test_token_orders(impl: str, device: str, shape: str):
         return torch.stack(rows)[None].int().to(device)
 
     check(q, k, v, replace(plan, q_order=order(q.shape[2]), k_order=order(k.shape[2])), impl)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("plan", ["random", "empty"])
+def test_every_shape(impl: str, device: str, shape: str, plan: str):
+    check(*make(shape, torch.float32, 64 if plan == "random" else 16, device, plan), impl)
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_type_and_head_size(impl: str, device: str, dtype: torch.dtype, head: int):
+    check(*make("odd lengths", dtype, head, device, "shared"), impl)
+
+
+@pytest.mark.parametrize(("head", "dtype"), [(8, torch.float32), (72, torch.float16), (256, torch.float16)])
+def test_unusual_head_sizes_and_scales(impl: str, device: str, head: int, dtype: torch.dtype):
+    check(*make("few queries many keys", dtype, head, device), impl, scale=-0.1)
