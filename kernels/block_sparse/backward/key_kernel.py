@@ -98,17 +98,19 @@ def key_gradients_kernel(
         row_ok = low + tl.arange(0, ROWS) < high
         q_ok = row_ok[:, None] if HEAD == BLOCK_D else row_ok[:, None] & (lanes < HEAD)[None, :]
         b_q = tl.load(q_head + rows[:, None] * stride_qs + lanes[None, :] * stride_qd, mask=q_ok, other=0.0)
-        b_g = tl.load(g_head + rows[:, None] * stride_gs + lanes[None, :] * stride_gd, mask=q_ok, other=0.0)
         # Every row of the block that reads this key block has a finite lse; past its end weights are 2^-inf.
         b_lse = tl.load(lse + row_head + rows, mask=row_ok, other=float("inf"))
-        b_delta = tl.load(delta + row_head + rows, mask=row_ok, other=0.0)
         if UPCAST:
             b_q = b_q.to(tl.float32)
-            b_g = b_g.to(tl.float32)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
         weights = tl.math.exp2(scores - (b_lse * 1.4426950408889634)[None, :])
+        # Here, not beside q's: the compiler keeps the order, and what waits for its use takes registers.
+        b_g = tl.load(g_head + rows[:, None] * stride_gs + lanes[None, :] * stride_gd, mask=q_ok, other=0.0)
+        if UPCAST:
+            b_g = b_g.to(tl.float32)
         acc_v = tl.dot(weights.to(b_g.dtype), b_g, acc_v, input_precision="ieee")
         pull = tl.dot(b_v, tl.trans(b_g), input_precision="ieee")
+        b_delta = tl.load(delta + row_head + rows, mask=row_ok, other=0.0)
         moved = weights * (pull - b_delta[None, :])
         acc_k = tl.dot(moved.to(b_q.dtype), b_q, acc_k, input_precision="ieee")
 
