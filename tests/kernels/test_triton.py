@@ -59,6 +59,8 @@ def test_interpreted_kernel_passes_the_oracle_tests():
                 str(HERE / f"test_{kernel}.py")
                 for kernel in (
                     "block_sparse",
+                    "block_sparse_backward",
+                    "inversion",
                     "feedback",
                     "pv_skip",
                     "tuning",
