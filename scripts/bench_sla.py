@@ -4,7 +4,8 @@
 
 Needs a GPU, torch, triton and numpy, and no installation. Forward: choosing the blocks (plan), the sparse part, the
 linear part over unread blocks (complement) and over all keys (all), each projected and added to the sparse part in one
-pass, and the whole layer both ways. Backward: the sum of the forward and its gradients, of each part and of the layer.
+pass, and the whole layer with its plan, both ways. Backward: the forward and its gradients together, of each part and
+of the layer without its plan, which has none.
 Every timed output is first checked against float64 on two heads; what is wrong is not timed and the exit status is 1.
 """
 
@@ -84,11 +85,10 @@ def candidates(
     tensors: list[Tensor], plan: BlockPlan, keep: float, weight: Tensor, bias: Tensor
 ) -> tuple[dict[str, Callable], list[str]]:
     """What is timed forward, dense attention first; and what was wrong."""
-    q, k, v, grad = tensors
+    q, k, v, _ = tensors
     by_token = [x.transpose(1, 2) for x in (q, k, v)]
     runs, problems = dense_candidates(*by_token), []
     runs["plan"] = lambda: predict(by_token[0], by_token[1], plan, keep)
-    runs["sparse"] = lambda: block_sparse(q, k, v, plan, layout="bhsd")
     out = torch.zeros_like(q)
     for variant in ("complement", "all"):
         problem = why_wrong(tensors, plan, weight, bias, variant, False)
@@ -96,39 +96,34 @@ def candidates(
             problems.append(f"{variant}: {problem}")
             continue
         rest = None if variant == "all" else plan
+        runs["sparse"] = lambda: block_sparse(q, k, v, plan, layout="bhsd")
         runs[f"linear, {variant}"] = lambda rest=rest: linear_attention(
             q, k, v, rest, projection=(weight, bias), into=out
         )
         runs[f"layer, {variant}"] = lambda variant=variant: layer(
-            *by_head(by_token), predict(by_token[0], by_token[1], plan, keep), weight, bias, variant, "auto",
+            q, k, v, predict(by_token[0], by_token[1], plan, keep), weight, bias, variant, "auto",
             workspace=2**28,
         )  # fmt: skip
     return runs, problems
-
-
-def by_head(by_token: list[Tensor]) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in by_token]
 
 
 def trained_candidates(
     tensors: list[Tensor], plan: BlockPlan, weight: Tensor, bias: Tensor
 ) -> tuple[dict[str, Callable], list[str]]:
     """What is timed forward and backward, dense attention first; and what was wrong."""
-    q, k, v, grad = tensors
 
     def dense(*qkv: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(*qkv)
 
     runs, problems = {"cudnn": lambda: with_gradients(dense, *tensors)}, []
-    sparse = "sparse"
     for variant in ("complement", "all"):
         problem = why_wrong(tensors, plan, weight, bias, variant, True)
         if problem:
             problems.append(f"{variant}, trained: {problem}")
             continue
         rest = None if variant == "all" else plan
-        runs[sparse] = lambda: with_gradients(
+        runs["sparse"] = lambda: with_gradients(
             lambda *a: block_sparse_trainable(*a, plan, layout="bhsd")[0], *tensors
         )
         runs[f"linear, {variant}"] = lambda rest=rest: with_gradients(
@@ -154,7 +149,9 @@ def report(title: str, runs: dict[str, Callable], options: argparse.Namespace) -
             dict(pass_=title, part=name, dense=dense, milliseconds=(low, middle, high), ratio=ratio,
                  ratio_quartiles=(worst, best), **gauge.read())
         )  # fmt: skip
-        print(f"{title:20}{name:22}{middle:9.3f} ({low:.3f}-{high:.3f}){ratio:9.2f}x ({worst:.2f}-{best:.2f})")
+        print(
+            f"{title:20}{name:22}{middle:9.3f} ({low:.3f}-{high:.3f}){ratio:9.2f}x ({worst:.2f}-{best:.2f})"
+        )
     print(f"{'':20}{gauge}", flush=True)
     return rows
 
