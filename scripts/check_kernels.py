@@ -6,7 +6,7 @@
 Needs torch, triton (for the GPU) and numpy, and no installation. Block-sparse attention is checked on poisoned memory
 against the float64 oracle, the kernels that build plans and linear attention against plain torch. An implementation may
 err at most twice as much as plain attention computed in the same low precision, both against float64. Exits with 1 if
-any case fails.
+any case fails. On a GPU gradients are checked by the same rule.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import Counter
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
+from _backward_checks import check_backward
 from _call_checks import check_calls
 from _kernel_cases import Case, environment, judge, make, write_record
 from _linear_checks import check_linear_attention
@@ -106,6 +107,9 @@ def main() -> int:
     quantised = dict(check_quantised(options.device)) if options.device.startswith("cuda") else {}
     failures += [f"{title}: {problem}" for title, problem in quantised.items() if problem]
     print(f"quantised: {len(quantised)} cases")
+    gradients = dict(check_backward(options.device, names)) if options.device.startswith("cuda") else {}
+    failures += [f"{title}: {problem}" for title, problem in gradients.items() if problem]
+    print(f"gradients and inverted plans: {len(gradients)} cases")
     calls = {}
     for name in names if options.device.startswith("cuda") else ():
         calls |= check_calls(name, options.device)
@@ -114,7 +118,8 @@ def main() -> int:
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began
-    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(linear) + len(quantised) + len(calls)
+    parts = (plan_kernels, linear, quantised, gradients, calls)
+    total = sum(row["cases"] for row in table) + sum(map(len, parts))
     print(
         f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
     )
@@ -127,6 +132,7 @@ def main() -> int:
                 plan_kernels=list(plan_kernels),
                 linear=list(linear),
                 quantised=list(quantised),
+                gradients=list(gradients),
                 calls=len(calls),
                 failures=failures,
                 seconds=round(seconds, 1),

@@ -21,6 +21,8 @@ from dit_accel.kernels.block_sparse.backward import differentiate, why_not, work
 from dit_accel.kernels.inversion import invert_plan
 from dit_accel.plan import BlockPlan
 
+OPS = torch.ops.dit_accel
+
 # name: query block lengths, key block lengths, batch, heads
 SHAPES = {
     "one block": ((20,), (20,), 1, 1),
@@ -152,25 +154,36 @@ def test_one_graph_with_its_backward():
     plan = replace(plan, q_order=order)
 
     def loss(q, k, v):
-        out, lse = block_sparse_trainable(q, k * 2, v, plan)
+        out, lse = block_sparse_trainable(q, k * 2, v, plan, layout="bshd")
         return (out * torch.arange(16.0)).sum() + lse.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
     results = []
     for run in (loss, compiled):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
         results.append(torch.autograd.grad(run(*leaves), leaves))
     torch.testing.assert_close(*results)
 
 
-def test_operators_are_sound():
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_operators_are_sound(layout: str, ordered: bool):
+    """Among other things, what the compiler is told of the strides of results is true."""
     q, k, v, plan = make("odd lengths", torch.float32, 16, "cpu")
-    order = torch.randperm(77).int()[None, None]
-    for q_order in (None, order):
-        arguments = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, q_order, None, [32, 32, 0, 0], 0.3)
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(torch.ops.dit_accel.block_sparse_trainable, (*leaves, *arguments, "cpu"))
-    torch.library.opcheck(torch.ops.dit_accel.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference"))
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    order = torch.randperm(77).int()[None, None] if ordered else None
+    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, order, None, [32, 32, 0, 0], 0.3)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(OPS.block_sparse_trainable, (*leaves, *fields, "cpu"))
+    out, lse = OPS.block_sparse_trainable(q, k, v, *fields, "cpu")
+    checks = ("test_schema", "test_faketensor")  # there is no second derivative
+    torch.library.opcheck(
+        OPS.block_sparse_backward, (*pulls(q), q, k, v, out, lse, *fields, "reference"), test_utils=checks
+    )
+    torch.library.opcheck(
+        OPS.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference"), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize("shape", ["odd lengths", "few queries many keys"])
@@ -262,7 +275,9 @@ def test_any_strides(impl: str, device: str):
 def test_what_is_not_read_leaves_no_trace(impl: str, device: str):
     """NaN in key blocks that nothing lists, in what reaches rows that read nothing, and behind counts."""
     q, k, v, _ = make("odd lengths", torch.float32, 16, device)
-    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)[None, None]
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)[
+        None, None
+    ]
     plan = BlockPlan.from_mask(mask, [0, 32, 64, 77], [0, 32, 64, 96, 97])
     slot = torch.arange(4, device=device)
     dirty = replace(plan, indices=torch.where(slot < plan.counts[..., None], plan.indices, 2**30))

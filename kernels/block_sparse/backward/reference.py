@@ -48,7 +48,10 @@ def differentiate(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = torch.zeros_like(q)
-    dk, dv = torch.zeros(k.shape, dtype=dtype, device=k.device), torch.zeros(v.shape, dtype=dtype, device=v.device)
+    dk, dv = (
+        torch.zeros(k.shape, dtype=dtype, device=k.device),
+        torch.zeros(v.shape, dtype=dtype, device=v.device),
+    )
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse.to(dtype)
     lead = (*q.shape[:2], -1)
     q_starts, k_starts, counts = (t.expand(lead) for t in (plan.q_starts, plan.k_starts, plan.counts))
@@ -69,4 +72,4 @@ def differentiate(
                 dq[b, h, own] = scores @ b_k * scale
                 dk[b, h].index_add_(0, read, (scores.T @ b_q).to(dtype) * scale)
                 dv[b, h].index_add_(0, read, (weights.to(q.dtype).T @ b_do).to(dtype))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
