@@ -1,0 +1,114 @@
+"""A student with its dense teacher: one transformer with SLA, and what of it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.adapters import find_adapter
+from dit_accel.errors import EnvironmentProblem, unknown_name
+from dit_accel.training.sla import SlaOptions, TrainableSla, make_trainable
+
+TRAINS = ("full", "lora", "projection")
+_ADAPTER = "sla"  # of PEFT
+
+
+class Student(nn.Module):
+    """A transformer with SLA. Called with the transformer's arguments it gives the velocity, as `teacher` does densely.
+
+    The teacher is the same weights without SLA where these stay as they are (LoRA switched off); a frozen copy where
+    everything trains.
+
+    Args:
+        transformer: of a family that `make_trainable` takes; its weights are frozen unless everything trains, which
+            brings them to fp32.
+        options: of SLA.
+        trains: "full" (projections and the whole transformer), "lora" (projections and a LoRA of the sparse
+            self-attentions) or "projection" (projections alone).
+        rank: of the LoRA.
+
+    Raises:
+        UnknownNameError: `trains` is none of these.
+        EnvironmentProblem: a LoRA without PEFT.
+    """
+
+    def __init__(self, transformer: nn.Module, options: SlaOptions, trains: str = "lora", rank: int = 32) -> None:
+        super().__init__()
+        if trains not in TRAINS:
+            raise unknown_name("choice of what trains", trains, TRAINS)
+        self.trains = trains
+        # no child of this module: it is not saved, not averaged and not wrapped
+        self._frozen: tuple[nn.Module, ...] = ()
+        transformer.requires_grad_(False)
+        if trains == "full":
+            self._frozen = (copy.deepcopy(transformer),)
+            transformer.float().requires_grad_(True)
+        elif trains == "lora":
+            _add_lora(transformer, rank)
+        self.transformer = transformer
+        self.sla: TrainableSla = make_trainable(transformer, options)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """The velocity with SLA."""
+        return self.transformer(**inputs)[0]
+
+    @torch.no_grad()
+    def teacher(self, **inputs: Any) -> Tensor:
+        """The velocity of the dense model."""
+        if self._frozen:
+            return self._frozen[0](**inputs)[0]
+        with self.sla.dense(), self._without_lora():
+            return self.transformer(**inputs)[0]
+
+    def teacher_to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Bring a teacher of its own to a device."""
+        for module in self._frozen:
+            module.to(device, dtype)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What trains, by name; a projection's name is one of `projections`."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def projections(self) -> set[int]:
+        """The ids of the parameters that SLA itself has."""
+        return {id(p) for p in self.sla.parameters()}
+
+    @contextlib.contextmanager
+    def _without_lora(self) -> Iterator[None]:
+        if self.trains != "lora":
+            yield
+            return
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+
+def lora_targets(transformer: nn.Module) -> list[str]:
+    """Paths of the linear layers inside the self-attentions."""
+    paths = []
+    for path, _ in find_adapter(transformer).self_attentions(transformer):
+        attention = transformer.get_submodule(path)
+        paths += [f"{path}.{name}" for name, module in attention.named_modules() if isinstance(module, nn.Linear)]
+    return paths
+
+
+def _add_lora(transformer: nn.Module, rank: int) -> None:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise EnvironmentProblem(
+            "a LoRA needs peft: pip install 'dit-accel[training]', or train 'projection' or 'full'"
+        ) from None
+    # alpha = rank: what is added is up @ down, without a factor that a side file would have to tell
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_targets(transformer), init_lora_weights=True)
+    transformer.add_adapter(config, adapter_name=_ADAPTER)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,65 @@
+"""How far a student's velocity is from the dense teacher's, noise level by noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.training.draws import Batch, generator
+from dit_accel.training.samples import LatentFolder
+
+Velocity = Callable[[dict[str, Any]], Tensor]  # of a forward's arguments
+
+
+@dataclass(frozen=True)
+class VelocityError:
+    """Sums of squares over the velocities, for each noise level: `|student - teacher|^2 / |teacher|^2`."""
+
+    levels: tuple[tuple[float, float], ...]  # (sigma, relative squared error)
+    overall: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"overall": self.overall, "levels": [{"sigma": s, "error": e} for s, e in self.levels]}
+
+
+@torch.no_grad()
+def measure_velocity(
+    student: Velocity,
+    teacher: Velocity,
+    folder: LatentFolder,
+    places: Sequence[int],
+    levels: Sequence[tuple[float, float]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> VelocityError:
+    """Compare velocities at equal noisy latents: every sample, every branch of guidance, the same noise at each call.
+
+    Args:
+        places: of the folder's samples; those of this process.
+        levels: (sigma, timestep).
+        dtype: of the transformer's inputs.
+        seed: of the noise.
+        total: sums a tensor over processes.
+    """
+    sums = torch.zeros(len(levels), 2, dtype=torch.float64, device=device)
+    for place in places:
+        sample = folder.read(place)
+        noise = torch.randn(sample.latents.shape, generator=generator(seed, "held out", place))
+        for number, (sigma, timestep) in enumerate(levels):
+            for condition in sample.conditions:
+                told = torch.tensor([sigma]), torch.tensor([timestep])
+                inputs = Batch(sample.latents, noise, *told, dict(condition)).inputs(device, dtype)
+                aim, given = teacher(inputs).double(), student(inputs).double()
+                sums[number, 0] += (given - aim).square().sum()
+                sums[number, 1] += aim.square().sum()
+    sums = total(sums).cpu()
+    share = [(error / norm).item() if norm > 0 else 0.0 for error, norm in sums]
+    overall = (sums[:, 0].sum() / sums[:, 1].sum()).item() if sums[:, 1].sum() > 0 else 0.0
+    return VelocityError(tuple((sigma, e) for (sigma, _), e in zip(levels, share, strict=True)), overall)
