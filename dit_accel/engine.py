@@ -23,7 +23,7 @@ from dit_accel.errors import FallbackError, UsageError
 from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
-from dit_accel.methods import Method
+from dit_accel.methods import Method, Weights
 from dit_accel.options import SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
@@ -54,11 +54,13 @@ class Engine:
         trajectory: the clock; shared by the experts of one pipeline.
         tally: what ran; shared likewise.
         role: which transformer of the pipeline this is.
+        weights: trained weights in place of those that the method brings along.
 
     Raises:
         UnknownModelError: a transformer of no known family.
-        UsageError: a layer that does not exist, or processors that do not use diffusers' dispatcher. Nothing
-            has been touched then.
+        EnvironmentProblem: weights that cannot be read. Nothing has been touched then.
+        UsageError: a layer that does not exist, processors that do not use diffusers' dispatcher, or weights that
+            are not for this transformer. Nothing has been touched then.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         trajectory: Trajectory,
         tally: Tally,
         role: str,
+        weights: Weights | None = None,
     ) -> None:
         self.adapter: ModuleType = find_adapter(transformer)
         self.options, self.method, self.role = options, method, role
@@ -78,7 +81,13 @@ class Engine:
         self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.layouts = Layouts(arrange(method, options))
-        self.attending = Attending(options, self.planner, self.layouts, tally)
+        sparse = {n: transformer.get_submodule(at) for at, n in layers.items() if n not in self.dense_layers}
+        if weights is None and sparse and hasattr(method, "weights_for"):
+            weights = method.weights_for(transformer, sparse, self.layouts.arrangement)
+        self.weights = weights
+        self.attending = Attending(options, self.planner, self.layouts, tally, weights)
+        self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
+        self.recomputes = False  # whether a call under way was counted before (gradient checkpointing)
         self.observer: Observer | None = None
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
         self.call: Call | None = None  # the forward under way
@@ -96,6 +105,8 @@ class Engine:
         self._names = tuple(inspect.signature(unwrapped).parameters)[1:]
         self._module = weakref.ref(transformer)
         self.seating = Seating(self, transformer, self.adapter, layers)
+        if weights is not None:
+            weights.install()
         self._hook(transformer)
 
     # -- installing and removing
@@ -120,6 +131,8 @@ class Engine:
             self._listener.part(module)
         if self.region is not None:
             self.region.remove()
+        if self.weights is not None:
+            self.weights.remove()
         self.planner.clear()
         self.layouts.clear()
         self.attending.clear()
@@ -139,14 +152,19 @@ class Engine:
         return self.tally.report(self.keep_requested, self.bytes_held())
 
     @property
+    def trains(self) -> bool:
+        """Whether sparse attention is differentiable here, for the sake of weights that are being trained."""
+        return self.weights is not None and self.weights.trains
+
+    @property
     def keep_requested(self) -> float | None:
         """The share of key blocks asked for; None where a method has no such option."""
         return getattr(self.method, "keep", None)
 
     def bytes_held(self) -> int:
         """Memory this engine keeps between forwards."""
-        region = self.region.bytes_held() if self.region is not None else 0
-        return self.planner.bytes_held() + self.layouts.bytes_held() + region
+        parts = (self.planner, self.layouts, self.region, self.weights)
+        return sum(part.bytes_held() for part in parts if part is not None)
 
     # -- around one forward
 
@@ -267,6 +285,8 @@ class Engine:
         assert call is not None
         if self.method is None:
             return "sparse attention is off", True
+        if self.why_dense_now is not None:
+            return self.why_dense_now, True
         if call.noise > options.dense_above:
             return f"noise level above {options.dense_above:g}", True
         if call.noise < options.dense_below:
@@ -278,7 +298,7 @@ class Engine:
             return f"fewer than {least} tokens, where dense is faster", True
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
-        if torch.is_grad_enabled() and wants_gradients:
+        if torch.is_grad_enabled() and wants_gradients and not self.trains:
             return self._foresee(_GRADIENTS)  # such calls never reach `attend`
         why_local = parallel.why_dense(module, self.adapter, facts.text)
         if why_local is not None:
@@ -377,7 +397,8 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = None
         new._counted, new._foreseen, new._to_count, new.text, new.groups = False, [], [0, ""], 0, ()
-        for name in ("tally", "trajectory", "planner", "layouts", "attending", "_listener"):
+        new.why_dense_now, new.recomputes = self.why_dense_now, False
+        for name in ("tally", "trajectory", "planner", "layouts", "weights", "attending", "_listener"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.seating = self.seating.copy_to(new, target, memo)
         new._handles = copy.deepcopy(self._handles, memo)

@@ -58,7 +58,7 @@ class Planner:
         n_layers: of the transformer.
 
     Raises:
-        UsageError: a rule that names a layer that does not exist or a value that the method refuses, or plans
+        UsageError: a rule that names a layer that does not exist, an option that is fixed or a value that the method refuses, or plans
             asked to be carried over that a method learns anew from every call.
     """
 
@@ -82,6 +82,11 @@ class Planner:
                         f"A rule names layer {layer}, but this transformer has {n_layers}: give 0 to {n_layers - 1}, "
                         f"or -1 to {-n_layers} to count from the last."
                     )
+            fixed = sorted(set(rule.values) & set(getattr(method, "fixed", ())))
+            if fixed:
+                raise UsageError(
+                    f"A rule changes {fixed[0]}, which holds for a whole transformer: give it beside the rules."
+                )
             self._with_values(tuple(rule.values.items()))  # refuses now what it would refuse in mid-run
 
     def is_dense(self, call: Call) -> bool:

@@ -197,6 +197,9 @@ def _function_for(entry: _Entry) -> Callable[..., Tensor]:
         if not isinstance(seat, Seat):
             logger.warning("dit_accel's attention was reached without a SparseProcessor: this runs dense.")
             return dense(query, key, value, backend=None, parallel_config=seat, enable_gqa=enable_gqa, **call)
+        if torch.is_grad_enabled() and getattr(seat.owner, "trains", False):
+            # The opaque op has no gradients.
+            return _attend_openly(seat, query, key, value, enable_gqa=enable_gqa, **call)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             # The sparse kernels have no backward. Counted by the owner, once per forward.
             return seat.dense(query, key, value, enable_gqa=enable_gqa, **call)
@@ -210,6 +213,12 @@ def _function_for(entry: _Entry) -> Callable[..., Tensor]:
 
 def _entry() -> _Entry:
     return host._AttentionBackendRegistry._backends[slot()].entry
+
+
+@torch.compiler.disable
+def _attend_openly(seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+    """Attend where autograd sees it; torch.compile breaks its graph here."""
+    return seat.owner.attend(seat, query, key, value, **call)
 
 
 @torch.library.custom_op("dit_accel::attend", mutates_args=(), schema=_SCHEMA)

@@ -41,7 +41,7 @@ def block_sparse(
     """Attention in which each query block reads only the key blocks its plan lists.
 
     A query block with an empty list gives 0, with lse -inf. There is no backward: inputs that need a gradient are
-    refused, not silently detached.
+    refused, not silently detached; `block_sparse_trainable` has one.
 
     Args:
         q: `[B, S, H, D]` (layout "bshd") or `[B, H, S, D]` ("bhsd"); float32, float16 or bfloat16, and float64
@@ -87,8 +87,8 @@ def block_sparse(
         from .op import block_sparse as attend
     else:
         attend = partial(run, config=config)
-    out, lse = attend(*_in_order(q, k, v, plan), scale, impl, precision, pv_threshold=pv_threshold)
-    out, lse = _as_they_came(out, lse, plan)
+    out, lse = attend(*in_order(q, k, v, plan), scale, impl, precision, pv_threshold=pv_threshold)
+    out, lse = as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
@@ -131,8 +131,8 @@ def block_sparse_feedback(
         from .op import block_sparse_feedback as attend
     else:
         attend = run_feedback
-    out, lse, needed = attend(*_in_order(q, k, v, plan), scale, impl, precision, threshold)
-    out, lse = _as_they_came(out, lse, plan)
+    out, lse, needed = attend(*in_order(q, k, v, plan), scale, impl, precision, threshold)
+    out, lse = as_they_came(out, lse, plan)
     return (out.transpose(1, 2) if layout == "bshd" else out), lse, needed
 
 
@@ -145,18 +145,31 @@ def _checked(name: str, threshold: float) -> float:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, float]:
+    """`validate`, and what holds only without a backward."""
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                f"{name} requires a gradient, and block_sparse has none: call block_sparse_trainable, or this under "
+                "torch.no_grad()."
+            )
+    return validate(q, k, v, plan, scale, layout)
+
+
+def validate(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Check what can be checked before choosing; q, k, v as `[B, H, S, D]` and the scale as a number."""
     if layout not in ("bshd", "bhsd"):
         raise unknown_name("layout", layout, ("bshd", "bhsd"))
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
     _validate(q, k, v, plan)
     return q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _in_order(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, BlockPlan]:
+def in_order(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, BlockPlan]:
     """Bring tokens into the orders that the plan's blocks count, and say so in the plan."""
     if plan.q_order is None and plan.k_order is None:
         return q, k, v, plan
@@ -169,7 +182,7 @@ def _in_order(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor,
     return q, k, v, replace(plan, q_order=None, k_order=None)
 
 
-def _as_they_came(out: Tensor, lse: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+def as_they_came(out: Tensor, lse: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """Put rows back where the queries came from."""
     if plan.q_order is None:
         return out, lse
@@ -350,10 +363,6 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         if x.dtype != q.dtype or x.device != q.device:
             raise UsageError(
                 f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; make them alike."
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError(
-                f"{name} requires a gradient, and block_sparse has none: call it under torch.no_grad()."
             )
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise UsageError(

@@ -33,14 +33,13 @@ def block_sparse_op(
         q, k, v: `[B, H, S, D]`.
         host: the plan's `max_q_block`, `max_k_block`, `even_k` and `even_q`.
     """
-    plan = _plan(q, k, counts, indices, q_starts, k_starts, host)
+    plan = plan_of(q, k, counts, indices, q_starts, k_starts, host)
     return run(q, k, v, plan, scale, impl, precision, pv_threshold=pv_threshold)
 
 
 @block_sparse_op.register_fake
 def _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision, pv_threshold=None):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+    return shapes_of(q)
 
 
 def block_sparse(
@@ -54,7 +53,7 @@ def block_sparse(
     pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`api.run` through the operator."""
-    return block_sparse_op(q, k, v, *_fields(plan), scale, impl, precision, pv_threshold)
+    return block_sparse_op(q, k, v, *fields_of(plan), scale, impl, precision, pv_threshold)
 
 
 @torch.library.custom_op("dit_accel::block_sparse_feedback", mutates_args=())
@@ -73,14 +72,13 @@ def block_sparse_feedback_op(
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`api.run_feedback` with a plan's fields in its place; arguments as in `block_sparse_op`."""
-    plan = _plan(q, k, counts, indices, q_starts, k_starts, host)
+    plan = plan_of(q, k, counts, indices, q_starts, k_starts, host)
     return run_feedback(q, k, v, plan, scale, impl, precision, threshold)
 
 
 @block_sparse_feedback_op.register_fake
 def _feedback_shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision, threshold):
-    out, lse = _shapes(q, k, v, counts, indices, q_starts, k_starts, host, scale, impl, precision)
-    return out, lse, q.new_empty((*q.shape[:2], *indices.shape[2:]), dtype=torch.bool)
+    return *shapes_of(q), q.new_empty((*q.shape[:2], *indices.shape[2:]), dtype=torch.bool)
 
 
 def block_sparse_feedback(
@@ -94,14 +92,22 @@ def block_sparse_feedback(
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`api.run_feedback` through the operator."""
-    return block_sparse_feedback_op(q, k, v, *_fields(plan), scale, impl, precision, threshold)
+    return block_sparse_feedback_op(q, k, v, *fields_of(plan), scale, impl, precision, threshold)
 
 
-def _fields(plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+def shapes_of(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors like out and lse."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def fields_of(plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """What of a plan an operator is given: its tensors and `HOST`."""
     host = [int(getattr(plan, name)) for name in HOST]
     return plan.counts, plan.indices, plan.q_starts, plan.k_starts, host
 
 
-def _plan(q, k, counts, indices, q_starts, k_starts, host) -> BlockPlan:
+def plan_of(q, k, counts, indices, q_starts, k_starts, host) -> BlockPlan:
+    """The plan again, from `fields_of`."""
     known = dict(zip(HOST, host[:2] + [bool(x) for x in host[2:]], strict=True))
     return BlockPlan(counts, indices, q_starts, k_starts, q.shape[2], k.shape[2], **known)
