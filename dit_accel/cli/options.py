@@ -37,6 +37,13 @@ Offload = Annotated[str, typer.Option(help="none, model or group: what waits in 
 Lora = Annotated[
     list[str] | None, typer.Option(help="LoRA .safetensors as FILE or FILE=STRENGTH. Repeatable.")
 ]
+Sla = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trained weights of SLA, a .safetensors that scripts/finetune_sla.py made: sparse.method=sla with these.",
+        show_default=False,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
