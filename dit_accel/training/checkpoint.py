@@ -83,7 +83,7 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"cannot read the checkpoint {path}: {error}") from None
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):

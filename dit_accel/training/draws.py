@@ -21,7 +21,7 @@ LOG_MEAN, LOG_DEVIATION = 1.5, 1.6  # of sigma / (1 - sigma), as published for S
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents `[B, ...]` fp32, noise of that shape, noise level and timestep `[B]` fp32, the forward's other arguments."""
+    """Latents `[B, ...]` and noise, level and timestep `[B]`, all fp32; and the forward's other arguments."""
 
     latents: Tensor
     noise: Tensor

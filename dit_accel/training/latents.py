@@ -80,21 +80,20 @@ def encode_clip(pipe: Any, frames: Tensor) -> Tensor:
     Raises:
         UsageError: a pipeline whose latents are no clip's, or packed into tokens.
     """
-    vae = pipe.vae
-    code = vae.encode(frames.to(vae.device, vae.dtype))
-    mode = code.latent_dist.mode().float()
-    if type(pipe).__name__ == "WanPipeline":
-        mean, std = (
-            torch.tensor(values, device=mode.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
+    name, vae = type(pipe).__name__, pipe.vae
+    if name not in ("WanPipeline", "HunyuanVideoPipeline"):
+        raise UsageError(
+            f"clips are encoded for WanPipeline and HunyuanVideoPipeline, not for {name}; give prompts, which the pipeline "
+            "denoises itself"
         )
-        return (mode - mean) / std
-    if type(pipe).__name__ == "HunyuanVideoPipeline":
+    mode = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    if name == "HunyuanVideoPipeline":
         return mode * vae.config.scaling_factor
-    raise UsageError(
-        f"clips are encoded for WanPipeline and HunyuanVideoPipeline, not for {type(pipe).__name__}; give prompts, which "
-        "the pipeline denoises itself"
+    mean, std = (
+        torch.tensor(values, device=mode.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
     )
+    return (mode - mean) / std
 
 
 def _missing(folder: Path, numbers: Iterable[int]) -> list[int]:

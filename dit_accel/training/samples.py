@@ -166,7 +166,7 @@ class LatentFolder:
         try:
             with safe_open(path, "pt") as file:
                 told = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise EnvironmentProblem(f"cannot read {path} ({error}); remove it and make the latents again") from None
         if told.get("format") != FORMAT or "latents" not in tensors:

@@ -141,15 +141,15 @@ class Videos:
     def __post_init__(self) -> None:
         if not self.files:
             raise UsageError(
-                f"no videos in {self.folder}: put {' or '.join(VIDEO_SUFFIXES)} files there, each with its caption in a "
-                ".txt of the same name"
+                f"no videos in {self.folder}: put {' or '.join(VIDEO_SUFFIXES)} files there, each with its caption "
+                "in a .txt of the same name"
             )
         missing = [path.name for path in self.files if not path.with_suffix(".txt").is_file()]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UsageError(
-                f"no caption for {', '.join(missing[:3])}{more} in {self.folder}: write it into a .txt of the same name "
-                "beside the video"
+                f"no caption for {', '.join(missing[:3])}{more} in {self.folder}: write it into a .txt of the same "
+                "name beside the video"
             )
         for number, path in enumerate(self.files):
             if not self.caption(number):
@@ -178,7 +178,7 @@ class Videos:
             raise EnvironmentProblem(f"cannot read {path}: {error}") from None
         if len(clip) < options.frames:
             raise UsageError(
-                f"{path} has {len(clip)} frames and {options.frames} are needed; give fewer with --frames, or take it out"
+                f"{path} has {len(clip)} frames and {options.frames} are needed; lower --frames, or take it out"
             )
         return fit_frames(clip[: options.frames], options.height, options.width)
 
