@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # (keep 0.25, tiles, Triton kernel; scripts/results/tiny_wan_quality_*_h200.json).
 BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
+_MOMENT = ("call", "layout", "order", "text", "groups", "_dense_reason", "_counted")
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
 
 
@@ -87,7 +90,6 @@ class Engine:
         self.weights = weights
         self.attending = Attending(options, self.planner, self.layouts, tally, weights)
         self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
-        self.recomputes = False  # whether a call under way was counted before (gradient checkpointing)
         self.observer: Observer | None = None
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
         self.call: Call | None = None  # the forward under way
@@ -307,6 +309,30 @@ class Engine:
             return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
         return None
 
+    # -- again, after the forward
+
+    def moment(self) -> dict[str, Any]:
+        """All that calls of the forward under way need to know of it."""
+        return {name: getattr(self, name) for name in _MOMENT}
+
+    @contextmanager
+    def back_in(self, moment: dict[str, Any]) -> Iterator[None]:
+        """Attend as in a forward whose `moment` this was: gradient checkpointing computes its blocks a second time.
+
+        Nothing of it is counted.
+        """
+        now, counting = self.moment(), (self, self.planner, self.attending)
+        vars(self).update(moment)
+        tally = self.tally
+        for part in counting:
+            part.tally = Tally()
+        try:
+            yield
+        finally:
+            vars(self).update(now)
+            for part in counting:
+                part.tally = tally
+
     # -- one attention
 
     def attend(self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
@@ -343,7 +369,8 @@ class Engine:
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
     ) -> tuple[str, bool] | None:
         if self.call is None or not self.installed:
-            return "attention outside a forward of its transformer", False
+            hint = "; checkpoint by its enable_gradient_checkpointing" if self.trains else ""
+            return f"attention outside a forward of its transformer{hint}", False
         if self._dense_reason is not None:
             return self._dense_reason
         if seat.layer in self.dense_layers:
@@ -397,7 +424,7 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = None
         new._counted, new._foreseen, new._to_count, new.text, new.groups = False, [], [0, ""], 0, ()
-        new.why_dense_now, new.recomputes = self.why_dense_now, False
+        new.why_dense_now = self.why_dense_now
         for name in ("tally", "trajectory", "planner", "layouts", "weights", "attending", "_listener"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.seating = self.seating.copy_to(new, target, memo)

@@ -58,8 +58,8 @@ class Planner:
         n_layers: of the transformer.
 
     Raises:
-        UsageError: a rule that names a layer that does not exist, an option that is fixed or a value that the method refuses, or plans
-            asked to be carried over that a method learns anew from every call.
+        UsageError: a rule that names a layer that does not exist, an option that is fixed or a value that the method
+            refuses, or plans asked to be carried over that a method learns anew from every call.
     """
 
     def __init__(

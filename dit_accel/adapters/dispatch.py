@@ -197,6 +197,7 @@ def _function_for(entry: _Entry) -> Callable[..., Tensor]:
         if not isinstance(seat, Seat):
             logger.warning("dit_accel's attention was reached without a SparseProcessor: this runs dense.")
             return dense(query, key, value, backend=None, parallel_config=seat, enable_gqa=enable_gqa, **call)
+        query, key, value = _as_autocast(query, key, value)
         if torch.is_grad_enabled() and getattr(seat.owner, "trains", False):
             # The opaque op has no gradients.
             return _attend_openly(seat, query, key, value, enable_gqa=enable_gqa, **call)
@@ -213,6 +214,12 @@ def _function_for(entry: _Entry) -> Callable[..., Tensor]:
 
 def _entry() -> _Entry:
     return host._AttentionBackendRegistry._backends[slot()].entry
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast hands them to torch's own attention: all of its type."""
+    kind = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
 
 
 @torch.compiler.disable

@@ -1,1 +1,1 @@
-"""Fine-tuning of sparse-linear attention (SLA): the only part with gradients."""
+"""Training what a sparse method learns: SLA. The only part of this package with gradients."""
