@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError, unknown_name
 from dit_accel.pipelines.staging import Stage
+from dit_accel.sla.weights import save_sla_weights
 from dit_accel.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from dit_accel.training.draws import NOISES, Draws, spread_levels
 from dit_accel.training.ema import Average
@@ -45,6 +46,7 @@ class DistillOptions:
     minutes: float | None = None  # or until so many minutes have passed, those of resumed runs included
     rate: float = 1e-5  # learning rate of the transformer's weights or LoRA
     projection_rate: float = 1e-3  # learning rate of the projections, which start at zero
+    mix_rate: float = 0.05  # learning rate of the mixes, which are logits and start where their slope is small
     weight_decay: float = 0.01
     warmup: int = 20  # steps over which the rates rise
     clip: float = 1.0  # largest norm of a step's gradient
@@ -65,7 +67,7 @@ class DistillOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} = {value}: at least 1 is needed")
-        for name in ("minutes", "rate", "projection_rate", "clip", "save_minutes"):
+        for name in ("minutes", "rate", "projection_rate", "mix_rate", "clip", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} = {value}: a positive number is needed")
@@ -138,16 +140,16 @@ class Distiller:
             student.transformer.enable_gradient_checkpointing()
         student.to(accelerator.device)
         student.teacher_to(accelerator.device, torch.bfloat16 if options.precision == "bf16" else self.dtype)
-        self.parameters = student.trainable()
-        own = student.projections()
-        groups = [
-            {"params": [p for p in self.parameters.values() if (id(p) in own) == ours], "lr": rate, "top": rate}
-            for ours, rate in ((True, options.projection_rate), (False, options.rate))
-        ]
-        # by number, as a checkpoint keeps the optimiser's state: the projections first
-        self.parameters = dict(sorted(self.parameters.items(), key=lambda item: id(item[1]) not in own))
+        groups = self._group(student.trainable())
+        # in the order in which the optimiser, and so a checkpoint, counts them
+        self.parameters = {name: p for group in groups for name, p in group.items()}
+        rates = (options.mix_rate, options.projection_rate, options.rate)
         self.optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=options.weight_decay
+            [
+                {"params": list(group.values()), "lr": rate, "top": rate, "weight_decay": decay}
+                for group, rate, decay in zip(groups, rates, (0.0, *[options.weight_decay] * 2), strict=True)
+                if group
+            ]
         )
         self.average = Average(self.parameters, options.ema)
         self.wrapped = accelerator.prepare(student)
@@ -259,6 +261,14 @@ class Distiller:
         self.average.update(self.step)
         return mean, ends > 0
 
+    def _group(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+        """Those of mixes, of projections and of the transformer, by name."""
+        own = {id(p) for p in self.student.sla.projections()}
+        mixes = {name: p for name, p in parameters.items() if id(p) in own and name.endswith(".mix")}
+        projections = {name: p for name, p in parameters.items() if id(p) in own and name not in mixes}
+        rest = {name: p for name, p in parameters.items() if id(p) not in own}
+        return [mixes, projections, rest]
+
     def _velocity(self, model: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast(), torch.no_grad():
             return model(**inputs)
@@ -298,8 +308,7 @@ class Distiller:
         }
 
     def _give_out(self, record: dict[str, Any]) -> None:
-        from dit_accel.training.results import save_result
-
-        save_result(self.out / WEIGHTS, self.student, self.options.precision)
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_sla_weights(self.out / WEIGHTS, self.student.sla.weights())
         with Stage() as stage:
             stage.write_text(self.out / RECORD, json.dumps(record, indent=1) + "\n")

@@ -83,8 +83,8 @@ def encode_clip(pipe: Any, frames: Tensor) -> Tensor:
     name, vae = type(pipe).__name__, pipe.vae
     if name not in ("WanPipeline", "HunyuanVideoPipeline"):
         raise UsageError(
-            f"clips are encoded for WanPipeline and HunyuanVideoPipeline, not for {name}; give prompts, which the pipeline "
-            "denoises itself"
+            f"clips are encoded for WanPipeline and HunyuanVideoPipeline, not for {name}; give prompts, which the "
+            "pipeline denoises itself"
         )
     mode = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode().float()
     if name == "HunyuanVideoPipeline":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel.adapters import find_adapter
-from dit_accel.errors import EnvironmentProblem, unknown_name
+from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
 from dit_accel.training.sla import SlaOptions, TrainableSla, make_trainable
 
 TRAINS = ("full", "lora", "projection")
@@ -42,20 +42,23 @@ class Student(nn.Module):
         if trains not in TRAINS:
             raise unknown_name("choice of what trains", trains, TRAINS)
         self.trains = trains
-        # no child of this module: it is not saved, not averaged and not wrapped
+        # in a tuple it is no child of this module: neither wrapped nor counted among its parameters
         self._frozen: tuple[nn.Module, ...] = ()
         transformer.requires_grad_(False)
         if trains == "full":
             self._frozen = (copy.deepcopy(transformer),)
             transformer.float().requires_grad_(True)
         elif trains == "lora":
-            _add_lora(transformer, rank)
-        self.transformer = transformer
+            _add_lora(transformer, rank, options.dense_layers)
         self.sla: TrainableSla = make_trainable(transformer, options)
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.sla.transformer
 
     def forward(self, **inputs: Any) -> Tensor:
         """The velocity with SLA."""
-        return self.transformer(**inputs)[0]
+        return self.sla(**inputs)[0]
 
     @torch.no_grad()
     def teacher(self, **inputs: Any) -> Tensor:
@@ -63,7 +66,7 @@ class Student(nn.Module):
         if self._frozen:
             return self._frozen[0](**inputs)[0]
         with self.sla.dense(), self._without_lora():
-            return self.transformer(**inputs)[0]
+            return self.sla(**inputs)[0]
 
     def teacher_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Bring a teacher of its own to a device."""
@@ -71,12 +74,8 @@ class Student(nn.Module):
             module.to(device, dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What trains, by name; a projection's name is one of `projections`."""
+        """What trains, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def projections(self) -> set[int]:
-        """The ids of the parameters that SLA itself has."""
-        return {id(p) for p in self.sla.parameters()}
 
     @contextlib.contextmanager
     def _without_lora(self) -> Iterator[None]:
@@ -90,25 +89,33 @@ class Student(nn.Module):
             self.transformer.enable_adapters()
 
 
-def lora_targets(transformer: nn.Module) -> list[str]:
-    """Paths of the linear layers inside the self-attentions."""
+def lora_targets(transformer: nn.Module, dense_layers: Collection[int] = ()) -> list[str]:
+    """Paths of the linear layers inside the self-attentions, those of dense layers left out."""
+    attentions = find_adapter(transformer).self_attentions(transformer)
+    dense = {layer % len(attentions) for layer in dense_layers}
     paths = []
-    for path, _ in find_adapter(transformer).self_attentions(transformer):
-        attention = transformer.get_submodule(path)
-        paths += [f"{path}.{name}" for name, module in attention.named_modules() if isinstance(module, nn.Linear)]
+    for path, layer in attentions:
+        if layer not in dense:
+            named = transformer.get_submodule(path).named_modules()
+            paths += [f"{path}.{name}" for name, module in named if isinstance(module, nn.Linear)]
     return paths
 
 
-def _add_lora(transformer: nn.Module, rank: int) -> None:
+def _add_lora(transformer: nn.Module, rank: int, dense_layers: Collection[int]) -> None:
     try:
         from peft import LoraConfig
     except ImportError:
         raise EnvironmentProblem(
             "a LoRA needs peft: pip install 'dit-accel[training]', or train 'projection' or 'full'"
         ) from None
-    # alpha = rank: what is added is up @ down, without a factor that a side file would have to tell
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_targets(transformer), init_lora_weights=True)
-    transformer.add_adapter(config, adapter_name=_ADAPTER)
+    if rank < 1:
+        raise UsageError(f"LoRA of rank {rank}: at least 1 is needed")
+    targets = lora_targets(transformer, dense_layers)
+    # alpha = rank: what is added is up @ down
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # equal in every process, and in a run that is gone on with
+        transformer.add_adapter(config, adapter_name=_ADAPTER)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
