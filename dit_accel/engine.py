@@ -84,7 +84,7 @@ class Engine:
         self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.layouts = Layouts(arrange(method, options))
-        sparse = {n: transformer.get_submodule(at) for at, n in layers.items() if n not in self.dense_layers}
+        sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
         if weights is None and sparse and hasattr(method, "weights_for"):
             weights = method.weights_for(transformer, sparse, self.layouts.arrangement)
         self.weights = weights

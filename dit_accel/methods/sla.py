@@ -13,6 +13,8 @@ from dit_accel.errors import UsageError
 from dit_accel.sla.spec import SlaSpec, check_variant, read_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor, nn
 
     from dit_accel.layout import TokenLayout
@@ -35,8 +37,8 @@ class Method:
     is plain top-k then, as `pooled` without its own block.
 
     Source: SLA, arXiv:2509.24006 ("complement", with critical, marginal and negligible blocks); its later code and
-    TurboDiffusion ("all"); SLA2 (the mix that a file may hold). The published code rounds the number of blocks down, and
-    to none on short sequences; here it is rounded up, as everywhere. Text blocks are always read.
+    TurboDiffusion ("all"); SLA2 (the mix that a file may hold). The published code rounds the number of blocks down,
+    and to none on short sequences; here it is rounded up, as everywhere. Text blocks are always read.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ("variant", "feature", "weights", "as_trained")
@@ -97,9 +99,9 @@ class Method:
         from dit_accel.methods.parts.score import block_means, scores_of_means
 
         query_means, key_means = block_means(query, layout), block_means(key, layout)
-        # The mean of all keys adds the same to all of a row's scores: without it fewer digits are lost.
-        shares = layout.sizes.to(key_means.device) / layout.n_tokens
-        scores = scores_of_means(query_means, key_means - (shares[:, None] * key_means).sum(-2, keepdim=True))
+        # The published code takes the mean of all keys from each first. That lowers all scores of a row alike: it saves
+        # digits in bf16, and changes nothing here, where means and scores are fp32.
+        scores = scores_of_means(query_means, key_means)
         forced = forced_blocks(layout, self.neighbours, self.first_frame)
         chosen = choose_blocks(scores, forced, self.keep, text_blocks=layout.n_text_blocks)
         plan = plan_of(*chosen, layout, key_means)
@@ -107,7 +109,7 @@ class Method:
         return replace(plan, skipped=_lowest(scores, plan.to_mask(), least)) if least else plan
 
     def weights_for(
-        self, transformer: nn.Module, attentions: dict[int, nn.Module], arrangement: Arrangement
+        self, transformer: nn.Module, layers: Collection[int], arrangement: Arrangement
     ) -> Trained | None:
         """The file's weights for one transformer; None without a file, which is said.
 
@@ -130,7 +132,7 @@ class Method:
                 "leave order, block and tile out, or say as_trained=False to have it all the same."
             )
         title = f"linear attention ({self.variant})"
-        return Trained(load_sla_weights(self.weights), transformer, attentions, title)
+        return Trained(load_sla_weights(self.weights), transformer, layers, title)
 
     def compensate(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ class Trained:
     Args:
         weights: the file's.
         transformer: they are for.
-        attentions: its self-attentions that are to be sparse, by number.
+        layers: its self-attentions that are to be sparse.
         title: what the report calls the linear part.
 
     Raises:
@@ -29,11 +28,11 @@ class Trained:
     trains = False
 
     def __init__(
-        self, weights: SlaWeights, transformer: nn.Module, attentions: dict[int, nn.Module], title: str
+        self, weights: SlaWeights, transformer: nn.Module, layers: Collection[int], title: str
     ) -> None:
-        weights.check_fits(transformer, attentions, *head_shape(attentions))
+        weights.check_fits(transformer, layers)
         self.title = title
-        self.layers = SlaLayers.of({layer: weights.layers[layer] for layer in attentions})
+        self.layers = SlaLayers.of({layer: weights.layers[layer] for layer in layers})
         self._changed = ChangedTensors(transformer, weights)
 
     def install(self) -> None:
@@ -49,14 +48,3 @@ class Trained:
 
     def bytes_held(self) -> int:
         return self.layers.bytes_held() + self._changed.bytes_held()
-
-
-def head_shape(attentions: dict[int, Any]) -> tuple[int, int]:
-    """Heads, and the size of each, of a transformer's self-attentions."""
-    attention = next(iter(attentions.values()))
-    return attention.heads, attention.inner_dim // attention.heads
-
-
-def sparse_only(attentions: dict[int, nn.Module], dense_layers: Collection[int]) -> dict[int, nn.Module]:
-    """Those that are no dense layers."""
-    return {layer: attention for layer, attention in attentions.items() if layer not in dense_layers}

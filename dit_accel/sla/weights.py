@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_accel.errors import UsageError
+from dit_accel.errors import EnvironmentProblem, UsageError
+from dit_accel.sla.shape import attention_shape
 from dit_accel.sla.spec import FORMAT, PUBLISHED, SlaSpec, read_head, read_spec
 
 logger = logging.getLogger("dit_accel")
@@ -59,25 +61,25 @@ class SlaWeights:
                     f"lora.{name} must be up [out, r] and down [r, in], got {tuple(up.shape)} and {tuple(down.shape)}."
                 )
 
-    def check_fits(self, transformer: nn.Module, needed: Collection[int], heads: int, head_size: int) -> None:
+    def check_fits(self, transformer: nn.Module, needed: Collection[int]) -> None:
         """Refuse a transformer that these weights are not for.
 
         Args:
             needed: its layers that are to be sparse.
-            heads: of its self-attentions, of `head_size` each.
 
         Raises:
             UsageError: another class, another size, or a layer without weights.
         """
-        spec, name = self.spec, type(transformer).__name__
+        spec, name, shape = self.spec, type(transformer).__name__, attention_shape(transformer)
         if spec.transformer not in (None, name):
             raise UsageError(
                 f"These SLA weights were trained on a {spec.transformer}, and this is a {name}: give that model's."
             )
-        if spec.head_size != head_size:
+        ours, theirs = (len(shape.layers), shape.head_size), (spec.n_layers, spec.head_size)
+        if ours != theirs:
             raise UsageError(
-                f"These SLA weights are for heads of {spec.head_size}, and this {name} has heads of {head_size}: give "
-                "those of this model's size."
+                f"These SLA weights are for {theirs[0]} layers with heads of {theirs[1]}, and this {name} has {ours[0]} "
+                f"with heads of {ours[1]}: give those of this model's size."
             )
         missing = sorted(set(needed) - set(self.layers))
         if missing:
@@ -86,8 +88,8 @@ class SlaWeights:
                 "or give weights of all layers."
             )
         for layer, of in self.layers.items():
-            if of.mix is not None and len(of.mix) != heads:
-                raise UsageError(f"layers.{layer}.mix is for {len(of.mix)} heads, and this {name} has {heads}.")
+            if of.mix is not None and len(of.mix) != shape.heads:
+                raise UsageError(f"layers.{layer}.mix is for {len(of.mix)} heads, and this {name} has {shape.heads}.")
 
 
 def save_sla_weights(path: str | Path, weights: SlaWeights) -> None:
@@ -122,10 +124,6 @@ def load_sla_weights(path: str | Path) -> SlaWeights:
         EnvironmentProblem: a file that is missing, unreadable, cut short or not safetensors.
         UsageError: a file that holds no weights of SLA, or some of the wrong shape.
     """
-    from safetensors import SafetensorError
-
-    from dit_accel.errors import EnvironmentProblem
-
     spec, metadata = read_spec(path), read_head(path).get("__metadata__", {})
     try:
         tensors = load_file(path)

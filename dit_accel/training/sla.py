@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_accel.adapters import find_adapter, parallel
+from dit_accel.adapters import parallel
 from dit_accel.arrangement import Arrangement
 from dit_accel.engine import Engine
 from dit_accel.errors import UsageError
@@ -30,8 +30,8 @@ from dit_accel.processor import SparseProcessor
 from dit_accel.report import Report, Tally
 from dit_accel.sla.changed import ChangedTensors
 from dit_accel.sla.layers import SlaLayers
+from dit_accel.sla.shape import attention_shape
 from dit_accel.sla.spec import SlaSpec
-from dit_accel.sla.trained import head_shape
 from dit_accel.sla.weights import SlaWeights
 from dit_accel.training.checkpointing import Checkpointing
 from dit_accel.trajectory import Trajectory
@@ -91,19 +91,17 @@ class TrainableSla(nn.Module):
 
     def __init__(self, transformer: nn.Module, options: SlaOptions) -> None:
         super().__init__()
-        adapter = find_adapter(transformer)
+        shape = attention_shape(transformer)
         if parallel.config_of(transformer) is not None:
             raise UsageError("SLA cannot be trained under context parallelism: split batches over processes instead.")
-        attentions = {n: transformer.get_submodule(path) for path, n in adapter.self_attentions(transformer)}
-        self.options, self.n_layers = options, len(attentions)
-        dense = {layer % self.n_layers for layer in options.dense_layers}
-        self.heads, self.head_size = head_shape(attentions)
-        device = next(transformer.parameters()).device
-        sparse = [layer for layer in attentions if layer not in dense]
+        self.options, self._shape = options, shape
+        dense = {layer % len(shape.layers) for layer in options.dense_layers}
+        sparse = [layer for layer in shape.layers if layer not in dense]
         if not sparse:
             raise UsageError("dense_layers names every layer, which leaves none to train: leave some out.")
         self.transformer = transformer
-        self.layers = SlaLayers(sparse, self.head_size, self.heads if options.mix else None, device)
+        device = next(transformer.parameters()).device
+        self.layers = SlaLayers(sparse, shape.head_size, shape.heads if options.mix else None, device)
         trajectory = Trajectory()
         learning = _Learning(self.layers, f"linear attention ({options.variant})")
         self._engine = Engine(
@@ -155,8 +153,8 @@ class TrainableSla(nn.Module):
         arrangement: Arrangement = self._engine.layouts.arrangement
         options = self.options
         return SlaSpec(
-            self.n_layers,
-            self.head_size,
+            len(self._shape.layers),
+            self._shape.head_size,
             type(self.transformer).__name__,
             options.variant,
             options.feature,
@@ -193,7 +191,7 @@ class TrainableSla(nn.Module):
                     f"give SlaOptions({name}={theirs!r}), or start anew."
                 )
         layers = {int(number): layer for number, layer in self.layers.by_number.items()}
-        weights.check_fits(self.transformer, layers, self.heads, self.head_size)
+        weights.check_fits(self.transformer, layers)
         for number, layer in layers.items():
             if (layer.mix is None) != (weights.layers[number].mix is None):
                 raise UsageError("SLA weights with a mix need SlaOptions(mix=True), and those without it mix=False.")
