@@ -27,7 +27,7 @@ from dit_accel.training.ema import Average
 from dit_accel.training.interrupts import Interrupts
 from dit_accel.training.samples import LatentFolder, need_samples
 from dit_accel.training.student import Student
-from dit_accel.training.velocity import VelocityError, measure_velocity
+from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
 
 CHECKPOINT, RECORD, WEIGHTS = "checkpoint.safetensors", "record.json", "sla.safetensors"
 PRECISIONS = ("no", "bf16")
@@ -181,8 +181,7 @@ class Distiller:
         Raises:
             DitAccelError: a loss that is not finite.
         """
-        if self.before is None:
-            self.before = self.measure().to_dict()
+        self.measure_before()
         began, saved = time.monotonic() - self.seconds, time.monotonic()
         with Interrupts() as interrupts:
             interrupted = False
@@ -206,19 +205,22 @@ class Distiller:
         self.accelerator.wait_for_everyone()
         return record
 
+    def measure_before(self) -> None:
+        """Measure the velocity error of the untrained student, unless a checkpoint told it."""
+        if self.before is None:
+            self.before = self.measure().to_dict()
+
     def measure(self) -> VelocityError:
         """The velocity error on the held-out samples, each process its share of them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         levels = spread_levels(self.folder.index.schedule, LEVELS)
+        told = dict(device=self.accelerator.device, dtype=self.dtype, seed=self.options.seed)
         return measure_velocity(
+            make_cases(self.folder, self.held_out[rank::world], levels, **told),
             lambda inputs: self._velocity(self.student, inputs),
             lambda inputs: self._velocity(self.student.teacher, inputs),
-            self.folder,
-            self.held_out[rank::world],
             levels,
             device=self.accelerator.device,
-            dtype=self.dtype,
-            seed=self.options.seed,
             total=lambda sums: self.accelerator.reduce(sums, "sum"),
         )
 

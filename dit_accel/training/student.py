@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_accel.adapters import find_adapter
 from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
+from dit_accel.sla.weights import SlaWeights
 from dit_accel.training.sla import SlaOptions, TrainableSla, make_trainable
 
 TRAINS = ("full", "lora", "projection")
@@ -55,6 +56,19 @@ class Student(nn.Module):
     @property
     def transformer(self) -> nn.Module:
         return self.sla.transformer
+
+    def start_from(self, weights: SlaWeights) -> None:
+        """Take over trained weights. Without a teacher of its own, changed weights of the transformer would be it.
+
+        Raises:
+            UsageError: weights that are not for this student.
+        """
+        if (weights.tensors or weights.lora) and self.trains != "full":
+            raise UsageError(
+                "These weights change the transformer too, which is the dense teacher where only "
+                f"{self.trains!r} trains: start from weights of projections alone, or train 'full'."
+            )
+        self.sla.load(weights)
 
     def forward(self, **inputs: Any) -> Tensor:
         """The velocity with SLA."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,15 @@ class VelocityError:
         return {"overall": self.overall, "levels": [{"sigma": s, "error": e} for s, e in self.levels]}
 
 
-@torch.no_grad()
-def measure_velocity(
-    student: Velocity,
-    teacher: Velocity,
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the number of its noise level, and the forward's arguments."""
+
+    level: int
+    inputs: dict[str, Any]
+
+
+def make_cases(
     folder: LatentFolder,
     places: Sequence[int],
     levels: Sequence[tuple[float, float]],
@@ -37,28 +42,47 @@ def measure_velocity(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> VelocityError:
-    """Compare velocities at equal noisy latents: every sample, every branch of guidance, the same noise at each call.
+) -> Iterator[Case]:
+    """Every sample at every noise level with every branch of guidance; the same noise at each call.
 
     Args:
-        places: of the folder's samples; those of this process.
+        places: of the folder's samples.
         levels: (sigma, timestep).
         dtype: of the transformer's inputs.
         seed: of the noise.
-        total: sums a tensor over processes.
     """
-    sums = torch.zeros(len(levels), 2, dtype=torch.float64, device=device)
     for place in places:
         sample = folder.read(place)
         noise = torch.randn(sample.latents.shape, generator=generator(seed, "held out", place))
         for number, (sigma, timestep) in enumerate(levels):
             for condition in sample.conditions:
                 told = torch.tensor([sigma]), torch.tensor([timestep])
-                inputs = Batch(sample.latents, noise, *told, dict(condition)).inputs(device, dtype)
-                aim, given = teacher(inputs).double(), student(inputs).double()
-                sums[number, 0] += (given - aim).square().sum()
-                sums[number, 1] += aim.square().sum()
+                batch = Batch(sample.latents, noise, *told, dict(condition))
+                yield Case(number, batch.inputs(device, dtype))
+
+
+@torch.no_grad()
+def measure_velocity(
+    cases: Iterable[Case],
+    student: Velocity,
+    teacher: Velocity,
+    levels: Sequence[tuple[float, float]],
+    *,
+    device: torch.device,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> VelocityError:
+    """Compare velocities.
+
+    Args:
+        cases: of `make_cases`, for these levels; those of this process.
+        student, teacher: give the velocity of a forward's arguments.
+        total: sums a tensor over processes.
+    """
+    sums = torch.zeros(len(levels), 2, dtype=torch.float64, device=device)
+    for case in cases:
+        aim, given = teacher(case.inputs).double(), student(case.inputs).double()
+        sums[case.level, 0] += (given - aim).square().sum()
+        sums[case.level, 1] += aim.square().sum()
     sums = total(sums).cpu()
     share = [(error / norm).item() if norm > 0 else 0.0 for error, norm in sums]
     overall = (sums[:, 0].sum() / sums[:, 1].sum()).item() if sums[:, 1].sum() > 0 else 0.0
