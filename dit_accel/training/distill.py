@@ -138,8 +138,7 @@ class Distiller:
         self.draws = Draws(folder, train, **shared)
         if options.checkpointing:
             student.transformer.enable_gradient_checkpointing()
-        student.to(accelerator.device)
-        student.teacher_to(accelerator.device, torch.bfloat16 if options.precision == "bf16" else self.dtype)
+        student.place(accelerator.device)
         groups = self._group(student.trainable())
         # in the order in which the optimiser, and so a checkpoint, counts them
         self.parameters = {name: p for group in groups for name, p in group.items()}

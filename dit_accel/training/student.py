@@ -48,7 +48,9 @@ class Student(nn.Module):
         transformer.requires_grad_(False)
         if trains == "full":
             self._frozen = (copy.deepcopy(transformer),)
-            transformer.float().requires_grad_(True)
+            if transformer.dtype != torch.float32:
+                transformer.float()
+            transformer.requires_grad_(True)
         elif trains == "lora":
             _add_lora(transformer, rank, options.dense_layers)
         self.sla: TrainableSla = make_trainable(transformer, options)
@@ -82,10 +84,10 @@ class Student(nn.Module):
         with self.sla.dense(), self._without_lora():
             return self.sla(**inputs)[0]
 
-    def teacher_to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Bring a teacher of its own to a device."""
-        for module in self._frozen:
-            module.to(device, dtype)
+    def place(self, device: torch.device) -> None:
+        """Bring student and teacher to a device."""
+        for module in (self, *self._frozen):
+            module.to(device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
