@@ -78,8 +78,8 @@ class SlaWeights:
         ours, theirs = (len(shape.layers), shape.head_size), (spec.n_layers, spec.head_size)
         if ours != theirs:
             raise UsageError(
-                f"These SLA weights are for {theirs[0]} layers with heads of {theirs[1]}, and this {name} has {ours[0]} "
-                f"with heads of {ours[1]}: give those of this model's size."
+                f"These SLA weights are for {theirs[0]} layers with heads of {theirs[1]}, and this {name} has "
+                f"{ours[0]} with heads of {ours[1]}: give those of this model's size."
             )
         missing = sorted(set(needed) - set(self.layers))
         if missing:
