@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import EnvironmentProblem, UsageError
 from dit_accel.sla.shape import attention_shape
-from dit_accel.sla.spec import FORMAT, PUBLISHED, SlaSpec, read_head, read_spec
+from dit_accel.sla.spec import FORMAT, PUBLISHED, SlaSpec, file_for, read_head, read_spec
 
 logger = logging.getLogger("dit_accel")
 
@@ -118,12 +118,13 @@ def save_sla_weights(path: str | Path, weights: SlaWeights) -> None:
 
 
 def load_sla_weights(path: str | Path) -> SlaWeights:
-    """Load a side file, ours or a published one; everything on the CPU.
+    """Load a side file, ours or a published one; everything on the CPU. Of a folder that of the first transformer.
 
     Raises:
         EnvironmentProblem: a file that is missing, unreadable, cut short or not safetensors.
         UsageError: a file that holds no weights of SLA, or some of the wrong shape.
     """
+    path = file_for(path, "transformer")
     spec, metadata = read_spec(path), read_head(path).get("__metadata__", {})
     try:
         tensors = load_file(path)

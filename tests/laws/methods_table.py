@@ -46,7 +46,7 @@ class Remember:
 class TrainedSla(sla.Method):
     """SLA with a random projection in each layer, whatever the transformer."""
 
-    def weights_for(self, transformer: torch.nn.Module, layers: Any, arrangement: Any) -> Trained:
+    def weights_for(self, transformer: torch.nn.Module, layers: Any, arrangement: Any, role: str) -> Trained:
         shape = attention_shape(transformer)
         spec = SlaSpec(len(shape.layers), shape.head_size, keep=self.keep)
         generator = torch.Generator().manual_seed(0)

@@ -247,7 +247,7 @@ def test_without_weights_it_says_what_it_is(caplog):
     method = load_method("sla")
     assert (method.keep, method.variant, method.feature, method.negligible) == (0.1, "complement", "softmax", 0.0)
     with caplog.at_level(logging.INFO, logger="dit_accel"):
-        assert method.weights_for(nn.Linear(1, 1), {}, method.arrangement) is None
+        assert method.weights_for(nn.Linear(1, 1), [], method.arrangement, "transformer") is None
     assert "plain top-k" in caplog.text
 
 
