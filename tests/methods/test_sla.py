@@ -164,15 +164,17 @@ def test_a_mix_is_that_of_the_heads_seen_here():
     layout = build_layout((3, 5, 7), "packed", 8)
     q, k, v = qkv(layout, heads=4)
     method = load_method("sla", keep=0.3)
-    layers = random_layers(True, heads=4).requires_grad_(False)
+    layers = random_layers(True, heads=4)
     plan = method.predict(q, k, layout, call_at(), None)
     whole = by_tokens(q, k, v, plan, layout, "complement", "softmax", layers.by_number["2"])
     some = [x[:, :, 2:] for x in (q, k, v)]
     plan = method.predict(*some[:2], layout, call_at(2), None)
     heads = [x.transpose(1, 2) for x in some]
-    out, _ = block_sparse(*heads, plan, layout="bhsd")
-    found = method.compensate(out, *heads, plan, call_at(2), Held(layers))
-    torch.testing.assert_close(found, whole[:, 2:], rtol=1e-4, atol=1e-5)
+    for gradients in (False, True):
+        layers.requires_grad_(gradients)
+        out, _ = block_sparse(*heads, plan, layout="bhsd")
+        found = method.compensate(out, *heads, plan, call_at(2), Held(layers))
+        torch.testing.assert_close(found, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["complement", "all"])
