@@ -86,7 +86,7 @@ class Engine:
         self.layouts = Layouts(arrange(method, options))
         sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
         if weights is None and sparse and hasattr(method, "weights_for"):
-            weights = method.weights_for(transformer, sparse, self.layouts.arrangement)
+            weights = method.weights_for(transformer, sparse, self.layouts.arrangement, role)
         self.weights = weights
         self.attending = Attending(options, self.planner, self.layouts, tally, weights)
         self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why

@@ -225,7 +225,13 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 @torch.compiler.disable
 def _attend_openly(seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
     """Attend where autograd sees it; torch.compile breaks its graph here."""
-    return seat.owner.attend(seat, query, key, value, **call)
+    with _without_autocast(query):
+        return seat.owner.attend(seat, query, key, value, **call)
+
+
+def _without_autocast(query: Tensor) -> torch.autocast:
+    """Scores and sums of ours have the precision they are written in."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 @torch.library.custom_op("dit_accel::attend", mutates_args=(), schema=_SCHEMA)
@@ -233,7 +239,8 @@ def _attend(query, key, value, mask, seat, dropout_p, is_causal, scale, enable_g
     """Opaque to torch.compile: everything that changes from step to step is read in here."""
     seat = _entry().find(int(seat))
     call = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    out = seat.owner.attend(seat, query, key, value, enable_gqa=enable_gqa, **call)
+    with _without_autocast(query):
+        out = seat.owner.attend(seat, query, key, value, enable_gqa=enable_gqa, **call)
     return out.contiguous()  # as `_shape_of_attend` promises; the host's next step would copy otherwise
 
 

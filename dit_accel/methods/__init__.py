@@ -15,9 +15,9 @@ for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may al
   plan mattered (`kernels.block_sparse.block_sparse_feedback`).
 - `pv_threshold`, an option that the engine hands to the kernel as it is here: what the kernel may leave out of the plan
   (`kernels.block_sparse.block_sparse`). Not for methods that learn.
-- `weights_for(transformer, layers, arrangement) -> Weights | None`, if it has trained weights: asked once, when it is
-  installed, for the self-attentions that are to be sparse. It touches nothing and raises UsageError where they do not
-  fit.
+- `weights_for(transformer, layers, arrangement, role) -> Weights | None`, if it has trained weights: asked once, when
+  it is installed, for the self-attentions that are to be sparse of the pipeline's transformer of that name. It touches
+  nothing and raises UsageError where they do not fit.
 - `compensate(out, query, key, value, plan, call, weights) -> out`, if what is not read is given back by more than the
   plan can say: called behind the executor with `[B, H, S, D]` and those weights or None; it may write over `out` where
   nothing needs gradients. Options that `weights_for` reads stand in `fixed`, a class attribute: rules cannot change

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import UsageError
-from dit_accel.sla.spec import SlaSpec, check_variant, read_spec
+from dit_accel.sla.spec import SlaSpec, check_variant, file_for, read_spec
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -47,7 +47,8 @@ class Method:
     variant: str | None = None  # "complement" or "all"; else as the file says, or "complement"
     feature: str | None = None  # "softmax", "elu" or "relu"; else as the file says, or "softmax"
     negligible: float | None = None  # share of key blocks in neither part; else as the file says, or 0
-    weights: str | None = None  # a side file (dit_accel.sla.spec); none: no linear part
+    # a side file (dit_accel.sla.spec), or a folder of them named by a pipeline's transformers; none: no linear part
+    weights: str | None = None
     as_trained: bool = True  # refuse another order or block than the weights were trained with
     neighbours: int | None = None  # also read blocks so near; 0 is the own block, none forces nothing
     first_frame: bool = False  # also read every block of the first frame
@@ -109,7 +110,7 @@ class Method:
         return replace(plan, skipped=_lowest(scores, plan.to_mask(), least)) if least else plan
 
     def weights_for(
-        self, transformer: nn.Module, layers: Collection[int], arrangement: Arrangement
+        self, transformer: nn.Module, layers: Collection[int], arrangement: Arrangement, role: str
     ) -> Trained | None:
         """The file's weights for one transformer; None without a file, which is said.
 
@@ -131,8 +132,25 @@ class Method:
                 f"The weights of {self.weights} were trained with {self.arrangement}, and {arrangement} was asked for: "
                 "leave order, block and tile out, or say as_trained=False to have it all the same."
             )
-        title = f"linear attention ({self.variant})"
-        return Trained(load_sla_weights(self.weights), transformer, layers, title)
+        weights = load_sla_weights(file_for(self.weights, role))
+        self._check_role(weights.spec, role)
+        return Trained(weights, transformer, layers, f"linear attention ({self.variant})")
+
+    def _check_role(self, spec: SlaSpec, role: str) -> None:
+        """Refuse what was trained for another of a pipeline's transformers, or differently from the first."""
+        if spec.role not in (None, role):
+            raise UsageError(
+                f"The weights of {self.weights} were trained for a pipeline's {spec.role}, and this is its {role}: "
+                "give a folder that holds transformer.safetensors and transformer_2.safetensors."
+            )
+        if self.trained is not None:
+            for name in ("variant", "feature", "order", "block", "tile"):
+                first, own = getattr(self.trained, name), getattr(spec, name)
+                if first != own:
+                    raise UsageError(
+                        f"In {self.weights} {name} is {first!r} for transformer and {own!r} for {role}: train both "
+                        "alike."
+                    )
 
     def compensate(
         self,

@@ -45,6 +45,7 @@ class SlaSpec:
     n_layers: int  # self-attentions of the transformer, sparse or not
     head_size: int
     transformer: str | None = None  # its class's name; none: the file does not say
+    role: str | None = None  # which transformer of its pipeline ("transformer_2" ...); none: the file does not say
     variant: str = "complement"  # one of `VARIANTS`
     feature: str = "softmax"  # one of `FEATURES`
     keep: float = 0.1  # share of key blocks that were read
@@ -90,13 +91,14 @@ def check_variant(variant: str, feature: str, negligible: float) -> None:
 def read_spec(path: str | Path) -> SlaSpec:
     """Read what a side file was trained for, from its head alone.
 
-    A published file says nothing of it: variant "all", feature "softmax", keep .1, raster order and blocks of 64 are
-    what its training had (thu-ml/SLA and TurboDiffusion).
+    Of a folder it is that of the pipeline's first transformer. A published file says nothing of it: variant "all",
+    feature "softmax", keep .1, raster order and blocks of 64 are what its training had (thu-ml/SLA and TurboDiffusion).
 
     Raises:
         EnvironmentProblem: a file that is missing, unreadable or not safetensors.
         UsageError: a file that holds no weights of SLA, or says what cannot be.
     """
+    path = file_for(path, "transformer")
     head = read_head(path)
     metadata = head.pop("__metadata__", {})
     if metadata.get("format") == FORMAT:
@@ -115,6 +117,12 @@ def read_spec(path: str | Path) -> SlaSpec:
         )
     size = head[found[min(found)]]["shape"][-1]
     return SlaSpec(max(found) + 1, size, variant="all", order="raster", block=64)
+
+
+def file_for(path: str | Path, role: str) -> Path:
+    """The side file of one transformer of a pipeline: the path itself or, in a folder, the file named by the role."""
+    path = Path(path)
+    return path / f"{role}.safetensors" if path.is_dir() else path
 
 
 def read_head(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import EnvironmentProblem, UsageError
 from dit_accel.sla.shape import attention_shape
-from dit_accel.sla.spec import FORMAT, PUBLISHED, SlaSpec, read_head, read_spec
+from dit_accel.sla.spec import FORMAT, PUBLISHED, SlaSpec, file_for, read_head, read_spec
 
 logger = logging.getLogger("dit_accel")
 
@@ -78,8 +78,8 @@ class SlaWeights:
         ours, theirs = (len(shape.layers), shape.head_size), (spec.n_layers, spec.head_size)
         if ours != theirs:
             raise UsageError(
-                f"These SLA weights are for {theirs[0]} layers with heads of {theirs[1]}, and this {name} has {ours[0]} "
-                f"with heads of {ours[1]}: give those of this model's size."
+                f"These SLA weights are for {theirs[0]} layers with heads of {theirs[1]}, and this {name} has "
+                f"{ours[0]} with heads of {ours[1]}: give those of this model's size."
             )
         missing = sorted(set(needed) - set(self.layers))
         if missing:
@@ -118,12 +118,13 @@ def save_sla_weights(path: str | Path, weights: SlaWeights) -> None:
 
 
 def load_sla_weights(path: str | Path) -> SlaWeights:
-    """Load a side file, ours or a published one; everything on the CPU.
+    """Load a side file, ours or a published one; everything on the CPU. Of a folder that of the first transformer.
 
     Raises:
         EnvironmentProblem: a file that is missing, unreadable, cut short or not safetensors.
         UsageError: a file that holds no weights of SLA, or some of the wrong shape.
     """
+    path = file_for(path, "transformer")
     spec, metadata = read_spec(path), read_head(path).get("__metadata__", {})
     try:
         tensors = load_file(path)

@@ -55,6 +55,7 @@ class SlaOptions:
     tile: tuple[int, int, int] | None = None  # with order "tiles"
     dense_layers: tuple[int, ...] = ()  # layers that stay dense and learn nothing; negative ones count from the last
     impl: str = "auto"  # executor of the sparse part
+    role: str = "transformer"  # which transformer of the pipeline this is; Wan 2.2's second expert is "transformer_2"
 
     def __post_init__(self) -> None:
         self.method()
@@ -64,7 +65,8 @@ class SlaOptions:
     def of(cls, spec: SlaSpec, **others: Any) -> SlaOptions:
         """As some weights were trained, to train on from there."""
         names = ("keep", "variant", "feature", "negligible", "order", "block", "tile")
-        return cls(**{**{name: getattr(spec, name) for name in names}, **others})
+        same = {name: getattr(spec, name) for name in names} | {"role": spec.role or cls.role}
+        return cls(**{**same, **others})
 
     def method(self) -> sla.Method:
         """The method, without weights of its own."""
@@ -110,7 +112,7 @@ class TrainableSla(nn.Module):
             options.method(),
             trajectory,
             Tally.of(trajectory),
-            "transformer",
+            options.role,
             weights=learning,
         )
         set_processor(transformer, SparseProcessor.of(self._engine))
@@ -156,6 +158,7 @@ class TrainableSla(nn.Module):
             len(self._shape.layers),
             self._shape.head_size,
             type(self.transformer).__name__,
+            options.role,
             options.variant,
             options.feature,
             options.keep,

@@ -164,15 +164,17 @@ def test_a_mix_is_that_of_the_heads_seen_here():
     layout = build_layout((3, 5, 7), "packed", 8)
     q, k, v = qkv(layout, heads=4)
     method = load_method("sla", keep=0.3)
-    layers = random_layers(True, heads=4).requires_grad_(False)
+    layers = random_layers(True, heads=4)
     plan = method.predict(q, k, layout, call_at(), None)
     whole = by_tokens(q, k, v, plan, layout, "complement", "softmax", layers.by_number["2"])
     some = [x[:, :, 2:] for x in (q, k, v)]
     plan = method.predict(*some[:2], layout, call_at(2), None)
     heads = [x.transpose(1, 2) for x in some]
-    out, _ = block_sparse(*heads, plan, layout="bhsd")
-    found = method.compensate(out, *heads, plan, call_at(2), Held(layers))
-    torch.testing.assert_close(found, whole[:, 2:], rtol=1e-4, atol=1e-5)
+    for gradients in (False, True):
+        layers.requires_grad_(gradients)
+        out, _ = block_sparse(*heads, plan, layout="bhsd")
+        found = method.compensate(out, *heads, plan, call_at(2), Held(layers))
+        torch.testing.assert_close(found, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["complement", "all"])
@@ -247,7 +249,7 @@ def test_without_weights_it_says_what_it_is(caplog):
     method = load_method("sla")
     assert (method.keep, method.variant, method.feature, method.negligible) == (0.1, "complement", "softmax", 0.0)
     with caplog.at_level(logging.INFO, logger="dit_accel"):
-        assert method.weights_for(nn.Linear(1, 1), {}, method.arrangement) is None
+        assert method.weights_for(nn.Linear(1, 1), [], method.arrangement, "transformer") is None
     assert "plain top-k" in caplog.text
 
 

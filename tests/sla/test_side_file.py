@@ -15,7 +15,7 @@ from dit_accel.sla.spec import SlaSpec, read_spec
 from dit_accel.sla.weights import LayerWeights, SlaWeights, load_sla_weights, save_sla_weights
 from dit_accel.testing import tiny_flux_transformer, tiny_wan_inputs, tiny_wan_transformer
 
-SPEC = SlaSpec(2, 12, "WanTransformer3DModel", "complement", "softmax", 0.3, 0.1, "tiles", 16, (1, 4, 4))
+SPEC = SlaSpec(2, 12, "WanTransformer3DModel", None, "complement", "softmax", 0.3, 0.1, "tiles", 16, (1, 4, 4))
 ROW = "blocks.0.attn1.to_q.weight"  # [24, 24]
 
 
@@ -76,7 +76,7 @@ def test_published_layouts_are_read(path, key):
     made |= {key.format(i) + "bias": torch.randn(12) for i in (0, 1, 10)}
     save_file({**made, "net.blocks.0.self_attn.q.weight": torch.randn(24, 24)}, path)
     found = load_sla_weights(path)
-    assert found.spec == SlaSpec(11, 12, None, "all", "softmax", 0.1, 0.0, "raster", 64)
+    assert found.spec == SlaSpec(11, 12, None, None, "all", "softmax", 0.1, 0.0, "raster", 64)
     assert sorted(found.layers) == [0, 1, 10] and not found.tensors
     assert torch.equal(found.layers[10].weight, made[key.format(10) + "weight"])
 
