@@ -40,7 +40,8 @@ Lora = Annotated[
 Sla = Annotated[
     Path | None,
     typer.Option(
-        help="Trained weights of SLA, a .safetensors that scripts/finetune_sla.py made: sparse.method=sla with these.",
+        help="Trained weights of SLA, as scripts/finetune_sla.py makes them, to run method sla with: a file, or a folder "
+        "with one for each transformer.",
         show_default=False,
     ),
 ]
