@@ -40,7 +40,7 @@ Lora = Annotated[
 Sla = Annotated[
     Path | None,
     typer.Option(
-        help="Trained weights of SLA, as scripts/finetune_sla.py makes them, to run method sla with: a file, or a folder "
+        help="Trained weights of SLA (scripts/finetune_sla.py) to run method sla with: a file, or a folder "
         "with one for each transformer.",
         show_default=False,
     ),
