@@ -25,6 +25,7 @@ from dit_accel.kernels.coarse import triton as coarse
 from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.kmeans import triton as kmeans
+from dit_accel.kernels.linear_attention import triton as linear
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
 from dit_accel.kernels.quantize import triton as quantize
@@ -217,6 +218,37 @@ def compile_kmeans(capability):
         yield {"kernel": f"k-means, {name}", **told}
 
 
+def compile_linear(capability: int) -> Iterator[dict]:
+    """Linear attention forward and backward, in the forms that a model launches."""
+    kernels = {
+        "states": (linear.states_kernel, linear.STATES_UNSPECIALIZED, {"STEPS": 2}),
+        "read": (linear.read_kernel, linear.READ_UNSPECIALIZED, {}),
+        "read_backward": (linear.read_backward_kernel, linear.READ_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
+        "states_backward": (linear.states_backward_kernel, linear.STATES_BACKWARD_UNSPECIALIZED, {}),
+    }
+    forms = [(64, torch.bfloat16, "softmax"), (128, torch.bfloat16, "softmax")]
+    forms += [(128, torch.float16, "elu"), (128, torch.float32, "softmax")]
+    for (head, dtype, feature), (name, (launched, free, more)) in itertools.product(forms, kernels.items()):
+        for projected in (False, True) if name == "read" else (False,):
+            operands = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            config = linear.config_for(name, head, operands)
+            constants = {"FEATURE": feature, "DIM": head, "ROWS": config.rows, "INTERPRETED": False, **more}
+            constants |= {"OPERANDS": linear.NAMES[operands]}
+            constants |= {"WEIGHT": projected, "BIAS": projected, "ADD": projected} if name == "read" else {}
+            names = set(launched.arg_names)
+            ends = ("qd", "kd", "vd", "od", "gd", "dd", "dkd", "dvd")
+            constants |= {f"stride_{end}": 1 for end in ends if f"stride_{end}" in names}
+            pointers = dict.fromkeys(("q", "k", "v", "out", "grad", "d_q", "d_k", "d_v"), f"*{TYPES[dtype]}")
+            pointers |= dict.fromkeys(("states", "d_states", "weight"), f"*{TYPES[operands]}")
+            pointers |= dict.fromkeys(("sums", "d_sums", "bias"), "*fp32") | {"starts": "*i32", "eps": "fp32"}
+            signature, aligned = sign(launched, pointers, constants, free)
+            told = compile_source(
+                launched, signature, constants, aligned, config.warps, config.stages, capability
+            )
+            form = {"head": head, "dtype": TYPES[dtype], "feature": feature, "projected": projected}
+            yield {"kernel": name, **form, **told}
+
+
 def compile_hopper() -> Iterator[dict]:
     """The Gluon kernel for sm_90, in every form in which it is launched."""
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -359,6 +391,10 @@ def product_loops(sass: str) -> list[list[str]]:
 if __name__ == "__main__":
     if sys.argv[2] == "hopper":
         for told in compile_hopper():
+            print(json.dumps(told), flush=True)
+        sys.exit()
+    if sys.argv[2] == "linear":
+        for told in compile_linear(int(sys.argv[1])):
             print(json.dumps(told), flush=True)
         sys.exit()
     for capability in map(int, sys.argv[1].split(",")):
