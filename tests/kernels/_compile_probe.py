@@ -21,9 +21,12 @@ from triton.compiler import ASTSource
 
 from dit_accel.kernels.bitmaps import triton as bitmaps
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.block_sparse.backward import key_kernel, query_kernel
+from dit_accel.kernels.block_sparse.backward import triton as backward
 from dit_accel.kernels.coarse import triton as coarse
 from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
+from dit_accel.kernels.inversion import triton as inversion
 from dit_accel.kernels.kmeans import triton as kmeans
 from dit_accel.kernels.linear_attention import triton as linear
 from dit_accel.kernels.pooling import triton as pooling
@@ -72,6 +75,53 @@ def compile_for(
     )
     form = {"feedback": feedback, "int8": int8, "pv_skip": pv_skip}
     return {"head": head, "dtype": TYPES[dtype], **form, **told}
+
+
+def compile_backward(capability: int) -> Iterator[dict]:
+    """The kernels of the backward in every configuration, and those that invert plans."""
+    forms = [(head, torch.bfloat16, longest) for head in (64, 128) for longest in (64, 128)]
+    forms += [
+        (64, torch.float16, 128),
+        (128, torch.float32, 128),
+        (96, torch.bfloat16, 64),
+        (256, torch.bfloat16, 128),
+    ]
+    for head, dtype, longest in forms:
+        for name, launched, free, table in (
+            ("queries", query_kernel.query_gradients_kernel, query_kernel.UNSPECIALIZED, backward.QUERIES),
+            ("keys", key_kernel.key_gradients_kernel, key_kernel.UNSPECIALIZED, backward.KEYS),
+        ):
+            config = backward.config_for(table, head, dtype, longest, capability)
+            sides = ("ROWS", "COLUMNS") if name == "queries" else ("COLUMNS", "ROWS")
+            constants = dict(zip(sides, (config.rows, config.step), strict=True))
+            constants |= {"HEAD": head, "BLOCK_D": backward.padded_head(head), "UPCAST": False}
+            constants |= {"STEPS": -(-longest // config.step), "STAGES": config.stages}
+            constants |= {x: 1 for x in launched.arg_names if x.startswith("stride_") and x.endswith("d")}
+            pointers = dict.fromkeys(("grad_out", "q", "k", "v", "out", "dq", "dk", "dv"), f"*{TYPES[dtype]}")
+            pointers |= dict.fromkeys(("grad_lse", "lse", "delta", "chunks"), "*fp32")
+            pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts", "lists", "items"), "*i32")
+            pointers |= {"scale": "fp32", "scale_log2": "fp32"}
+            signature, aligned = sign(launched, pointers, constants, free)
+            told = compile_source(
+                launched, signature, constants, aligned, config.warps, config.stages, capability
+            )
+            yield {"kernel": name, "head": head, "dtype": TYPES[dtype], "longest": longest, **told}
+    pointers = {"chunks": "*fp32", "dk": "*bf16", "dv": "*bf16", "items": "*i32", "k_starts": "*i32"}
+    constants = {"HEAD": 128, "BLOCK_D": 128, "COLUMNS": backward.SUM_ROWS, "stride_dd": 1, "stride_ed": 1}
+    others = [
+        ("sums of chunks", key_kernel.sum_chunks_kernel, key_kernel.SUM_UNSPECIALIZED, pointers, constants)
+    ]
+    pointers = dict.fromkeys(("bits", "counts", "lists", "items"), "*i32")
+    constants = {"ROWS": inversion.ROWS}
+    others.append(
+        ("columns", inversion.read_columns_kernel, inversion.READ_UNSPECIALIZED, pointers, constants)
+    )
+    constants = {"SHORTEST": inversion.SHORTEST, "FIELDS": inversion.FIELDS, "BLOCK_K": 1024, "BLOCK_W": 2048}
+    others.append(("cuts", inversion.cut_columns_kernel, inversion.CUT_UNSPECIALIZED, pointers, constants))
+    for name, launched, free, pointers, constants in others:
+        signature, aligned = sign(launched, pointers, constants, free)
+        told = compile_source(launched, signature, constants, aligned, 4, 3, capability)
+        yield {"kernel": name, "dtype": "", **told}
 
 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
@@ -398,9 +448,11 @@ if __name__ == "__main__":
             print(json.dumps(told), flush=True)
         sys.exit()
     for capability in map(int, sys.argv[1].split(",")):
+        for told in compile_backward(capability) if sys.argv[2] == "backward" else ():
+            print(json.dumps(told), flush=True)
         for told in compile_plan_kernels(capability) if sys.argv[2] == "plan" else ():
             print(json.dumps(told), flush=True)
-        for dtype in TYPES if sys.argv[2] != "plan" else ():
+        for dtype in TYPES if sys.argv[2] not in ("plan", "backward") else ():
             for head in map(int, sys.argv[2].split(",")):
                 for feedback in (False, True) if head == 128 else (False,):
                     print(json.dumps(compile_for(capability, head, dtype, feedback)), flush=True)

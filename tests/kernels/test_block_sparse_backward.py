@@ -167,10 +167,21 @@ def test_operators_are_sound():
     q, k, v, plan = make("odd lengths", torch.float32, 16, "cpu")
     order = torch.randperm(77).int()[None, None]
     for q_order in (None, order):
-        arguments = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, q_order, None, [32, 32, 0, 0], 0.3)
+        arguments = (
+            plan.counts,
+            plan.indices,
+            plan.q_starts,
+            plan.k_starts,
+            q_order,
+            None,
+            [32, 32, 0, 0],
+            0.3,
+        )
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(torch.ops.dit_accel.block_sparse_trainable, (*leaves, *arguments, "cpu"))
-    torch.library.opcheck(torch.ops.dit_accel.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference"))
+    torch.library.opcheck(
+        torch.ops.dit_accel.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference")
+    )
 
 
 @pytest.mark.parametrize("shape", ["odd lengths", "few queries many keys"])
@@ -262,7 +273,9 @@ def test_any_strides(impl: str, device: str):
 def test_what_is_not_read_leaves_no_trace(impl: str, device: str):
     """NaN in key blocks that nothing lists, in what reaches rows that read nothing, and behind counts."""
     q, k, v, _ = make("odd lengths", torch.float32, 16, device)
-    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)[None, None]
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)[
+        None, None
+    ]
     plan = BlockPlan.from_mask(mask, [0, 32, 64, 77], [0, 32, 64, 96, 97])
     slot = torch.arange(4, device=device)
     dirty = replace(plan, indices=torch.where(slot < plan.counts[..., None], plan.indices, 2**30))

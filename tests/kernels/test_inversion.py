@@ -39,7 +39,9 @@ def test_columns_are_those_of_the_mask(impl: str, device: str, name: str):
     assert found.counts.shape == (*lead, n_k) and found.lists.shape == (*lead, n_k, n_q)
     assert {x.dtype for x in (found.counts, found.lists, found.items)} == {torch.int32}
     columns = plan.to_mask().transpose(2, 3).reshape(-1, n_k, n_q)
-    for head, counts, lists in zip(columns, found.counts.flatten(0, 1), found.lists.flatten(0, 1), strict=True):
+    for head, counts, lists in zip(
+        columns, found.counts.flatten(0, 1), found.lists.flatten(0, 1), strict=True
+    ):
         for column, count, entries in zip(head, counts.tolist(), lists.tolist(), strict=True):
             assert entries[:count] == column.nonzero()[:, 0].tolist()
 
@@ -51,7 +53,9 @@ def test_items_cover_every_column_once(impl: str, device: str, name: str):
     found = invert_plan(make(lead, n_q, n_k, share, device, sinks), impl=impl)
     most, slots = bounds(n_q, n_k)
     assert found.slots == slots and found.items.shape == (*lead, most, 4)
-    for counts, items in zip(found.counts.flatten(0, 1).tolist(), found.items.flatten(0, 1).tolist(), strict=True):
+    for counts, items in zip(
+        found.counts.flatten(0, 1).tolist(), found.items.flatten(0, 1).tolist(), strict=True
+    ):
         longest = max(SHORTEST, -(-sum(counts) // most_chunks(n_k)))
         work = [item for item in items if item[0] >= 0]
         assert items == work + [[-1, 0, 0, 0]] * (most - len(work))

@@ -158,6 +158,25 @@ def test_linear_attention_compiles_without_spills():
 
 
 @needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_backward_compiles_without_spills(capability: int):
+    """On the tensor cores, with two sums in registers all the same; what is spilled on sm_90 lies outside of the loops,
+    and its 227 KB of shared memory may be used."""
+    told = run(str(HERE / "_compile_probe.py"), str(capability), "backward")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 19
+    for kernel in kernels:
+        padded = kernel.get("head") == 96  # and so compiled with masks that other head sizes need not
+        assert kernel["stack"] <= (0 if capability != 90 else 128 if padded else 64), kernel
+        assert kernel["local"] == 0, kernel
+        assert kernel["shared"] <= (LARGEST_SHARED if capability == 90 else SMALLEST_SHARED), kernel
+        if kernel["dtype"] in ("bf16", "fp16"):
+            fast = kernel["head"] <= 128
+            assert kernel["wgmma" if capability == 90 and fast else "mma"] and kernel["async"] == fast, kernel
+            assert max(kernel["spills_in_loop"], default=0) <= (4 if padded else 0), kernel
+
+
+@needs_triton
 def test_hopper_kernel_compiles_for_speed():
     """Exponentials lie between the two waits, where products run beneath them, or there are none but those by which
     rows fade; loading and computing warps share 512 registers a lane; the ring fits; nothing of a block is spilled."""

@@ -98,11 +98,13 @@ def key_gradients_kernel(
         row_ok = low + tl.arange(0, ROWS) < high
         q_ok = row_ok[:, None] if HEAD == BLOCK_D else row_ok[:, None] & (lanes < HEAD)[None, :]
         b_q = tl.load(q_head + rows[:, None] * stride_qs + lanes[None, :] * stride_qd, mask=q_ok, other=0.0)
-        # Every row of the block that reads this key block has a finite lse; past its end weights are 2^-inf.
-        b_lse = tl.load(lse + row_head + rows, mask=row_ok, other=float("inf"))
+        # Every row of the block that reads a key of this block has a finite lse.
+        b_lse = tl.load(lse + row_head + rows, mask=row_ok, other=0.0)
         if UPCAST:
             b_q = b_q.to(tl.float32)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
+        # Rows past the block's end. Said of the scores, it also has the compiler (3.7) copy two tiles ahead, not one.
+        scores = tl.where(row_ok[None, :], scores, -float("inf"))
         weights = tl.math.exp2(scores - (b_lse * 1.4426950408889634)[None, :])
         # Here, not beside q's: the compiler keeps the order, and what waits for its use takes registers.
         b_g = tl.load(g_head + rows[:, None] * stride_gs + lanes[None, :] * stride_gd, mask=q_ok, other=0.0)

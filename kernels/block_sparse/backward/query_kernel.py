@@ -15,7 +15,17 @@ import triton.language as tl
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
 UNSPECIALIZED = (
     *("stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_iq"),
-    *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "scale", "scale_log2", "pieces", "n_rows", "heads"),
+    *(
+        "stride_qsb",
+        "stride_qsh",
+        "stride_ksb",
+        "stride_ksh",
+        "scale",
+        "scale_log2",
+        "pieces",
+        "n_rows",
+        "heads",
+    ),
 )
 
 
@@ -68,7 +78,9 @@ def query_gradients_kernel(
     lse_log2 = tl.where(seen, b_lse * 1.4426950408889634, float("inf"))
 
     p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + lanes[None, :] * stride_qd
-    p_g = grad_out + i_b * stride_gb + i_h * stride_gh + rows[:, None] * stride_gs + lanes[None, :] * stride_gd
+    p_g = (
+        grad_out + i_b * stride_gb + i_h * stride_gh + rows[:, None] * stride_gs + lanes[None, :] * stride_gd
+    )
     p_o = out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
     b_g = tl.load(p_g, mask=seen_ok, other=0.0)
     b_o = tl.load(p_o, mask=seen_ok, other=0.0)

@@ -15,14 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.triton import interpreting, padded_head, why_not
+from dit_accel.kernels.block_sparse.triton import capability_of, interpreting, padded_head, why_not
 from dit_accel.kernels.inversion import invert_plan
 from dit_accel.plan import BlockPlan, lead_strides
 
 from .key_kernel import key_gradients_kernel, sum_chunks_kernel
 from .query_kernel import query_gradients_kernel
 
-__all__ = ["Config", "config_for_keys", "config_for_queries", "differentiate", "why_not"]
+__all__ = ["KEYS", "QUERIES", "Config", "config_for", "differentiate", "why_not"]
 
 SUM_ROWS = 32  # of a key block, in one program that sums chunks
 
@@ -37,34 +37,43 @@ class Config:
     stages: int
 
 
-def config_for_queries(head: int, dtype: torch.dtype, longest: int = 128) -> Config:
-    """For dq: q, dout and the sum stay, k and v pass by.
+# For 16-bit types: by whether the chip has 227 KB of shared memory a program (others 99), padded head size, and rows.
+# Chosen by compiling alone: no spills in the loops, and two tiles on their way, or room for a second program.
+QUERIES = {
+    (True, 64, 128): Config(128, 64, 8, 3),
+    (True, 64, 64): Config(64, 64, 4, 3),
+    (True, 128, 128): Config(128, 64, 8, 3),
+    (True, 128, 64): Config(64, 64, 4, 2),
+    (False, 64, 128): Config(128, 64, 8, 3),
+    (False, 64, 64): Config(64, 64, 4, 3),
+    (False, 128, 128): Config(64, 32, 4, 3),
+    (False, 128, 64): Config(64, 32, 4, 3),
+}
+KEYS = QUERIES | {
+    (False, 64, 128): Config(64, 64, 4, 3),
+}
+ROOMY = (90, 100)  # capabilities with 227 KB
+
+
+def config_for(
+    table: dict, head: int, dtype: torch.dtype, longest: int, capability: int | None = None
+) -> Config:
+    """The configuration of a kernel.
 
     Args:
-        longest: no query block is longer.
+        table: `QUERIES` for dq, where q, dout and one sum stay and k and v pass by; `KEYS` for dk and dv, where k, v
+            and two sums stay and q and dout pass by.
+        head: head size.
+        longest: no block of the side that stays is longer.
+        capability: of the chip, such as 90.
     """
     padded = padded_head(head)
     if dtype == torch.float32:
-        return Config(16, 32, 8, 1) if padded > 64 else Config(32, 32, 8, 1)
-    if padded > 128:
-        return Config(32, 32, 4, 1)
-    rows = 64 if longest <= 64 else 128
-    return Config(rows, 64, rows // 16, 2)
-
-
-def config_for_keys(head: int, dtype: torch.dtype, longest: int = 128) -> Config:
-    """For dk and dv: k, v and two sums stay, q and dout pass by.
-
-    Args:
-        longest: no key block is longer.
-    """
-    padded = padded_head(head)
-    if dtype == torch.float32:
+        # Full-precision products run on the scalar units: small tiles keep everything in registers.
         return Config(16, 16, 8, 1) if padded > 64 else Config(32, 16, 8, 1)
     if padded > 128:
         return Config(32, 32, 8, 1)
-    rows = 64 if longest <= 64 or padded > 64 else 128
-    return Config(rows, 64, rows // 16, 2)
+    return table[capability in ROOMY, max(64, padded), 64 if longest <= 64 else 128]
 
 
 def differentiate(
@@ -94,12 +103,13 @@ def differentiate(
         UPCAST=interpreting() and q.dtype == torch.bfloat16,
         enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
     )
+    capability = capability_of(q.device)
     scales = scale, scale * math.log2(math.e)
     offsets = (*lead_strides(plan.q_starts), *lead_strides(plan.k_starts))
     columns = (inverse.lists, inverse.items)
     column_strides = [x for t in columns for x in (*lead_strides(t), t.stride(2))]
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        config = config_for_queries(head, q.dtype, plan.max_q_block)
+        config = config_for(QUERIES, head, q.dtype, plan.max_q_block, capability)
         pieces = max(1, triton.cdiv(plan.max_q_block, config.rows))
         query_gradients_kernel[(plan.n_q * pieces, heads, batch)](
             *(grad_out, grad_lse, q, k, v, out, lse, dq, delta),
@@ -115,7 +125,7 @@ def differentiate(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        config = config_for_keys(head, q.dtype, plan.max_k_block)
+        config = config_for(KEYS, head, q.dtype, plan.max_k_block, capability)
         pieces = max(1, triton.cdiv(plan.max_k_block, config.rows))
         key_gradients_kernel[(inverse.items.shape[2] * pieces, heads, batch)](
             *(grad_out, delta, q, k, v, lse, dk, dv, chunks),
