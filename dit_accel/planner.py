@@ -11,7 +11,9 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel.errors import UsageError
 from dit_accel.layout import TokenLayout
@@ -24,10 +26,11 @@ from dit_accel.trajectory import Call, StateTable, Trajectory
 
 @dataclass
 class KeptPlan:
-    """A plan between two steps: its lists as a bitmap."""
+    """A plan between two steps: its lists, and what it skips, as bitmaps."""
 
     bits: Tensor | None = None  # int32 [B|1, H|1, Nq, ceil(Nk / 32)]
-    rest: BlockPlan | None = None  # everything but the lists
+    skipped: Tensor | None = None  # uint8 [B|1, H|1, Nq, ceil(Nk / 8)]
+    rest: BlockPlan | None = None  # everything but these
     step: int = -1
     noise: float = 0.0
 
@@ -36,7 +39,8 @@ class KeptPlan:
 
         self.bits = pack_lists(plan)
         empty = dict(counts=plan.counts.new_zeros(plan.counts.shape), indices=plan.indices[..., :0].clone())
-        self.rest = replace(plan, **empty, key_means=None)
+        self.skipped = None if plan.skipped is None else _pack(plan.skipped)
+        self.rest = replace(plan, **empty, key_means=None, skipped=None)
         self.step, self.noise = call.step, call.noise
 
     def plan(self) -> BlockPlan:
@@ -44,7 +48,20 @@ class KeptPlan:
 
         assert self.bits is not None and self.rest is not None
         counts, indices = unpack_lists(self.bits, self.rest.n_k)
-        return replace(self.rest, counts=counts, indices=indices)
+        skipped = None if self.skipped is None else _unpack(self.skipped, self.rest.n_k)
+        return replace(self.rest, counts=counts, indices=indices, skipped=skipped)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Eight entries of the last dimension to a byte, the first in its lowest bit."""
+    whole = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (whole << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, n: int) -> Tensor:
+    """The first n entries of what `_pack` made."""
+    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(-2)[..., :n].bool()
 
 
 class Planner:

@@ -4,8 +4,9 @@
     python scripts/check_kernels.py --output record.json
 
 Needs torch, triton (for the GPU) and numpy, and no installation. Block-sparse attention is checked on poisoned memory
-against the float64 oracle, the kernels that build plans against plain torch. An implementation may err at most twice as
-much as plain attention computed in the same low precision, both against float64. Exits with 1 if any case fails.
+against the float64 oracle, the kernels that build plans and linear attention against plain torch. An implementation may
+err at most twice as much as plain attention computed in the same low precision, both against float64. Exits with 1 if
+any case fails.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _call_checks import check_calls
 from _kernel_cases import Case, environment, judge, make, write_record
+from _linear_checks import check_linear_attention
 from _plan_kernel_checks import check_plan_kernels
 from _quantised_checks import check_quantised
 
@@ -98,6 +100,9 @@ def main() -> int:
     plan_kernels = dict(check_plan_kernels(options.device))
     failures += [f"{title}: {problem}" for title, problem in plan_kernels.items() if problem]
     print(f"pooling, selection and counting: {len(plan_kernels)} cases")
+    linear = dict(check_linear_attention(options.device))
+    failures += [f"{title}: {problem}" for title, problem in linear.items() if problem]
+    print(f"linear attention: {len(linear)} cases")
     quantised = dict(check_quantised(options.device)) if options.device.startswith("cuda") else {}
     failures += [f"{title}: {problem}" for title, problem in quantised.items() if problem]
     print(f"quantised: {len(quantised)} cases")
@@ -109,7 +114,7 @@ def main() -> int:
     for line in failures[:20]:
         print("FAILED", line)
     seconds = time.perf_counter() - began
-    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(quantised) + len(calls)
+    total = sum(row["cases"] for row in table) + len(plan_kernels) + len(linear) + len(quantised) + len(calls)
     print(
         f"{total - len(failures)} passed, {len(failures)} failed on {environment()['device']} in {seconds:.1f} s"
     )
@@ -120,6 +125,7 @@ def main() -> int:
                 table=table,
                 left_out=left_out,
                 plan_kernels=list(plan_kernels),
+                linear=list(linear),
                 quantised=list(quantised),
                 calls=len(calls),
                 failures=failures,

@@ -72,7 +72,9 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _gradients(grad_out, grad_lse, q, k, v, out, lse, counts, indices, q_starts, k_starts, q_order, k_order, *rest):
+def _gradients(
+    grad_out, grad_lse, q, k, v, out, lse, counts, indices, q_starts, k_starts, q_order, k_order, *rest
+):
     dq = torch.empty_like(q) if q_order is None else q.new_empty(q.shape)
     dk, dv = (torch.empty_like(x) if k_order is None else x.new_empty(x.shape) for x in (k, v))
     return dq, dk, dv
@@ -106,7 +108,9 @@ def backward_impl(impl: str) -> str:
     return "reference" if impl in ("reference", "cpu") else "triton"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
     """Validated `[B, H, S, D]` through the operator. What the backward cannot do is said before the forward runs."""
     if not torch.compiler.is_compiling():
         choose(q, k, v, plan, impl)

@@ -41,6 +41,6 @@ def bounds(n_q: int, n_k: int) -> tuple[int, int]:
     sum c_j <= T <= m L and each more than L, so they are fewer than m, and sum ceil(c_j / L) is less than 2 m.
     """
     chunks, longest = most_chunks(n_k), -(-n_q // SHORTEST)
-    more = min(chunks - 1, n_k * (longest - 1))
-    slots = min(2 * chunks - 1, n_k * longest) if longest > 1 else 0
-    return n_k + more, slots
+    items = n_k + min(chunks - 1, n_k * (longest - 1))
+    slots = min(2 * chunks - 1, items) if longest > 1 else 0
+    return items, slots

@@ -10,9 +10,7 @@ from .inverse import FIELDS, bounds
 
 
 @torch.library.custom_op("dit_accel::invert_lists", mutates_args=())
-def invert_lists_op(
-    counts: Tensor, indices: Tensor, n_k: int, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def invert_lists_op(counts: Tensor, indices: Tensor, n_k: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """As `api.run`."""
     return run(counts, indices, n_k, impl)
 

@@ -99,6 +99,7 @@ def attend(
             *(q[some], states, sums, own.q_starts, own.max_q_block, feature, eps, operands),
             *(own_weight, own_bias, out[some], into is not None),
         )
+        del states  # before the next heads' are made
     return out
 
 
@@ -119,17 +120,17 @@ def gradients(
     for rows, heads in _chunks(q, blocks, workspace, backward=True):
         own, some = blocks.of(rows, heads), (rows, heads)
         states, sums = _states(steps, k[some], v[some], own, feature, operands)
-        d_q, d_states, d_sums = steps.read_states_backward(
+        d_q, d_k, d_v = (x[some] for x in found)
+        d_states, d_sums = steps.read_states_backward(
             *(q[some], grad[some], states, sums, own.q_starts, own.max_q_block, feature, eps, operands),
-            _stored(own, operands),
+            *(_stored(own, operands), d_q),
         )
         del states
         d_states, d_sums = own.scatter(d_states, d_sums, operands)
-        d_k, d_v = steps.block_states_backward(
-            k[some], v[some], d_states, d_sums, own.k_starts, own.max_k_block, feature, operands
+        steps.block_states_backward(
+            *(k[some], v[some], d_states, d_sums, own.k_starts, own.max_k_block, feature, operands, d_k, d_v)
         )
-        for x, part in zip(found, (d_q, d_k, d_v), strict=True):
-            x[some] = part
+        del d_states
     return found
 
 

@@ -87,14 +87,19 @@ def read_states_backward(
     eps: float,
     operands: torch.dtype,
     stored: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_q: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The gradient of `read_states` without weight and bias. `grad` is that of its result.
 
     With a = phi(q), d = eps + a z and n = grad / d: `dH = a^T n`, `t = n H^T`, `dd = -(a . t) / d`, `da = t + dd z` and
     `dz = sum dd a`. (grad . out = n . aH = a . t, so the output is not needed.)
 
+    Args:
+        grad: `[B, H, S, D]`, as d_q: that of q, overwritten. The others as there.
+        stored: type of the first result.
+
     Returns:
-        Of q, as q; of the states `[B, H, N, D, D]`, type `stored`; of the sums `[B, H, N, D]`.
+        The gradients of the states, `[B, H, N, D, D]`, and of the sums, `[B, H, N, D]`.
     """
     x, grad, inside = _blocks((q, grad), starts, longest)
     rows = _phi(x, feature) * inside
@@ -104,8 +109,9 @@ def read_states_backward(
     share = -(rows * through).sum(-1, keepdim=True) * inverse
     d_rows = through + share * sums[..., None, :]
     d_states = _rounded(rows, operands).mT @ _rounded(grad, operands)
-    d_q = _tokens(_phi_backward(d_rows, x, rows, feature), starts, q.shape[2])
-    return d_q.to(q.dtype), d_states.to(stored), (share * rows).sum(-2)
+    d_rows = _phi_backward(d_rows, x, rows, feature)
+    d_q.copy_(_tokens(d_rows, starts, q.shape[2]))
+    return d_states.to(stored), (share * rows).sum(-2)
 
 
 def block_states_backward(
@@ -117,12 +123,15 @@ def block_states_backward(
     longest: int,
     feature: str,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `block_states`, shaped and typed as k and v: `dV = phi(K) dS` and `dphi(K) = V dS^T + dz`.
+    d_k: Tensor,
+    d_v: Tensor,
+) -> None:
+    """The gradients of `block_states`: `dV = phi(K) dS` and `dphi(K) = V dS^T + dz`.
 
     Args:
         d_states: `[B, H, N, D, D]`, of type `operands`.
         d_sums: `[B, H, N, D]`.
+        d_k, d_v: as k and v, overwritten.
     """
     x, values, inside = _blocks((k, v), starts, longest)
     keys = _phi(x, feature) * inside
@@ -130,7 +139,8 @@ def block_states_backward(
     d_values = _rounded(keys, operands) @ d_states
     d_keys = _rounded(values, operands) @ d_states.mT + d_sums[..., None, :]
     d_keys = _phi_backward(d_keys, x, keys, feature)
-    return tuple(_tokens(d, starts, like.shape[2]).to(like.dtype) for d, like in ((d_keys, k), (d_values, v)))
+    d_k.copy_(_tokens(d_keys, starts, k.shape[2]))
+    d_v.copy_(_tokens(d_values, starts, k.shape[2]))
 
 
 def _phi(x: Tensor, feature: str) -> Tensor:

@@ -18,7 +18,7 @@ from dit_accel.plan import lead_strides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = (16, 32, 64, 128)
-_NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Config:
 
 
 def config_for(kernel: str, head: int, operands: torch.dtype) -> Config:
-    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward")."""
-    if (
-        operands == torch.float32
-    ):  # products on the scalar units: small tiles, to keep everything in registers
-        return Config(16, 8, 1)
-    if head <= 64:
-        return Config(64, 4, 2)
-    return Config(64, 8, 2)
+    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward"), chosen so that what a
+    program keeps stays in registers."""
+    wide = head == 128
+    if operands == torch.float32:  # products on the scalar units, which take one operand whole
+        return Config(16, 16 if wide and kernel in ("read", "states_backward") else 8, 1)
+    if kernel == "read":
+        return Config(64, 8 if wide else 4, 1)
+    return Config(32, 8, 1) if wide else Config(64, 4, 1)
 
 
 def why_not(q: Tensor) -> str | None:
@@ -137,12 +137,12 @@ def read_states_backward(
     eps: float,
     operands: torch.dtype,
     stored: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_q: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Launch on the current stream. Arguments and results as in `reference.read_states_backward`."""
     batch, heads, _, dim = q.shape
     blocks = starts.shape[2] - 1
     states, sums = _dense_blocks(states), _dense_blocks(sums)
-    d_q = torch.empty_like(q)
     d_states = torch.empty(batch, heads, blocks, dim, dim, dtype=stored, device=q.device)
     d_sums = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=q.device)
     config = config_for("read_backward", dim, operands)
@@ -154,7 +154,7 @@ def read_states_backward(
             STEPS=max(1, triton.cdiv(longest, config.rows)),
             **_shared(config, dim, feature, operands),
         )
-    return d_q, d_states, d_sums
+    return d_states, d_sums
 
 
 def block_states_backward(
@@ -166,12 +166,13 @@ def block_states_backward(
     longest: int,
     feature: str,
     operands: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Launch on the current stream. Arguments and results as in `reference.block_states_backward`."""
+    d_k: Tensor,
+    d_v: Tensor,
+) -> None:
+    """Launch on the current stream. Arguments as in `reference.block_states_backward`."""
     batch, heads, _, dim = k.shape
     blocks = starts.shape[2] - 1
     d_states, d_sums = _dense_blocks(d_states), _dense_blocks(d_sums)
-    d_k, d_v = torch.empty_like(k), torch.empty_like(v)
     config = config_for("states_backward", dim, operands)
     parts = max(1, triton.cdiv(longest, config.rows))
     with _on(k):
@@ -181,7 +182,6 @@ def block_states_backward(
             *(*d_states.stride()[:3], *d_sums.stride()[:3], *lead_strides(starts), parts),
             **_shared(config, dim, feature, operands),
         )
-    return d_k, d_v
 
 
 def _on(x: Tensor):
@@ -201,9 +201,8 @@ def _shared(config: Config, dim: int, feature: str, operands: torch.dtype) -> di
         FEATURE=feature,
         DIM=dim,
         ROWS=config.rows,
-        OPERANDS=_NAMES[operands],
-        # The interpreter multiplies the bit patterns of bfloat16 operands, silently.
-        UPCAST=interpreting() and operands == torch.bfloat16,
+        OPERANDS=NAMES[operands],
+        INTERPRETED=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
@@ -236,9 +235,19 @@ def _phi_backward(grad, x, y, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, OPERANDS: tl.constexpr, UPCAST: tl.constexpr):
-    x = x.to(OPERANDS)
-    if UPCAST:
+def _cast(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in a type, rounded; the interpreter cuts bfloat16 off instead, so there it is rounded in float32 first."""
+    if INTERPRETED and TYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def _operand(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x as products take it; the interpreter multiplies the bit patterns of bfloat16 operands, silently."""
+    x = _cast(x, TYPE, INTERPRETED)
+    if INTERPRETED:
         x = x.to(tl.float32)
     return x
 
@@ -259,7 +268,7 @@ def states_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     OPERANDS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: the state of one key block of one head. Offsets are int64: tensors may pass 2^31 elements."""
     i_block = tl.program_id(0)
@@ -281,12 +290,12 @@ def states_kernel(
         p_v = v_head + rows[:, None] * stride_vs + lanes[None, :] * stride_vd
         b_k = _phi(tl.load(p_k, mask=inside, other=0.0).to(tl.float32), FEATURE)
         b_k = tl.where(inside, b_k, 0.0)  # phi of nothing is not nothing
-        b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, UPCAST)
+        b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, INTERPRETED)
         total += tl.sum(b_k, 0)
-        acc = tl.dot(tl.trans(_operand(b_k, OPERANDS, UPCAST)), b_v, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(_operand(b_k, OPERANDS, INTERPRETED)), b_v, acc, input_precision="ieee")
     place = (i_b * heads + i_h) * blocks + i_block
     p_state = states + place * DIM * DIM + lanes[:, None] * DIM + lanes[None, :]
-    tl.store(p_state, acc.to(states.dtype.element_ty))
+    tl.store(p_state, _cast(acc, states.dtype.element_ty, INTERPRETED))
     tl.store(sums + place * DIM + lanes, total)
 
 
@@ -313,7 +322,7 @@ def read_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     OPERANDS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements."""
     i_block = tl.program_id(0) // parts
@@ -335,19 +344,21 @@ def read_kernel(
     b_q = _phi(tl.load(p_q, mask=inside, other=0.0).to(tl.float32), FEATURE)
     b_h = tl.load(states + i_b * stride_hb + i_h * stride_hh + block * stride_hn + square)
     b_z = tl.load(sums + i_b * stride_zb + i_h * stride_zh + block * stride_zn + lanes)
-    acc = tl.dot(_operand(b_q, OPERANDS, UPCAST), _operand(b_h, OPERANDS, UPCAST), input_precision="ieee")
+    acc = tl.dot(
+        _operand(b_q, OPERANDS, INTERPRETED), _operand(b_h, OPERANDS, INTERPRETED), input_precision="ieee"
+    )
     total = tl.sum(b_q * b_z[None, :], 1) + eps
     acc = acc * tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if WEIGHT:
         turned = lanes[None, :] * DIM + lanes[:, None]
-        b_w = _operand(tl.load(weight + i_h * stride_wh + turned), OPERANDS, UPCAST)
-        acc = tl.dot(_operand(acc, OPERANDS, UPCAST), b_w, input_precision="ieee")
+        b_w = _operand(tl.load(weight + i_h * stride_wh + turned), OPERANDS, INTERPRETED)
+        acc = tl.dot(_operand(acc, OPERANDS, INTERPRETED), b_w, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias + i_h * stride_ch + lanes)[None, :]
     p_out = out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
     if ADD:
         acc += tl.load(p_out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out, _cast(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 READ_BACKWARD_UNSPECIALIZED = (
@@ -371,7 +382,7 @@ def read_backward_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     OPERANDS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: one query block of one head, its rows' gradients and its state's. Offsets are int64."""
     i_block = tl.program_id(0)
@@ -384,7 +395,7 @@ def read_backward_kernel(
     block = i_block.to(tl.int64)
     turned = lanes[None, :] * DIM + lanes[:, None]
     b_ht = tl.load(states + i_b * stride_hb + i_h * stride_hh + block * stride_hn + turned)
-    b_ht = _operand(b_ht, OPERANDS, UPCAST)
+    b_ht = _operand(b_ht, OPERANDS, INTERPRETED)
     b_z = tl.load(sums + i_b * stride_zb + i_h * stride_zh + block * stride_zn + lanes)
     acc = tl.zeros([DIM, DIM], dtype=tl.float32)
     total = tl.zeros([DIM], dtype=tl.float32)
@@ -401,17 +412,17 @@ def read_backward_kernel(
         divisor = tl.sum(b_q * b_z[None, :], 1) + eps
         inverse = tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))
         b_n = tl.load(p_g, mask=inside, other=0.0).to(tl.float32) * inverse[:, None]
-        b_n = _operand(b_n, OPERANDS, UPCAST)
+        b_n = _operand(b_n, OPERANDS, INTERPRETED)
         through = tl.dot(b_n, b_ht, input_precision="ieee")
         share = -tl.sum(b_q * through, 1) * inverse
         total += tl.sum(b_q * share[:, None], 0)
-        acc = tl.dot(tl.trans(_operand(b_q, OPERANDS, UPCAST)), b_n, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(_operand(b_q, OPERANDS, INTERPRETED)), b_n, acc, input_precision="ieee")
         through = _phi_backward(through + share[:, None] * b_z[None, :], x, b_q, FEATURE)
         p_d = d_q + i_b * stride_db + i_h * stride_dh + rows[:, None] * stride_ds + lanes[None, :] * stride_dd
-        tl.store(p_d, through.to(d_q.dtype.element_ty), mask=inside)
+        tl.store(p_d, _cast(through, d_q.dtype.element_ty, INTERPRETED), mask=inside)
     place = (i_b * heads + i_h) * blocks + i_block
     p_state = d_states + place * DIM * DIM + lanes[:, None] * DIM + lanes[None, :]
-    tl.store(p_state, acc.to(d_states.dtype.element_ty))
+    tl.store(p_state, _cast(acc, d_states.dtype.element_ty, INTERPRETED))
     tl.store(d_sums + place * DIM + lanes, total)
 
 
@@ -445,7 +456,7 @@ def states_backward_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     OPERANDS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one key block of one head. Offsets are int64: tensors may pass 2^31 elements."""
     i_block = tl.program_id(0) // parts
@@ -468,16 +479,18 @@ def states_backward_kernel(
     b_k = _phi(x, FEATURE)
     p_state = d_states + i_b * stride_hb + i_h * stride_hh + block * stride_hn
     b_h = tl.load(p_state + lanes[:, None] * DIM + lanes[None, :])
-    b_dv = tl.dot(_operand(b_k, OPERANDS, UPCAST), _operand(b_h, OPERANDS, UPCAST), input_precision="ieee")
+    b_dv = tl.dot(
+        _operand(b_k, OPERANDS, INTERPRETED), _operand(b_h, OPERANDS, INTERPRETED), input_precision="ieee"
+    )
     p_dv = (
         d_v + i_b * stride_dvb + i_h * stride_dvh + rows[:, None] * stride_dvs + lanes[None, :] * stride_dvd
     )
-    tl.store(p_dv, b_dv.to(d_v.dtype.element_ty), mask=inside)
-    b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, UPCAST)
+    tl.store(p_dv, _cast(b_dv, d_v.dtype.element_ty, INTERPRETED), mask=inside)
+    b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, INTERPRETED)
     b_z = tl.load(d_sums + i_b * stride_zb + i_h * stride_zh + block * stride_zn + lanes)
-    b_dk = tl.dot(b_v, tl.trans(_operand(b_h, OPERANDS, UPCAST)), input_precision="ieee") + b_z[None, :]
+    b_dk = tl.dot(b_v, tl.trans(_operand(b_h, OPERANDS, INTERPRETED)), input_precision="ieee") + b_z[None, :]
     b_dk = _phi_backward(b_dk, x, b_k, FEATURE)
     p_dk = (
         d_k + i_b * stride_dkb + i_h * stride_dkh + rows[:, None] * stride_dks + lanes[None, :] * stride_dkd
     )
-    tl.store(p_dk, b_dk.to(d_k.dtype.element_ty), mask=inside)
+    tl.store(p_dk, _cast(b_dk, d_k.dtype.element_ty, INTERPRETED), mask=inside)

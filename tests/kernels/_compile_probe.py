@@ -21,10 +21,14 @@ from triton.compiler import ASTSource
 
 from dit_accel.kernels.bitmaps import triton as bitmaps
 from dit_accel.kernels.block_sparse import triton as kernel
+from dit_accel.kernels.block_sparse.backward import key_kernel, query_kernel
+from dit_accel.kernels.block_sparse.backward import triton as backward
 from dit_accel.kernels.coarse import triton as coarse
 from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
+from dit_accel.kernels.inversion import triton as inversion
 from dit_accel.kernels.kmeans import triton as kmeans
+from dit_accel.kernels.linear_attention import triton as linear
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
 from dit_accel.kernels.quantize import triton as quantize
@@ -71,6 +75,53 @@ def compile_for(
     )
     form = {"feedback": feedback, "int8": int8, "pv_skip": pv_skip}
     return {"head": head, "dtype": TYPES[dtype], **form, **told}
+
+
+def compile_backward(capability: int) -> Iterator[dict]:
+    """The kernels of the backward in every configuration, and those that invert plans."""
+    forms = [(head, torch.bfloat16, longest) for head in (64, 128) for longest in (64, 128)]
+    forms += [
+        (64, torch.float16, 128),
+        (128, torch.float32, 128),
+        (96, torch.bfloat16, 64),
+        (256, torch.bfloat16, 128),
+    ]
+    for head, dtype, longest in forms:
+        for name, launched, free, table in (
+            ("queries", query_kernel.query_gradients_kernel, query_kernel.UNSPECIALIZED, backward.QUERIES),
+            ("keys", key_kernel.key_gradients_kernel, key_kernel.UNSPECIALIZED, backward.KEYS),
+        ):
+            config = backward.config_for(table, head, dtype, longest, capability)
+            sides = ("ROWS", "COLUMNS") if name == "queries" else ("COLUMNS", "ROWS")
+            constants = dict(zip(sides, (config.rows, config.step), strict=True))
+            constants |= {"HEAD": head, "BLOCK_D": backward.padded_head(head), "UPCAST": False}
+            constants |= {"STEPS": -(-longest // config.step), "STAGES": config.stages}
+            constants |= {x: 1 for x in launched.arg_names if x.startswith("stride_") and x.endswith("d")}
+            pointers = dict.fromkeys(("grad_out", "q", "k", "v", "out", "dq", "dk", "dv"), f"*{TYPES[dtype]}")
+            pointers |= dict.fromkeys(("grad_lse", "lse", "delta", "chunks"), "*fp32")
+            pointers |= dict.fromkeys(("counts", "indices", "q_starts", "k_starts", "lists", "items"), "*i32")
+            pointers |= {"scale": "fp32", "scale_log2": "fp32"}
+            signature, aligned = sign(launched, pointers, constants, free)
+            told = compile_source(
+                launched, signature, constants, aligned, config.warps, config.stages, capability
+            )
+            yield {"kernel": name, "head": head, "dtype": TYPES[dtype], "longest": longest, **told}
+    pointers = {"chunks": "*fp32", "dk": "*bf16", "dv": "*bf16", "items": "*i32", "k_starts": "*i32"}
+    constants = {"HEAD": 128, "BLOCK_D": 128, "COLUMNS": backward.SUM_ROWS, "stride_dd": 1, "stride_ed": 1}
+    others = [
+        ("sums of chunks", key_kernel.sum_chunks_kernel, key_kernel.SUM_UNSPECIALIZED, pointers, constants)
+    ]
+    pointers = dict.fromkeys(("bits", "counts", "lists", "items"), "*i32")
+    constants = {"ROWS": inversion.ROWS}
+    others.append(
+        ("columns", inversion.read_columns_kernel, inversion.READ_UNSPECIALIZED, pointers, constants)
+    )
+    constants = {"SHORTEST": inversion.SHORTEST, "FIELDS": inversion.FIELDS, "BLOCK_K": 1024, "BLOCK_W": 2048}
+    others.append(("cuts", inversion.cut_columns_kernel, inversion.CUT_UNSPECIALIZED, pointers, constants))
+    for name, launched, free, pointers, constants in others:
+        signature, aligned = sign(launched, pointers, constants, free)
+        told = compile_source(launched, signature, constants, aligned, 4, 3, capability)
+        yield {"kernel": name, "dtype": "", **told}
 
 
 def compile_plan_kernels(capability: int) -> Iterator[dict]:
@@ -217,6 +268,37 @@ def compile_kmeans(capability):
         yield {"kernel": f"k-means, {name}", **told}
 
 
+def compile_linear(capability: int) -> Iterator[dict]:
+    """Linear attention forward and backward, in the forms that a model launches."""
+    kernels = {
+        "states": (linear.states_kernel, linear.STATES_UNSPECIALIZED, {"STEPS": 2}),
+        "read": (linear.read_kernel, linear.READ_UNSPECIALIZED, {}),
+        "read_backward": (linear.read_backward_kernel, linear.READ_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
+        "states_backward": (linear.states_backward_kernel, linear.STATES_BACKWARD_UNSPECIALIZED, {}),
+    }
+    forms = [(64, torch.bfloat16, "softmax"), (128, torch.bfloat16, "softmax")]
+    forms += [(128, torch.float16, "elu"), (128, torch.float32, "softmax")]
+    for (head, dtype, feature), (name, (launched, free, more)) in itertools.product(forms, kernels.items()):
+        for projected in (False, True) if name == "read" else (False,):
+            operands = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            config = linear.config_for(name, head, operands)
+            constants = {"FEATURE": feature, "DIM": head, "ROWS": config.rows, "INTERPRETED": False, **more}
+            constants |= {"OPERANDS": linear.NAMES[operands]}
+            constants |= {"WEIGHT": projected, "BIAS": projected, "ADD": projected} if name == "read" else {}
+            names = set(launched.arg_names)
+            ends = ("qd", "kd", "vd", "od", "gd", "dd", "dkd", "dvd")
+            constants |= {f"stride_{end}": 1 for end in ends if f"stride_{end}" in names}
+            pointers = dict.fromkeys(("q", "k", "v", "out", "grad", "d_q", "d_k", "d_v"), f"*{TYPES[dtype]}")
+            pointers |= dict.fromkeys(("states", "d_states", "weight"), f"*{TYPES[operands]}")
+            pointers |= dict.fromkeys(("sums", "d_sums", "bias"), "*fp32") | {"starts": "*i32", "eps": "fp32"}
+            signature, aligned = sign(launched, pointers, constants, free)
+            told = compile_source(
+                launched, signature, constants, aligned, config.warps, config.stages, capability
+            )
+            form = {"head": head, "dtype": TYPES[dtype], "feature": feature, "projected": projected}
+            yield {"kernel": name, **form, **told}
+
+
 def compile_hopper() -> Iterator[dict]:
     """The Gluon kernel for sm_90, in every form in which it is launched."""
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -361,10 +443,16 @@ if __name__ == "__main__":
         for told in compile_hopper():
             print(json.dumps(told), flush=True)
         sys.exit()
+    if sys.argv[2] == "linear":
+        for told in compile_linear(int(sys.argv[1])):
+            print(json.dumps(told), flush=True)
+        sys.exit()
     for capability in map(int, sys.argv[1].split(",")):
+        for told in compile_backward(capability) if sys.argv[2] == "backward" else ():
+            print(json.dumps(told), flush=True)
         for told in compile_plan_kernels(capability) if sys.argv[2] == "plan" else ():
             print(json.dumps(told), flush=True)
-        for dtype in TYPES if sys.argv[2] != "plan" else ():
+        for dtype in TYPES if sys.argv[2] not in ("plan", "backward") else ():
             for head in map(int, sys.argv[2].split(",")):
                 for feedback in (False, True) if head == 128 else (False,):
                     print(json.dumps(compile_for(capability, head, dtype, feedback)), flush=True)

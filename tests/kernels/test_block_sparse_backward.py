@@ -17,6 +17,8 @@ import dit_accel.kernels.block_sparse.trainable_op
 import dit_accel.kernels.inversion.op  # noqa: F401
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
 from dit_accel.kernels.block_sparse import block_sparse, block_sparse_trainable
+from dit_accel.kernels.block_sparse.backward import differentiate, why_not, workspace_bytes
+from dit_accel.kernels.inversion import invert_plan
 from dit_accel.plan import BlockPlan
 
 # name: query block lengths, key block lengths, batch, heads
@@ -165,10 +167,21 @@ def test_operators_are_sound():
     q, k, v, plan = make("odd lengths", torch.float32, 16, "cpu")
     order = torch.randperm(77).int()[None, None]
     for q_order in (None, order):
-        arguments = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, q_order, None, [32, 32, 0, 0], 0.3)
+        arguments = (
+            plan.counts,
+            plan.indices,
+            plan.q_starts,
+            plan.k_starts,
+            q_order,
+            None,
+            [32, 32, 0, 0],
+            0.3,
+        )
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(torch.ops.dit_accel.block_sparse_trainable, (*leaves, *arguments, "cpu"))
-    torch.library.opcheck(torch.ops.dit_accel.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference"))
+    torch.library.opcheck(
+        torch.ops.dit_accel.invert_lists, (plan.counts, plan.indices, plan.n_k, "reference")
+    )
 
 
 @pytest.mark.parametrize("shape", ["odd lengths", "few queries many keys"])
@@ -182,3 +195,105 @@ def test_token_orders(impl: str, device: str, shape: str):
         return torch.stack(rows)[None].int().to(device)
 
     check(q, k, v, replace(plan, q_order=order(q.shape[2]), k_order=order(k.shape[2])), impl)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("plan", ["random", "empty"])
+def test_every_shape(impl: str, device: str, shape: str, plan: str):
+    check(*make(shape, torch.float32, 64 if plan == "random" else 16, device, plan), impl)
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_type_and_head_size(impl: str, device: str, dtype: torch.dtype, head: int):
+    check(*make("odd lengths", dtype, head, device, "shared"), impl)
+
+
+@pytest.mark.parametrize(("head", "dtype"), [(8, torch.float32), (72, torch.float16), (256, torch.float16)])
+def test_unusual_head_sizes_and_scales(impl: str, device: str, head: int, dtype: torch.dtype):
+    check(*make("few queries many keys", dtype, head, device), impl, scale=-0.1)
+
+
+def sink_call(device: str, dtype: torch.dtype, shared: bool = False):
+    """Batch 2; key blocks 0 and 4 are read by all 20 query blocks, the others by one or two."""
+    generator = torch.Generator().manual_seed(9)
+    q_starts, k_starts = [0, *accumulate([4, 3] * 10)], [0, *accumulate([8, 5, 20, 7, 40, 1])]
+    mask = torch.rand(*((1, 1) if shared else (2, 1)), 20, 6, generator=generator) < 0.08
+    mask[..., [0, 4]] = True
+    q, k, v = (torch.randn(2, 1, n, 16, generator=generator).to(device, dtype) for n in (70, 81, 81))
+    return q, k, v, BlockPlan.from_mask(mask.to(device), q_starts, k_starts)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sinks_are_summed_from_chunks(impl: str, device: str, shared: bool):
+    q, k, v, plan = sink_call(device, torch.float32, shared)
+    items = invert_plan(plan, impl=impl).items
+    assert (items[..., 3] > 1).any(-1).all()  # every head has a column that is cut
+    check(q, k, v, plan, impl)
+
+
+def test_equal_inputs_give_equal_gradients(impl: str, device: str):
+    q, k, v, plan = sink_call(device, torch.float16)
+    first, second = (gradients(q, k, v, plan, impl, *pulls(q)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_triton_holds_what_is_declared(device: str, monkeypatch: pytest.MonkeyPatch):
+    """What the launch allocates beside the gradients, summed over its calls of `torch.empty`."""
+    if why_not("triton", torch.zeros(1, 1, 4, 16, device=device), BlockPlan.full([0, 4], [0, 4])):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    q, k, v, plan = sink_call(device, torch.float32)
+    out, lse = block_sparse(q, k, v, plan, layout="bhsd", impl="reference")
+    create, sizes = torch.empty, []
+
+    def count(*args, **kwargs):
+        sizes.append(create(*args, **kwargs))
+        return sizes[-1]
+
+    monkeypatch.setattr(torch, "empty", count)
+    differentiate(*pulls(q), q, k, v, out, lse, plan, 0.25, "triton")
+    spent = sum(x.numel() * x.element_size() for x in sizes)
+    assert spent == workspace_bytes(2, 1, 16, plan) and spent > 0
+
+
+def test_any_strides(impl: str, device: str):
+    """Slices of one [B, S, 3, H, D] tensor, and gradients that are one number seen everywhere."""
+    packed = torch.randn(2, 77, 3, 2, 16, generator=torch.Generator().manual_seed(2)).to(device)
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    starts = [0, 32, 64, 77]
+    plan = BlockPlan.full(torch.tensor(starts, device=device), torch.tensor(starts, device=device))
+    one = torch.ones((), device=device)
+    known = dict(grad_out=one.expand(q.shape), grad_lse=one.expand(q.shape[:3]))
+    found = gradients(q, k, v, plan, impl, **known)
+    copies = (x.contiguous() for x in (q, k, v))
+    expected = gradients(*copies, plan, impl, **{name: x.contiguous() for name, x in known.items()})
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_read_leaves_no_trace(impl: str, device: str):
+    """NaN in key blocks that nothing lists, in what reaches rows that read nothing, and behind counts."""
+    q, k, v, _ = make("odd lengths", torch.float32, 16, device)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)[
+        None, None
+    ]
+    plan = BlockPlan.from_mask(mask, [0, 32, 64, 77], [0, 32, 64, 96, 97])
+    slot = torch.arange(4, device=device)
+    dirty = replace(plan, indices=torch.where(slot < plan.counts[..., None], plan.indices, 2**30))
+    grad_out, grad_lse = pulls(q)
+    clean = gradients(q, k, v, plan, impl, grad_out, grad_lse)
+    for x in (grad_out, grad_lse):
+        x[:, :, 32:64] = torch.nan
+    if impl != "reference":  # it multiplies dropped columns by zero in its forward
+        v[:, :, 32:64] = torch.nan
+    k[:, :, 32:64] = torch.nan
+    found = gradients(q, k, v, dirty, impl, grad_out, grad_lse)
+    assert all(torch.equal(x, y) for x, y in zip(found, clean, strict=True))
+    assert (found[0][:, :, 32:64] == 0).all() and all((x[:, :, 32:64] == 0).all() for x in found[1:])
+
+
+def test_large_scores_do_not_overflow(impl: str, device: str):
+    """Also where the lse lies far below the score of zero that a key past its block's end would have."""
+    q, k, v, plan = make("odd lengths", torch.float32, 16, device)
+    k = 30 * k.abs()
+    q = torch.where(torch.arange(77, device=device)[:, None] % 2 == 0, q * 30, -30 * q.abs())
+    check(q, k, v, plan, impl)

@@ -59,6 +59,8 @@ def test_interpreted_kernel_passes_the_oracle_tests():
                 str(HERE / f"test_{kernel}.py")
                 for kernel in (
                     "block_sparse",
+                    "block_sparse_backward",
+                    "inversion",
                     "feedback",
                     "pv_skip",
                     "tuning",
@@ -70,6 +72,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
                     "coarse",
                     "reorder",
                     "kmeans",
+                    "linear_attention",
                 )
             ),
         ),
@@ -138,6 +141,39 @@ def test_kernels_around_plans_compile_without_spills(capability: int):
             assert kernel["wgmma" if capability == 90 else "mma"] and kernel["async"], kernel
         assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
+
+
+@needs_triton
+def test_linear_attention_compiles_without_spills():
+    told = run(str(HERE / "_compile_probe.py"), "90", "linear")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 4 * 5
+    for kernel in kernels:
+        # Products in float32 run on the scalar units, and with heads of 128 take more registers than there are.
+        scalar = kernel["dtype"] == "fp32"
+        allowed = 4096 if scalar else 0 if kernel["feature"] == "softmax" else 64
+        assert kernel["stack"] <= allowed and kernel["local"] == 0, kernel
+        assert kernel["shared"] <= SMALLEST_SHARED, kernel
+        assert scalar or kernel["wgmma"] or kernel["mma"], kernel
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_backward_compiles_without_spills(capability: int):
+    """On the tensor cores, with two sums in registers all the same; what is spilled on sm_90 lies outside of the loops,
+    and its 227 KB of shared memory may be used."""
+    told = run(str(HERE / "_compile_probe.py"), str(capability), "backward")
+    kernels = [json.loads(line) for line in told.splitlines()]
+    assert len(kernels) == 19
+    for kernel in kernels:
+        padded = kernel.get("head") == 96  # and so compiled with masks that other head sizes need not
+        assert kernel["stack"] <= (0 if capability != 90 else 128 if padded else 64), kernel
+        assert kernel["local"] == 0, kernel
+        assert kernel["shared"] <= (LARGEST_SHARED if capability == 90 else SMALLEST_SHARED), kernel
+        if kernel["dtype"] in ("bf16", "fp16"):
+            fast = kernel["head"] <= 128
+            assert kernel["wgmma" if capability == 90 and fast else "mma"] and kernel["async"] == fast, kernel
+            assert max(kernel["spills_in_loop"], default=0) <= (4 if padded else 0), kernel
 
 
 @needs_triton

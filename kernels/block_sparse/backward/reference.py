@@ -48,7 +48,10 @@ def differentiate(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = torch.zeros_like(q)
-    dk, dv = torch.zeros(k.shape, dtype=dtype, device=k.device), torch.zeros(v.shape, dtype=dtype, device=v.device)
+    dk, dv = (
+        torch.zeros(k.shape, dtype=dtype, device=k.device),
+        torch.zeros(v.shape, dtype=dtype, device=v.device),
+    )
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse.to(dtype)
     lead = (*q.shape[:2], -1)
     q_starts, k_starts, counts = (t.expand(lead) for t in (plan.q_starts, plan.k_starts, plan.counts))
