@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
+from dit_accel.methods import Weights
 from dit_accel.options import SparseOptions
 from dit_accel.plan import BlockPlan
 from dit_accel.planner import Planner
@@ -45,10 +46,14 @@ class Attending:
         planner: has the plans.
         layouts: of the tokens.
         tally: counts what ran.
+        weights: the method's trained ones, if it has any.
     """
 
-    def __init__(self, options: SparseOptions, planner: Planner, layouts: Layouts, tally: Tally) -> None:
+    def __init__(
+        self, options: SparseOptions, planner: Planner, layouts: Layouts, tally: Tally, weights: Weights | None = None
+    ) -> None:
         self.options, self.planner, self.layouts, self.tally = options, planner, layouts, tally
+        self.weights = weights
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
@@ -140,7 +145,8 @@ class Attending:
             `[B, S, H, D]`, the executor's name, and the pairs of tokens that were read and that are present.
         """
         layout = self.layouts.of_call(query, text, laid.layout, len(laid.groups))
-        plan = self.planner.plan(query, key, layout, now)
+        with torch.no_grad():  # which blocks are read has no gradient
+            plan = self.planner.plan(query, key, layout, now)
         if laid.observer is not None:
             laid.observer(now, layout, query, key, value, plan)
         return self.attend_by(plan, query, key, value, call, now, layout, held)
@@ -166,6 +172,12 @@ class Attending:
             add_block_means(out, lse, *by_head, plan, scale=call["scale"])
         copied = (plan.q_order is not None) + 2 * (plan.k_order is not None)
         working = held + copied * query.numel() * query.element_size()
+        compensate = getattr(self.planner.method_at(now), "compensate", None)
+        if compensate is not None:
+            out = compensate(out, *by_head, plan, now, self.weights)
+        if self.weights is not None:
+            title = f"{title} + {self.weights.title}"
+            working += self.weights.bytes_working(by_head[0], plan)
         self.tally.bytes_working = max(self.tally.bytes_working, working)
         times = len(query) // plan.lead[0]  # rows for which a plan for all of them counts
         return out.transpose(1, 2), title, count_pairs(plan) * times, plan.n_pairs * times
@@ -180,6 +192,8 @@ class Attending:
         method = self.planner.method_at(now)
         pv_threshold = getattr(method, "pv_threshold", None)
         precision = self.options.precision
+        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+            return self._execute_with_gradients(qkv, plan, call)
         executor = choose(*qkv, plan, self.options.impl, precision, state is not None, pv_threshold is not None)
         title = executor if precision == "full" else f"{executor} ({precision})"
         self._say_once(f"sparse attention runs on the {title} executor")
@@ -190,6 +204,18 @@ class Attending:
         out, lse, needed = block_sparse_feedback(*qkv, plan, method.threshold_at(now), **known)
         method.learn(needed, plan, layout, now, state)
         return out, lse, title
+
+    def _execute_with_gradients(
+        self, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, str]:
+        """As `_execute`, differentiable: for weights that are being trained."""
+        from dit_accel.kernels.block_sparse import block_sparse_trainable, choose
+
+        with torch.no_grad():
+            executor = choose(*(x.detach() for x in qkv), plan, self.options.impl)
+        self._say_once(f"sparse attention with gradients runs on the {executor} executor")
+        known = dict(scale=call["scale"], layout="bhsd", impl=self.options.impl)
+        return *block_sparse_trainable(*qkv, plan, **known), f"{executor} (with gradients)"
 
     def config_for(self, executor: str, qkv: list[Tensor], plan: BlockPlan, call: dict[str, Any]) -> Any:
         """The Triton kernel's configuration, tuned at the first call of its kind; None for the standing one."""
@@ -241,6 +267,6 @@ class Attending:
     def __deepcopy__(self, memo: dict) -> Attending:
         """For a copied transformer: with the configurations that were found, and nothing said yet."""
         parts = (copy.deepcopy(part, memo) for part in (self.planner, self.layouts, self.tally))
-        new = memo[id(self)] = Attending(self.options, *parts)
+        new = memo[id(self)] = Attending(self.options, *parts, copy.deepcopy(self.weights, memo))
         new._configs = dict(self._configs)
         return new

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from dit_accel.errors import FallbackError, UsageError
 from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
-from dit_accel.methods import Method
+from dit_accel.methods import Method, Weights
 from dit_accel.options import SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # (keep 0.25, tiles, Triton kernel; scripts/results/tiny_wan_quality_*_h200.json).
 BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
+_MOMENT = ("call", "layout", "order", "text", "groups", "_dense_reason", "_counted")
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
 
 
@@ -54,11 +57,13 @@ class Engine:
         trajectory: the clock; shared by the experts of one pipeline.
         tally: what ran; shared likewise.
         role: which transformer of the pipeline this is.
+        weights: trained weights in place of those that the method brings along.
 
     Raises:
         UnknownModelError: a transformer of no known family.
-        UsageError: a layer that does not exist, or processors that do not use diffusers' dispatcher. Nothing
-            has been touched then.
+        EnvironmentProblem: weights that cannot be read. Nothing has been touched then.
+        UsageError: a layer that does not exist, processors that do not use diffusers' dispatcher, or weights that
+            are not for this transformer. Nothing has been touched then.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Engine:
         trajectory: Trajectory,
         tally: Tally,
         role: str,
+        weights: Weights | None = None,
     ) -> None:
         self.adapter: ModuleType = find_adapter(transformer)
         self.options, self.method, self.role = options, method, role
@@ -78,7 +84,12 @@ class Engine:
         self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.layouts = Layouts(arrange(method, options))
-        self.attending = Attending(options, self.planner, self.layouts, tally)
+        sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
+        if weights is None and sparse and hasattr(method, "weights_for"):
+            weights = method.weights_for(transformer, sparse, self.layouts.arrangement, role)
+        self.weights = weights
+        self.attending = Attending(options, self.planner, self.layouts, tally, weights)
+        self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
         self.observer: Observer | None = None
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
         self.call: Call | None = None  # the forward under way
@@ -96,6 +107,8 @@ class Engine:
         self._names = tuple(inspect.signature(unwrapped).parameters)[1:]
         self._module = weakref.ref(transformer)
         self.seating = Seating(self, transformer, self.adapter, layers)
+        if weights is not None:
+            weights.install()
         self._hook(transformer)
 
     # -- installing and removing
@@ -120,6 +133,8 @@ class Engine:
             self._listener.part(module)
         if self.region is not None:
             self.region.remove()
+        if self.weights is not None:
+            self.weights.remove()
         self.planner.clear()
         self.layouts.clear()
         self.attending.clear()
@@ -139,14 +154,19 @@ class Engine:
         return self.tally.report(self.keep_requested, self.bytes_held())
 
     @property
+    def trains(self) -> bool:
+        """Whether sparse attention is differentiable here, for the sake of weights that are being trained."""
+        return self.weights is not None and self.weights.trains
+
+    @property
     def keep_requested(self) -> float | None:
         """The share of key blocks asked for; None where a method has no such option."""
         return getattr(self.method, "keep", None)
 
     def bytes_held(self) -> int:
         """Memory this engine keeps between forwards."""
-        region = self.region.bytes_held() if self.region is not None else 0
-        return self.planner.bytes_held() + self.layouts.bytes_held() + region
+        parts = (self.planner, self.layouts, self.region, self.weights)
+        return sum(part.bytes_held() for part in parts if part is not None)
 
     # -- around one forward
 
@@ -273,6 +293,8 @@ class Engine:
         assert call is not None
         if self.method is None:
             return "sparse attention is off", True
+        if self.why_dense_now is not None:
+            return self.why_dense_now, True
         if call.noise > options.dense_above:
             return f"noise level above {options.dense_above:g}", True
         if call.noise < options.dense_below:
@@ -284,7 +306,7 @@ class Engine:
             return f"fewer than {least} tokens, where dense is faster", True
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
-        if torch.is_grad_enabled() and wants_gradients:
+        if torch.is_grad_enabled() and wants_gradients and not self.trains:
             return self._foresee(_GRADIENTS)  # such calls never reach `attend`
         why_local = parallel.why_dense(module, self.adapter, facts.text)
         if why_local is not None:
@@ -292,6 +314,30 @@ class Engine:
         if facts.loose and getattr(self.method, "needs_grid", False):
             return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
         return None
+
+    # -- again, after the forward
+
+    def moment(self) -> dict[str, Any]:
+        """All that calls of the forward under way need to know of it."""
+        return {name: getattr(self, name) for name in _MOMENT}
+
+    @contextmanager
+    def back_in(self, moment: dict[str, Any]) -> Iterator[None]:
+        """Attend as in a forward whose `moment` this was: gradient checkpointing computes its blocks a second time.
+
+        Nothing of it is counted.
+        """
+        now, counting = self.moment(), (self, self.planner, self.attending)
+        vars(self).update(moment)
+        tally = self.tally
+        for part in counting:
+            part.tally = Tally()
+        try:
+            yield
+        finally:
+            vars(self).update(now)
+            for part in counting:
+                part.tally = tally
 
     # -- one attention
 
@@ -329,7 +375,8 @@ class Engine:
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
     ) -> tuple[str, bool] | None:
         if self.call is None or not self.installed:
-            return "attention outside a forward of its transformer", False
+            hint = "; checkpoint by its enable_gradient_checkpointing" if self.trains else ""
+            return f"attention outside a forward of its transformer{hint}", False
         if self._dense_reason is not None:
             return self._dense_reason
         if seat.layer in self.dense_layers:
@@ -395,7 +442,8 @@ class Engine:
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = None
         new._counted, new._foreseen, new._to_count, new.text, new.groups = False, [], [0, ""], 0, ()
-        for name in ("tally", "trajectory", "planner", "layouts", "attending", "_listener"):
+        new.why_dense_now = self.why_dense_now
+        for name in ("tally", "trajectory", "planner", "layouts", "weights", "attending", "_listener"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.seating = self.seating.copy_to(new, target, memo)
         new._handles = copy.deepcopy(self._handles, memo)

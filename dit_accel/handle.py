@@ -170,7 +170,7 @@ def accelerate(
             if regional is not None or (options is not None and method is not None):
                 engine = Engine(transformer, options or SparseOptions(), method, trajectory, tally, role)
                 engines.append(engine)
-                _set_processor(transformer, SparseProcessor.of(engine))
+                set_processor(transformer, SparseProcessor.of(engine))
                 engine.settle()
                 if handle._sampler is not None:
                     RegionEngine(engine, handle._sampler)
@@ -184,7 +184,7 @@ def accelerate(
     return handle
 
 
-def _set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:
+def set_processor(transformer: nn.Module, processor: SparseProcessor) -> None:
     """As `set_attn_processor`, which FramePack's class lacks."""
     for module in transformer.modules():
         if hasattr(module, "set_processor"):

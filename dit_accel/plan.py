@@ -74,6 +74,9 @@ class BlockPlan:
     # logarithm of how many tokens a mean stands for or, with `rest`, of the attention mass it is taken to have
     coarse: Tensor | None = None
     rest: Tensor | None = None  # fp32 [B, H, Nq], logarithm of the mass that all else is taken to have
+    # bool [B|1, H|1, Nq, Nk], key blocks not read that matter so little that nothing shall stand in for them
+    # (`kernels.linear_attention`); None: there are none
+    skipped: Tensor | None = None
     # int32 [B|1, H|1, S], which token stands at each position that the offsets count; None: as they come
     q_order: Tensor | None = None
     k_order: Tensor | None = None
@@ -119,6 +122,11 @@ class BlockPlan:
             raise UsageError(
                 f"coarse must be [B, H, {blocks[0]}, {blocks[1]}], got {tuple(self.coarse.shape)}."
             )
+        if self.skipped is not None and (self.skipped.dtype != torch.bool or self.skipped.shape[2:] != blocks):
+            raise UsageError(
+                f"skipped must be bool [B|1, H|1, {blocks[0]}, {blocks[1]}], got {self.skipped.dtype} "
+                f"{tuple(self.skipped.shape)}."
+            )
         for name, tokens in (("q_order", self.n_q_tokens), ("k_order", self.n_k_tokens)):
             order = getattr(self, name)
             if order is not None and (
@@ -146,7 +154,7 @@ class BlockPlan:
     def lead(self) -> tuple[int, int]:
         """Batch rows and heads the plan tells apart, `(B | 1, H | 1)`."""
         tensors = [self.counts, self.q_starts, self.k_starts]
-        tensors += [x for x in (self.coarse, self.q_order, self.k_order) if x is not None]
+        tensors += [x for x in (self.coarse, self.skipped, self.q_order, self.k_order) if x is not None]
         return max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)
 
     @property

@@ -11,7 +11,9 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel.errors import UsageError
 from dit_accel.layout import TokenLayout
@@ -24,10 +26,11 @@ from dit_accel.trajectory import Call, StateTable, Trajectory
 
 @dataclass
 class KeptPlan:
-    """A plan between two steps: its lists as a bitmap."""
+    """A plan between two steps: its lists, and what it skips, as bitmaps."""
 
     bits: Tensor | None = None  # int32 [B|1, H|1, Nq, ceil(Nk / 32)]
-    rest: BlockPlan | None = None  # everything but the lists
+    skipped: Tensor | None = None  # uint8 [B|1, H|1, Nq, ceil(Nk / 8)]
+    rest: BlockPlan | None = None  # everything but these
     step: int = -1
     noise: float = 0.0
 
@@ -36,7 +39,8 @@ class KeptPlan:
 
         self.bits = pack_lists(plan)
         empty = dict(counts=plan.counts.new_zeros(plan.counts.shape), indices=plan.indices[..., :0].clone())
-        self.rest = replace(plan, **empty, key_means=None)
+        self.skipped = None if plan.skipped is None else _pack(plan.skipped)
+        self.rest = replace(plan, **empty, key_means=None, skipped=None)
         self.step, self.noise = call.step, call.noise
 
     def plan(self) -> BlockPlan:
@@ -44,7 +48,20 @@ class KeptPlan:
 
         assert self.bits is not None and self.rest is not None
         counts, indices = unpack_lists(self.bits, self.rest.n_k)
-        return replace(self.rest, counts=counts, indices=indices)
+        skipped = None if self.skipped is None else _unpack(self.skipped, self.rest.n_k)
+        return replace(self.rest, counts=counts, indices=indices, skipped=skipped)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Eight entries of the last dimension to a byte, the first in its lowest bit."""
+    whole = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (whole << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, n: int) -> Tensor:
+    """The first n entries of what `_pack` made."""
+    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(-2)[..., :n].bool()
 
 
 class Planner:
@@ -58,8 +75,8 @@ class Planner:
         n_layers: of the transformer.
 
     Raises:
-        UsageError: a rule that names a layer that does not exist or a value that the method refuses, or plans
-            asked to be carried over that a method learns anew from every call.
+        UsageError: a rule that names a layer that does not exist, an option that is fixed or a value that the method
+            refuses, or plans asked to be carried over that a method learns anew from every call.
     """
 
     def __init__(
@@ -82,6 +99,11 @@ class Planner:
                         f"A rule names layer {layer}, but this transformer has {n_layers}: give 0 to {n_layers - 1}, "
                         f"or -1 to {-n_layers} to count from the last."
                     )
+            fixed = sorted(set(rule.values) & set(getattr(method, "fixed", ())))
+            if fixed:
+                raise UsageError(
+                    f"A rule changes {fixed[0]}, which holds for a whole transformer: give it beside the rules."
+                )
             self._with_values(tuple(rule.values.items()))  # refuses now what it would refuse in mid-run
 
     def is_dense(self, call: Call) -> bool:

@@ -100,6 +100,7 @@ METHODS: Mapping[str, Entry] = {
     "svg1": Entry(),
     "svg2": Entry(SVG2, knob="top_p"),
     "nabla": Entry(NABLA, knob="top_p"),
+    "sla": Entry(),  # without weights: its choice of blocks alone
     "lite": Entry(knob="threshold", span=(-24.0, 0.0), log=False, whole_run=True),
     # A band is never narrower than a block, which is a large part of a small frame.
     "radial": Entry(

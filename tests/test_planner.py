@@ -1,13 +1,18 @@
 """Rules, plans that serve several steps or both branches, and the arrangement a method brings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dit_accel
 from dit_accel.errors import UnknownNameError, UsageError
 from dit_accel.options import SparseOptions
+from dit_accel.plan import BlockPlan
+from dit_accel.planner import KeptPlan
 from dit_accel.rules import Rule
 from dit_accel.testing import tiny_wan_pipeline
+from dit_accel.trajectory import Call
 
 SMALL = {"block": 16, "min_tokens": 0, "order": "tiles"}
 
@@ -189,3 +194,14 @@ def test_options_come_back_from_their_mapping():
     for bad in ({"tile": [1, 8]}, {"predict_every": 0}, {"predict_drift": 2}, {"share_plans": 1}):
         with pytest.raises(UsageError, match="is not possible"):
             SparseOptions.from_mapping({"keep": 0.3, **bad})
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 13, 33])
+def test_what_a_kept_plan_skips_comes_back(blocks):
+    starts = [0, *range(1, blocks + 1)]
+    mask = torch.rand(2, 3, blocks, blocks) < 0.4
+    plan = replace(BlockPlan.from_mask(mask, starts, starts), skipped=~mask & (torch.rand(mask.shape) < 0.5))
+    kept = KeptPlan()
+    kept.keep(plan, Call(1, "cond", 0, 0.5, (1, 1, blocks), (("video", 0, blocks),), "transformer", 1, 0))
+    assert torch.equal(kept.plan().skipped, plan.skipped) and torch.equal(kept.plan().to_mask(), mask)
+    assert kept.skipped.numel() == 2 * 3 * blocks * -(-blocks // 8)

@@ -197,6 +197,10 @@ def _function_for(entry: _Entry) -> Callable[..., Tensor]:
         if not isinstance(seat, Seat):
             logger.warning("dit_accel's attention was reached without a SparseProcessor: this runs dense.")
             return dense(query, key, value, backend=None, parallel_config=seat, enable_gqa=enable_gqa, **call)
+        query, key, value = _as_autocast(query, key, value)
+        if torch.is_grad_enabled() and getattr(seat.owner, "trains", False):
+            # The opaque op has no gradients.
+            return _attend_openly(seat, query, key, value, enable_gqa=enable_gqa, **call)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             # The sparse kernels have no backward. Counted by the owner, once per forward.
             return seat.dense(query, key, value, enable_gqa=enable_gqa, **call)
@@ -212,12 +216,31 @@ def _entry() -> _Entry:
     return host._AttentionBackendRegistry._backends[slot()].entry
 
 
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast hands them to torch's own attention: all of its type."""
+    kind = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
+
+
+@torch.compiler.disable
+def _attend_openly(seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+    """Attend where autograd sees it; torch.compile breaks its graph here."""
+    with _without_autocast(query):
+        return seat.owner.attend(seat, query, key, value, **call)
+
+
+def _without_autocast(query: Tensor) -> torch.autocast:
+    """Scores and sums of ours have the precision they are written in."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
 @torch.library.custom_op("dit_accel::attend", mutates_args=(), schema=_SCHEMA)
 def _attend(query, key, value, mask, seat, dropout_p, is_causal, scale, enable_gqa):
     """Opaque to torch.compile: everything that changes from step to step is read in here."""
     seat = _entry().find(int(seat))
     call = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    out = seat.owner.attend(seat, query, key, value, enable_gqa=enable_gqa, **call)
+    with _without_autocast(query):
+        out = seat.owner.attend(seat, query, key, value, enable_gqa=enable_gqa, **call)
     return out.contiguous()  # as `_shape_of_attend` promises; the host's next step would copy otherwise
 
 

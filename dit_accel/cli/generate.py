@@ -41,6 +41,7 @@ def generate(
     dtype: options.Dtype = "auto",
     offload: options.Offload = "none",
     lora: options.Lora = None,
+    sla: options.Sla = None,
     set_: options.Set = None,
     output: Annotated[
         str | None,
@@ -87,6 +88,7 @@ def generate(
         ),
         machine=dict(device=device, dtype=dtype, offload=offload, lora=tuple(lora or ())),
         settings=set_ or (),
+        sla=sla,
         size=size,
         seed=seed,
         strict=strict,

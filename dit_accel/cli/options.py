@@ -37,6 +37,14 @@ Offload = Annotated[str, typer.Option(help="none, model or group: what waits in 
 Lora = Annotated[
     list[str] | None, typer.Option(help="LoRA .safetensors as FILE or FILE=STRENGTH. Repeatable.")
 ]
+Sla = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trained weights of SLA (scripts/finetune_sla.py) to run method sla with: a file, or a folder "
+        "with one for each transformer.",
+        show_default=False,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

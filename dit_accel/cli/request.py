@@ -129,6 +129,7 @@ def build(
     settings: Sequence[str],
     size: str | None,
     seed: int | None,
+    sla: Path | None = None,
     strict: bool = False,
     output: str | None = None,
 ) -> Request:
@@ -140,11 +141,14 @@ def build(
         image: a picture; its file is read here.
         count: so many of each prompt.
         settings: texts of `--set`; a dedicated flag wins over them.
+        sla: a side file of trained weights of SLA; its head is read here.
     """
     chosen = load_preset(preset or PRESET)
     given = dict(parse_setting(text) for text in settings)
     values = {"model": model, **{f"generate.{key}": value for key, value in generate.items()}}
     given |= {key: value for key, value in values.items() if value is not None}
+    if sla is not None:
+        chosen, given = _use_sla(chosen, given, sla.expanduser())
     if size is not None:
         given["generate.width"], given["generate.height"] = parse_size(size)
     if given:
@@ -183,6 +187,21 @@ def build(
             "output": "cli" if output is not None else "default",
         },
     )
+
+
+def _use_sla(preset: Preset, given: dict[str, Any], file: Path) -> tuple[Preset, dict[str, Any]]:
+    """The preset and the values given with SLA's trained weights.
+
+    Their file says what the method is to be like (share of blocks, order, block size), so the preset's own budget is
+    not for it; what is given with `--set` still is, where the weights allow it.
+    """
+    method = given.get("sparse.method", "sla")
+    if method != "sla":
+        raise UsageError(f"--sla {file} and sparse.method={method}: weights of SLA are for method sla; leave one out")
+    if "sparse.weights" in given:
+        raise UsageError(f"--sla {file} and sparse.weights={given['sparse.weights']}: the same twice; leave one out")
+    whole = {"sparse.keep": None, "sparse.top_p": None, "sparse.method": "sla", "sparse.weights": str(file)}
+    return preset.with_values(whole, "cli"), given
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -17,6 +17,13 @@ for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may al
   plan mattered (`kernels.block_sparse.block_sparse_feedback`).
 - `pv_threshold`, an option that the engine hands to the kernel as it is here: what the kernel may leave out of the plan
   (`kernels.block_sparse.block_sparse`). Not for methods that learn.
+- `weights_for(transformer, layers, arrangement, role) -> Weights | None`, if it has trained weights: asked once, when
+  it is installed, for the self-attentions that are to be sparse of the pipeline's transformer of that name. It touches
+  nothing and raises UsageError where they do not fit.
+- `compensate(out, query, key, value, plan, call, weights) -> out`, if what is not read is given back by more than the
+  plan can say: called behind the executor with `[B, H, S, D]` and those weights or None; it may write over `out` where
+  nothing needs gradients. Options that `weights_for` reads stand in `fixed`, a class attribute: rules cannot change
+  them.
 
 A plan with `coarse` weights gives back what is not read as mean values of blocks, one with orders of its own brings
 each head's tokens into another order for the call. Options that vary with noise level or layer, and plans that serve
@@ -41,6 +48,24 @@ if TYPE_CHECKING:
     from dit_accel.layout import TokenLayout
     from dit_accel.plan import BlockPlan
     from dit_accel.trajectory import Call
+
+
+class Weights(Protocol):
+    """A method's trained weights on one transformer, held by its engine."""
+
+    title: str  # what they add, for the report
+    trains: bool  # whether calls that need gradients are sparse too, for the weights' sake
+
+    def install(self) -> None:
+        """Put in place what they change of the transformer."""
+
+    def remove(self) -> None:
+        """Give the transformer back what it was, exactly; nothing the second time."""
+
+    def bytes_held(self) -> int: ...
+
+    def bytes_working(self, query: Tensor, plan: BlockPlan) -> int:
+        """What `compensate` takes for a while in a call with query `[B, H, S, D]`."""
 
 
 class Method(Protocol):

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-from dit_accel.methods import load_method
+from dit_accel.methods import load_method, sla
+from dit_accel.sla.shape import attention_shape
+from dit_accel.sla.spec import SlaSpec
+from dit_accel.sla.trained import Trained
+from dit_accel.sla.weights import LayerWeights, SlaWeights
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ class Remember:
         return plan_of(*choose_blocks(scores, None, self.keep), layout)
 
 
+@dataclass(frozen=True)
+class TrainedSla(sla.Method):
+    """SLA with a random projection in each layer, whatever the transformer."""
+
+    def weights_for(self, transformer: torch.nn.Module, layers: Any, arrangement: Any, role: str) -> Trained:
+        shape = attention_shape(transformer)
+        spec = SlaSpec(len(shape.layers), shape.head_size, keep=self.keep)
+        generator = torch.Generator().manual_seed(0)
+        size = shape.head_size
+
+        def projection() -> LayerWeights:
+            # Without a bias, which is there also where no key is left for the linear part.
+            return LayerWeights(torch.randn(size, size, generator=generator) / size, torch.zeros(size))
+
+        return Trained(SlaWeights(spec, {layer: projection() for layer in layers}), transformer, layers, "linear")
+
+
 # `random` is a control: it draws anew for each branch name. At 1.0 each reads everything; below, about as much as the
 # number says.
 METHODS: dict[str, Callable[[float], Any]] = {
@@ -52,6 +73,7 @@ METHODS: dict[str, Callable[[float], Any]] = {
     "nabla": lambda keep: load_method("nabla", top_p=keep, keep=keep),
     "radial": lambda keep: load_method("radial", **({"decay_factor": 100, "vote": 0} if keep == 1 else {})),
     "neighborhood": lambda keep: load_method("neighborhood", window=[1.0 if keep == 1 else 0.6] * 3),
+    "sla": TrainedSla,
     "clear": lambda keep: load_method("clear", radius=100 if keep == 1 else 3),
 }
 # Under every law on every family; the others on the first, and under law 1 on all. What differs between families is

@@ -1,0 +1,1 @@
+"""Training what a sparse method learns: SLA. The only part of this package with gradients."""

@@ -1,0 +1,103 @@
+"""What training is worth: the velocity error of several ways to attend, against the dense model, at equal latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.handle import set_processor
+from dit_accel.processor import SparseProcessor
+from dit_accel.report import Report
+from dit_accel.sla.spec import SlaSpec, read_spec
+from dit_accel.training.draws import spread_levels
+from dit_accel.training.samples import LatentFolder
+from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way to attend: its options, how far its velocity is from dense, and what ran."""
+
+    options: Mapping[str, Any]
+    error: VelocityError
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"options": dict(self.options), "error": self.error.to_dict(), "report": self.report.to_dict()}
+
+
+def ways_to_attend(keep: float, arrangement: Mapping[str, Any], file: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Options of the training-free methods at this share of key blocks and, with a side file, of the trained one.
+
+    Args:
+        keep: of the training-free ones; the trained one reads as many blocks as it was trained with.
+        arrangement: order, block, tile.
+        file: a side file.
+    """
+    ways = {
+        "pooled": {"method": "pooled", "keep": keep, **arrangement},
+        "sla, untrained": {"method": "sla", "keep": keep, **arrangement},
+    }
+    if file is not None:
+        ways["sla, trained"] = {"method": "sla", "weights": str(file)}
+    return ways
+
+
+def ways_of_file(file: Path) -> dict[str, dict[str, Any]]:
+    """`ways_to_attend` with everything equal to what a side file was trained for."""
+    spec: SlaSpec = read_spec(file)
+    return ways_to_attend(spec.keep, {"order": spec.order, "block": spec.block, "tile": spec.tile}, file)
+
+
+@torch.no_grad()
+def compare_ways(
+    transformer: nn.Module,
+    ways: Mapping[str, Mapping[str, Any]],
+    folder: LatentFolder,
+    places: Sequence[int],
+    *,
+    levels: int,
+    seed: int,
+    after: Callable[[str], None] | None = None,
+) -> dict[str, Compared]:
+    """Measure every way to attend on one transformer, which is as it was afterwards.
+
+    Dense velocities are computed once and kept in main memory.
+
+    Args:
+        ways: sparse options by name; layers that cannot be sparse are an error.
+        places: of the folder's samples.
+        levels: how many noise levels of the folder's schedule.
+        after: called with the name of each way that is measured, "dense" first.
+    """
+    device, chosen = next(transformer.parameters()).device, spread_levels(folder.index.schedule, levels)
+
+    def cases():
+        return make_cases(folder, places, chosen, device=device, dtype=transformer.dtype, seed=seed)
+
+    def velocity(inputs: dict[str, Any]) -> torch.Tensor:
+        return transformer(**inputs)[0]
+
+    aims = [velocity(case.inputs).cpu() for case in cases()]
+    found: dict[str, Compared] = {}
+    if after is not None:
+        after("dense")
+    for name, options in ways.items():
+        processor = SparseProcessor(transformer, **{"min_tokens": 0, "strict": True, **options})
+        try:
+            set_processor(transformer, processor)
+            waiting = iter(aims)
+            error = measure_velocity(
+                cases(), velocity, lambda _, waiting=waiting: next(waiting).to(device), chosen, device=device
+            )
+            found[name] = Compared(options, error, processor.report)
+        finally:
+            processor.remove()
+        if after is not None:
+            after(name)
+    return found

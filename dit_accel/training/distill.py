@@ -1,0 +1,315 @@
+"""Self-distillation: a student with SLA learns the velocity of the dense model it is made of.
+
+Both see the same noisy latents; the loss is the mean square of what their velocities differ by. On several GPUs each
+process has a copy and draws rows of its own; gradients are averaged (accelerate).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError, unknown_name
+from dit_accel.pipelines.staging import Stage
+from dit_accel.sla.weights import save_sla_weights
+from dit_accel.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from dit_accel.training.draws import NOISES, Draws, spread_levels
+from dit_accel.training.ema import Average
+from dit_accel.training.interrupts import Interrupts
+from dit_accel.training.samples import LatentFolder, need_samples
+from dit_accel.training.student import Student
+from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
+
+CHECKPOINT, RECORD, WEIGHTS = "checkpoint.safetensors", "record.json", "sla.safetensors"
+PRECISIONS = ("no", "bf16")
+LEVELS = 5  # noise levels at which velocities are compared
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How to train.
+
+    Raises:
+        UsageError: a value outside its range, or neither steps nor minutes.
+    """
+
+    steps: int | None = None  # train so many steps
+    minutes: float | None = None  # or until so many minutes have passed, those of resumed runs included
+    rate: float = 1e-5  # learning rate of the transformer's weights or LoRA
+    projection_rate: float = 1e-3  # learning rate of the projections, which start at zero
+    mix_rate: float = 0.05  # learning rate of the mixes, which are logits and start where their slope is small
+    weight_decay: float = 0.01
+    warmup: int = 20  # steps over which the rates rise
+    clip: float = 1.0  # largest norm of a step's gradient
+    batch: int = 1  # samples in one forward of each process
+    accumulate: int = 1  # forwards in one step
+    noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
+    ema: float = 0.99  # decay of the average of the weights; 0: none
+    seed: int = 0
+    precision: str = "no"  # "bf16": autocast
+    checkpointing: bool = False  # compute activations again in the backward: less memory, a third more time
+    held_out: int = 2  # the folder's last samples, on which the velocity error is measured
+    save_minutes: float = 10.0  # between checkpoints
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise UsageError("how long to train? give steps, minutes or both (what comes first ends the run)")
+        for name in ("steps", "batch", "accumulate", "held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} = {value}: at least 1 is needed")
+        for name in ("minutes", "rate", "projection_rate", "mix_rate", "clip", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} = {value}: a positive number is needed")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} = {getattr(self, name)}: a number from 0 is needed")
+        if self.noise not in NOISES:
+            raise unknown_name("distribution of noise levels", self.noise, NOISES)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+
+    def lasting(self) -> dict[str, Any]:
+        """What must be equal for a run to be gone on with: all but how long it is, and how often it is saved."""
+        free = ("steps", "minutes", "save_minutes")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+
+def make_accelerator(precision: str, cpu: bool = False) -> Any:
+    """accelerate's front door to one or many GPUs.
+
+    Args:
+        precision: "no" or "bf16".
+        cpu: stay on the CPU where there is a GPU.
+
+    Raises:
+        EnvironmentProblem: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError:
+        raise EnvironmentProblem("fine-tuning needs accelerate: pip install 'dit-accel[training]'") from None
+    # some families have weights in their last block that reach no output
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
+
+
+class Distiller:
+    """One run of self-distillation.
+
+    Args:
+        student: on the CPU or the accelerator's device.
+        folder: the latents; made by a model of the same class.
+        options: how to train.
+        accelerator: as `make_accelerator` gives it.
+        out: where the side file, the checkpoint and the record go.
+
+    Raises:
+        UsageError: latents of another model's class, a student without anything to train.
+        DitAccelError: too few samples.
+    """
+
+    def __init__(
+        self, student: Student, folder: LatentFolder, options: DistillOptions, accelerator: Any, out: Path
+    ) -> None:
+        name = type(student.transformer).__name__
+        if folder.index.transformer != name:
+            raise UsageError(
+                f"{folder.folder} holds latents of a {folder.index.transformer}, and the student is a {name}; make "
+                "latents with this model"
+            )
+        need_samples(folder, options.held_out + 1, f"training with {options.held_out} held out")
+        self.student, self.folder, self.options = student, folder, options
+        self.accelerator, self.out = accelerator, out
+        self.dtype = student.transformer.dtype
+        train = range(len(folder) - options.held_out)
+        self.held_out = range(len(train), len(folder))
+        shared = dict(batch=options.batch, accumulate=options.accumulate, noise=options.noise, seed=options.seed)
+        self.draws = Draws(folder, train, **shared)
+        if options.checkpointing:
+            student.transformer.enable_gradient_checkpointing()
+        student.place(accelerator.device)
+        groups = self._group(student.trainable())
+        # in the order in which the optimiser, and so a checkpoint, counts them
+        self.parameters = {name: p for group in groups for name, p in group.items()}
+        rates = (options.mix_rate, options.projection_rate, options.rate)
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": list(group.values()), "lr": rate, "top": rate, "weight_decay": decay}
+                for group, rate, decay in zip(groups, rates, (0.0, *[options.weight_decay] * 2), strict=True)
+                if group
+            ]
+        )
+        self.average = Average(self.parameters, options.ema)
+        self.wrapped = accelerator.prepare(student)
+        self.step, self.seconds, self.losses, self.before = 0, 0.0, [], None
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in `out`.
+
+        Raises:
+            EnvironmentProblem: there is none, or it is damaged.
+            UsageError: it is of other options or another model.
+        """
+        path = self.out / CHECKPOINT
+        reached = load_checkpoint(path, self.parameters, self.optimiser, self.average, self._lasting())
+        self.step, self.seconds, self.losses = reached.step, reached.seconds, list(reached.losses)
+        self.before = reached.before
+
+    def run(self, told: dict[str, Any], progress: Callable[[int, float], None] | None = None) -> dict[str, Any]:
+        """Train until the time is up, or an interrupt; write the side file, the checkpoint and the record.
+
+        Args:
+            told: what else the record shall say.
+            progress: called after each step with its number and its loss.
+
+        Returns:
+            The record; `interrupted` says whether an interrupt ended the run. There is no side file then, but the
+            checkpoint to go on from.
+
+        Raises:
+            DitAccelError: a loss that is not finite.
+        """
+        self.measure_before()
+        began, saved = time.monotonic() - self.seconds, time.monotonic()
+        with Interrupts() as interrupts:
+            interrupted = False
+            while not interrupted and not self._is_over(time.monotonic() - began):
+                loss, interrupted = self._take_step(interrupts.came)
+                self.seconds = time.monotonic() - began
+                self.losses.append(loss)
+                if progress is not None:
+                    progress(self.step, loss)
+                if time.monotonic() - saved > 60 * self.options.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+            if interrupted:
+                return {**told, "interrupted": True, "steps": self.step}
+        with self.average.applied():
+            after = self.measure().to_dict()
+            record = {**told, **self._record(after), "interrupted": False}
+            if self.accelerator.is_main_process:
+                self._give_out(record)
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def measure_before(self) -> None:
+        """Measure the velocity error of the untrained student, unless a checkpoint told it."""
+        if self.before is None:
+            self.before = self.measure().to_dict()
+
+    def measure(self) -> VelocityError:
+        """The velocity error on the held-out samples, each process its share of them."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        levels = spread_levels(self.folder.index.schedule, LEVELS)
+        told = dict(device=self.accelerator.device, dtype=self.dtype, seed=self.options.seed)
+        return measure_velocity(
+            make_cases(self.folder, self.held_out[rank::world], levels, **told),
+            lambda inputs: self._velocity(self.student, inputs),
+            lambda inputs: self._velocity(self.student.teacher, inputs),
+            levels,
+            device=self.accelerator.device,
+            total=lambda sums: self.accelerator.reduce(sums, "sum"),
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint, on the first process."""
+        if self.accelerator.is_main_process:
+            reached = Progress(self.step, self.seconds, tuple(self.losses), self.before)
+            path = self.out / CHECKPOINT
+            save_checkpoint(path, self.parameters, self.optimiser, self.average, reached, self._lasting())
+
+    def _take_step(self, wants_end: bool) -> tuple[float, bool]:
+        """One step of the optimiser: its loss over all processes, and whether any of them wants an end."""
+        options, accelerator = self.options, self.accelerator
+        losses = []
+        for micro in range(options.accumulate):
+            batch = self.draws.draw(self.step, micro, accelerator.process_index, accelerator.num_processes)
+            inputs = batch.inputs(accelerator.device, self.dtype)
+            # the teacher first: where both are one model, the backward is the student's forward's
+            aim = self._velocity(self.student.teacher, inputs).float()
+            waits = micro + 1 < options.accumulate
+            with accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
+                with accelerator.autocast():
+                    given = self.wrapped(**inputs)
+                loss = (given.float() - aim).square().mean()
+                accelerator.backward(loss / options.accumulate)
+            losses.append(loss.detach())
+        shared = torch.stack([torch.stack(losses).mean(), loss.new_tensor(float(wants_end))])
+        mean, ends = accelerator.reduce(shared, "mean").tolist()
+        if not math.isfinite(mean):
+            raise DitAccelError(
+                f"the loss of step {self.step + 1} is {mean}; go on from the checkpoint with a smaller --rate or "
+                "--projection-rate"
+            )
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["top"] * min(1.0, (self.step + 1) / max(options.warmup, 1))
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.average.update(self.step)
+        return mean, ends > 0
+
+    def _group(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+        """Those of mixes, of projections and of the transformer, by name."""
+        own = {id(p) for p in self.student.sla.projections()}
+        mixes = {name: p for name, p in parameters.items() if id(p) in own and name.endswith(".mix")}
+        projections = {name: p for name, p in parameters.items() if id(p) in own and name not in mixes}
+        rest = {name: p for name, p in parameters.items() if id(p) not in own}
+        return [mixes, projections, rest]
+
+    def _velocity(self, model: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast(), torch.no_grad():
+            return model(**inputs)
+
+    def _is_over(self, seconds: float) -> bool:
+        options = self.options
+        if options.steps is not None and self.step >= options.steps:
+            return True
+        if options.minutes is None:
+            return False
+        # the first process' clock counts: one that stopped alone would hang the others
+        over = torch.tensor(float(seconds >= 60 * options.minutes), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(over, 0)
+        return bool(over)
+
+    def _lasting(self) -> dict[str, Any]:
+        return {
+            **self.options.lasting(),
+            "trains": self.student.trains,
+            "sla": asdict(self.student.sla.options),
+            "processes": self.accelerator.num_processes,
+            "samples": len(self.folder),
+        }
+
+    def _record(self, after: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {
+            "steps": self.step,
+            "seconds": round(self.seconds, 2),
+            "losses": self.losses,
+            "velocity_error": {"before": self.before, "after": after},
+            "options": {**asdict(self.options), **self._lasting()},
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+            "index": self.folder.index.to_dict(),
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        }
+
+    def _give_out(self, record: dict[str, Any]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_sla_weights(self.out / WEIGHTS, self.student.sla.weights())
+        with Stage() as stage:
+            stage.write_text(self.out / RECORD, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,111 @@
+"""The command line of finetune_sla.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dit_accel.cli.request import parse_size
+from dit_accel.training.distill import PRECISIONS, DistillOptions
+from dit_accel.training.draws import NOISES
+from dit_accel.training.student import TRAINS
+
+
+def read_options(about: str, words: list[str] | None = None) -> argparse.Namespace:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=plain)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{latents,train,evaluate}")
+    add_latents(verbs.add_parser("latents", help="make training data", description=about, formatter_class=plain))
+    add_train(verbs.add_parser("train", help="fine-tune", description=about, formatter_class=plain))
+    add_evaluate(
+        verbs.add_parser("evaluate", help="compare velocities with dense", description=about, formatter_class=plain)
+    )
+    return parser.parse_args(words)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="tiny-wan", help="names the model, sizes and schedule (tiny-wan)")
+    parser.add_argument("--model", help="shipped name, folder or hub id instead of the preset's")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+
+
+def add_latents(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; the model denoises them")
+    source.add_argument("--builtin-prompts", action="store_true", help="32 prompts of ours; the model denoises them")
+    source.add_argument("--videos", type=Path, metavar="DIR", help="videos, each with its caption in a .txt beside it")
+    source.add_argument(
+        "--scenes", choices=("rendered", "denoised"), help="scenes that the small shipped models know: rendered, or "
+        "their captions denoised",
+    )  # fmt: skip
+    parser.add_argument("--first", type=int, default=0, help="number of the first scene; from 1000000 on unseen ones")
+    parser.add_argument("--count", type=int, required=True, help="samples; those that are there count")
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="pixels instead of the preset's")
+    parser.add_argument("--frames", type=int, help="instead of the preset's")
+    parser.add_argument("--steps", type=int, help="of the schedule, instead of the preset's")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and scenes (0)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the samples")
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    default = DistillOptions(steps=1)
+    parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sla.safetensors, checkpoint and record")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from these trained weights")
+    sla = parser.add_argument_group("SLA")
+    sla.add_argument("--keep", type=float, help="share of key blocks read exactly (0.1)")
+    sla.add_argument("--variant", help="linear part over the keys not read, complement, or over all (complement)")
+    sla.add_argument("--feature", help="softmax, elu or relu (softmax)")
+    sla.add_argument("--negligible", type=float, help="share of key blocks in neither part (0)")
+    sla.add_argument("--mix", action="store_true", help="a learned ratio of the parts for each head, as SLA2")
+    sla.add_argument("--order", help="order of the tokens (the method's)")
+    sla.add_argument("--block", type=int, help="tokens in one block (the method's)")
+    sla.add_argument("--dense-layers", type=_numbers, default=(), metavar="N,N", help="layers that stay dense")
+    train = parser.add_argument_group("training")
+    train.add_argument(
+        "--trains", choices=TRAINS, default="lora", help="full: all weights; lora: a LoRA of the self-attentions; both "
+        "with the projections, which projection trains alone (lora)",
+    )  # fmt: skip
+    train.add_argument("--rank", type=int, default=32, help="of the LoRA (32)")
+    train.add_argument("--steps", type=int, help="end after so many steps")
+    train.add_argument("--minutes", type=float, help="end after so many minutes")
+    for name, help in (
+        ("rate", "learning rate of the model's weights or LoRA"),
+        ("projection-rate", "learning rate of the projections"),
+        ("mix-rate", "learning rate of the mixes"),
+        ("weight-decay", "of AdamW"),
+        ("warmup", "steps over which the rates rise"),
+        ("clip", "largest norm of a step's gradient"),
+        ("batch", "samples in a forward, on each GPU"),
+        ("accumulate", "forwards in a step"),
+        ("ema", "decay of the averaged weights, which are those given out"),
+        ("seed", "of everything that is drawn"),
+        ("held-out", "last samples of the folder, for the velocity error"),
+        ("save-minutes", "between checkpoints"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        train.add_argument(f"--{name}", type=type(value), default=value, help=f"{help} ({value:g})")
+    train.add_argument("--noise", choices=NOISES, default=default.noise, help="noise levels: those the pipeline "
+                       "samples at, or log-normal as published (schedule)")  # fmt: skip
+    train.add_argument("--precision", choices=PRECISIONS, help="autocast (bf16 on a GPU, else no)")
+    train.add_argument("--checkpointing", action="store_true", help="less memory, about a third more time")
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
+    parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made; best of unseen scenes")
+    parser.add_argument("--sla", type=Path, nargs="*", default=[], metavar="FILE", help="trained weights, one or more")
+    parser.add_argument("--keep", type=float, default=0.1, help="share of key blocks where no --sla says it (0.1)")
+    parser.add_argument("--count", type=int, default=4, help="last samples of the folder (4)")
+    parser.add_argument("--levels", type=int, default=5, help="noise levels of the schedule (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the record there")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())

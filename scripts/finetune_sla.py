@@ -1,0 +1,273 @@
+"""Fine-tune a model for sparse-linear attention (SLA): make latents, train against the dense model, compare.
+
+    python scripts/finetune_sla.py latents --scenes rendered --count 64 --out lat
+    python scripts/finetune_sla.py train --latents lat --steps 200 --keep 0.1 --mix --out sla
+    python scripts/finetune_sla.py evaluate --latents lat --sla sla/sla.safetensors
+    dit-accel generate --preset tiny-wan --sla sla/sla.safetensors --prompt "..."
+
+    torchrun --nproc-per-node 4 scripts/finetune_sla.py latents --preset wan21-1.3b-fast --builtin-prompts \
+        --count 256 --out lat
+    accelerate launch --num-processes 4 scripts/finetune_sla.py train --preset wan21-1.3b-fast --latents lat \
+        --trains full --checkpointing --minutes 50 --out sla
+    python scripts/finetune_sla.py train ... --out sla --resume
+
+Ctrl-C ends `train` behind the step under way, with a checkpoint, and exits 130; `latents` goes on where it was when it
+is called again. docs/sla.md says what to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import _source_tree  # noqa: F401  (must come before dit_accel)
+from _finetune_arguments import read_options
+
+from dit_accel.cli.terminal import complain, remark, tables
+from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
+from dit_accel.preset import Preset, load_preset
+
+INTERRUPTED = 130  # exit code, as of a program that Ctrl-C ends
+
+
+def main() -> int:
+    options = read_options(__doc__ or "")
+    verbs = {"latents": make_latents, "train": train, "evaluate": evaluate}
+    try:
+        return verbs[options.verb](options)
+    except DitAccelError as error:
+        complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        complain("interrupted; what was finished is kept")
+        return INTERRUPTED
+
+
+# -- latents
+
+
+def make_latents(options: Any) -> int:
+    from tqdm import tqdm
+
+    from dit_accel.pipelines import recipe
+    from dit_accel.training import latents
+
+    preset = preset_of(options)
+    rank, world = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1)))
+    drive = recipe(preset.pipeline)
+    source = source_of(options)
+    pipe = drive.load(
+        preset.model, device=device_of(options), dtype=options.dtype, flow_shift=preset.generate.flow_shift
+    )
+    changed = {"frames": options.frames, "steps": options.steps}
+    if options.size:
+        changed |= dict(zip(("width", "height"), options.size, strict=True))
+    generate = replace(preset.generate, **{name: value for name, value in changed.items() if value is not None})
+    drive.size_rule_of(pipe).check(generate.width, generate.height, generate.frames)
+    with tqdm(desc="samples", unit="", disable=rank > 0) as bar:
+        folder = latents.make_latents(
+            pipe, source, generate, options.out, count=options.count, seed=options.seed, model=preset.model,
+            share=(rank, world), after=lambda _: bar.update(),
+        )  # fmt: skip
+    if rank == 0:
+        shape = "x".join(map(str, folder.index.shape[1:]))
+        remark(f"{len(folder)} samples of {shape} in {options.out}, from {folder.index.source}")
+    return 0
+
+
+def source_of(options: Any) -> Any:
+    from dit_accel.cli.request import read_prompts
+    from dit_accel.training.sources import Prompts, Scenes, Videos
+
+    if options.videos:
+        return Videos(options.videos)
+    if options.scenes:
+        return Scenes(options.seed, options.first, rendered=options.scenes == "rendered")
+    return Prompts(read_prompts(None, options.prompts_file)) if options.prompts_file else Prompts()
+
+
+# -- train
+
+
+def train(options: Any) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from dit_accel.training.distill import CHECKPOINT, WEIGHTS, Distiller, DistillOptions, make_accelerator
+    from dit_accel.training.samples import LatentFolder
+    from dit_accel.training.student import Student
+
+    preset = preset_of(options)
+    there = (options.out / CHECKPOINT).exists()
+    if there and not options.resume:
+        raise UsageError(f"{options.out} holds a run already: give --resume to go on with it, or another --out")
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    precision = options.precision or ("bf16" if on_gpu else "no")
+    names = DistillOptions.__dataclass_fields__
+    given = {name: value for name, value in vars(options).items() if name in names}
+    how = DistillOptions(**given | {"precision": precision})
+    folder, sla = LatentFolder(options.latents), sla_of(options)
+    accelerator = make_accelerator(precision, cpu=not on_gpu)
+    dtype = torch.bfloat16 if precision == "bf16" and options.trains != "full" else torch.float32
+    transformer = load_transformer(preset, dtype).to(accelerator.device)
+    student = Student(transformer, sla, options.trains, options.rank)
+    if options.start is not None:
+        from dit_accel.sla.weights import load_sla_weights
+
+        student.start_from(load_sla_weights(options.start))
+    distiller = Distiller(student, folder, how, accelerator, options.out)
+    if options.resume:
+        distiller.resume()
+    distiller.measure_before()
+    first = accelerator.is_main_process
+    with tqdm(desc="steps", unit="", initial=distiller.step, total=how.steps, disable=not first) as bar:
+
+        def show(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3g}")
+
+        told = {**describe(accelerator.device), "preset": preset.name, "model": preset.model, "rank": options.rank}
+        record = distiller.run(told, show)
+    accelerator.end_training()
+    if record["interrupted"]:
+        if first:
+            complain(f"interrupted after step {record['steps']}: go on with the same command and --resume")
+        return INTERRUPTED
+    if first:
+        error = record["velocity_error"]
+        remark(
+            f"{record['steps']} steps in {record['seconds']:.0f} s; velocity error on {how.held_out} held-out samples "
+            f"{error['before']['overall']:.4g} before, {error['after']['overall']:.4g} after"
+        )
+        print(options.out / WEIGHTS)
+    return 0
+
+
+def sla_of(options: Any) -> Any:
+    """The options of SLA: as given, else as the weights to start from were trained, else the defaults."""
+    from dit_accel.sla.spec import read_spec
+    from dit_accel.training.sla import SlaOptions
+
+    names = ("keep", "variant", "feature", "negligible", "order", "block")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given |= {"mix": options.mix, "dense_layers": options.dense_layers}
+    if options.start is None:
+        return SlaOptions(**given)
+    return SlaOptions.of(read_spec(options.start), **given)
+
+
+# -- evaluate
+
+
+def evaluate(options: Any) -> int:
+    from tqdm import tqdm
+
+    from dit_accel.pipelines.loading import pick_device, pick_dtype
+    from dit_accel.pipelines.staging import Stage
+    from dit_accel.training.compare import compare_ways, ways_of_file, ways_to_attend
+    from dit_accel.training.samples import LatentFolder, need_samples
+
+    preset, folder = preset_of(options), LatentFolder(options.latents)
+    need_samples(folder, options.count, "this comparison")
+    ways: dict[str, Any] = {} if options.sla else ways_to_attend(options.keep, {})
+    for file in options.sla:
+        for name, way in ways_of_file(file).items():
+            known = [other for other, told in ways.items() if told == way]
+            if not known:  # several files of one kind share the training-free rows
+                ways[name if name not in ways else f"{name} {file}"] = way
+    device = pick_device(options.device)
+    transformer = load_transformer(preset, pick_dtype(options.dtype, device)).to(device)
+    places = range(len(folder) - options.count, len(folder))
+    with tqdm(desc="ways", unit="", total=len(ways) + 1) as bar:
+        found = compare_ways(
+            transformer, ways, folder, places, levels=options.levels, seed=options.seed, after=lambda _: bar.update()
+        )
+    show(found)
+    if options.out is not None:
+        record = {
+            **describe(device),
+            "preset": preset.name,
+            "model": preset.model,
+            "dtype": str(transformer.dtype),
+            "samples": options.count,
+            "seed": options.seed,
+            "index": folder.index.to_dict(),
+            "ways": {name: each.to_dict() for name, each in found.items()},
+        }
+        with Stage() as stage:
+            stage.write_text(options.out, json.dumps(record, indent=1) + "\n")
+        remark(f"record: {options.out}")
+    return 0
+
+
+def show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    first = next(iter(found.values()))
+    title = "relative squared error of the velocity against dense, by noise level"
+    table = Table("way", "keys read", "overall", title=title, title_justify="left")
+    for sigma, _ in first.error.levels:
+        table.add_column(f"{sigma:.3f}", justify="right")
+    for name, each in found.items():
+        errors = [f"{error:.3g}" for _, error in each.error.levels]
+        table.add_row(name, f"{each.report.keep_achieved:.1%}", f"{each.error.overall:.3g}", *errors)
+    tables().print(table)
+
+
+# -- shared
+
+
+def preset_of(options: Any) -> Preset:
+    preset = load_preset(options.preset)
+    return preset.with_values({"model": options.model}, "cli") if options.model else preset
+
+
+def device_of(options: Any) -> str:
+    """The device of this process: its own GPU where torchrun started several."""
+    if options.device == "auto" and "LOCAL_RANK" in os.environ:
+        import torch
+
+        return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    return options.device
+
+
+def load_transformer(preset: Preset, dtype: Any) -> Any:
+    """The transformer alone: text encoders and autoencoder have done their part in the latents."""
+    import diffusers
+
+    from dit_accel.pipelines import recipe
+    from dit_accel.pipelines.weights import read_index
+
+    folder = recipe(preset.pipeline).find(preset.model)
+    index = read_index(folder)
+    if index.get("transformer_2", [None])[0] is not None:
+        raise UsageError(
+            f"{preset.model} has two experts (Wan 2.2 14B); fine-tuning is for models with one transformer"
+        )
+    try:
+        cls = getattr(diffusers, index["transformer"][1])
+        return cls.from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise EnvironmentProblem(f"cannot load the transformer of {folder}: {str(error).splitlines()[0]}") from error
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """What a record begins with: chip, versions, date, commit, command."""
+    import importlib.metadata
+
+    from _quality_record import describe_environment
+
+    told = describe_environment(device)
+    for name in ("accelerate", "peft"):
+        try:
+            told["versions"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            told["versions"][name] = None
+    return told
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""finetune_sla.py on a random tiny Wan: latents, training, going on, comparing; what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SIZE = ("--size", "96x96", "--frames", "9", "--steps", "4")
+HOW = ("--trains", "projection", "--mix", "--mix-rate", "0.5", "--block", "16", "--held-out", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import finetune_sla
+
+        yield finetune_sla
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys, one_thread):
+    """Run the script with some arguments; returns its exit code, and what it printed to stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["finetune_sla.py", *map(str, words)])
+        try:
+            code = script.main()
+        except SystemExit as end:
+            code = end.code
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from dit_accel.testing import tiny_wan_pipeline
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("made") / "latents"
+
+
+def test_latents_training_and_comparison(run, model: Path, latents: Path, tmp_path: Path) -> None:
+    made = ("latents", "--model", model, "--scenes", "rendered", *SIZE, "--out", latents)
+    assert run(*made, "--count", 2)[0] == 0
+    code, _, err = run(*made, "--count", 4)
+    assert code == 0 and "4 samples of 16x3x12x12" in err
+
+    out = tmp_path / "sla"
+    train = ("train", "--model", model, "--latents", latents, *HOW, "--out", out)
+    code, told, err = run(*train, "--steps", 4)
+    assert code == 0 and told.strip() == str(out / "sla.safetensors") and "held-out samples" in err
+    code, _, err = run(*train, "--steps", 8)
+    assert code == 2 and "holds a run already: give --resume" in err
+    assert run(*train, "--steps", 8, "--resume")[0] == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["steps"] == len(record["losses"]) == 8
+    assert record["velocity_error"]["after"]["overall"] < record["velocity_error"]["before"]["overall"]
+    assert record["chip"].startswith("CPU") and record["versions"]["accelerate"] and "--resume" in record["command"]
+
+    code, table, _ = run(
+        "evaluate", "--model", model, "--latents", latents, "--sla", out / "sla.safetensors", "--count", 1,
+        "--device", "cpu", "--out", tmp_path / "e.json",
+    )  # fmt: skip
+    assert code == 0 and all(way in table for way in ("pooled", "sla, untrained", "sla, trained"))
+    ways = json.loads((tmp_path / "e.json").read_text())["ways"]
+    errors = {name: way["error"]["overall"] for name, way in ways.items()}
+    assert errors["sla, trained"] < min(errors["pooled"], errors["sla, untrained"])
+    assert ways["sla, trained"]["options"] == {"method": "sla", "weights": str(out / "sla.safetensors")}
+
+    more = tmp_path / "more"
+    again = ("train", "--model", model, "--latents", latents, *HOW, "--out", more, "--from", out / "sla.safetensors")
+    assert run(*again, "--steps", 1)[0] == 0
+    start = json.loads((more / "record.json").read_text())["velocity_error"]["before"]["overall"]
+    assert start == pytest.approx(record["velocity_error"]["after"]["overall"], rel=1e-4)
+
+
+def test_what_is_refused(run, model: Path, tmp_path: Path, wan22_folder: Path) -> None:
+    code, _, err = run("train", "--model", model, "--latents", tmp_path, "--out", tmp_path / "o", "--steps", 1)
+    assert code == 3 and "no latents in" in err
+    code, _, err = run("latents", "--videos", tmp_path, "--count", 1, "--out", tmp_path / "o")
+    assert code == 2 and "no videos in" in err
+    code, _, err = run("train", "--latents", tmp_path, "--out", tmp_path / "o")
+    assert code == 2 and "how long to train" in err
+    code, _, err = run("latents", "--count", 1, "--out", tmp_path)
+    assert code == 2 and "--prompts-file" in err  # argparse: one source is required
+    code, _, err = run("latents", "--model", model, "--scenes", "rendered", "--size", "90x96", "--count", 1,
+                       "--out", tmp_path / "o")  # fmt: skip
+    assert code == 2 and "90" in err
+    code, _, err = run("latents", "--model", wan22_folder, "--scenes", "denoised", *SIZE, "--count", 1,
+                       "--out", tmp_path / "o")  # fmt: skip
+    assert code == 2 and "two experts" in err
+
+
+def test_an_interrupt_leaves_a_checkpoint_and_exits_130(model: Path, latents: Path, tmp_path: Path) -> None:
+    if not latents.exists():
+        pytest.skip("made by the first test")
+    out = tmp_path / "sla"
+    words = ["train", "--model", model, "--latents", latents, *HOW, "--out", out, "--minutes", "5",
+             "--save-minutes", "0.0001"]  # fmt: skip
+    running = subprocess.Popen(
+        [sys.executable, SCRIPTS / "finetune_sla.py", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    began = time.monotonic()
+    while not (out / "checkpoint.safetensors").exists():
+        assert running.poll() is None and time.monotonic() - began < 120, running.stderr.read()
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "go on with the same command and --resume" in err
+    assert {path.name for path in out.iterdir()} == {"checkpoint.safetensors"}
+
+
+def test_the_help_shows_how(run) -> None:
+    for verb in ("latents", "train", "evaluate"):
+        code, told, _ = run(verb, "--help")
+        assert code == 0 and "finetune_sla.py latents --scenes rendered" in told
