@@ -41,6 +41,7 @@ class Method:
     and to none on short sequences; here it is rounded up, as everywhere. Text blocks are always read.
     """
 
+    rows_apart: ClassVar[bool] = True
     fixed: ClassVar[tuple[str, ...]] = ("variant", "feature", "weights", "as_trained")
 
     keep: float | None = None  # share of key blocks to read, forced ones included; else as the file says, or 0.1

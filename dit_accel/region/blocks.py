@@ -93,4 +93,5 @@ def take_query_blocks(plan: BlockPlan, blocks: Tensor, n_tokens: int) -> BlockPl
         n_q_tokens=n_tokens,
         coarse=None if plan.coarse is None else rows(plan.coarse),
         rest=None if plan.rest is None else rows(plan.rest),
+        skipped=None if plan.skipped is None else rows(plan.skipped),
     )

@@ -24,6 +24,7 @@ BUDGETS = {
     "neighborhood": {"window": (1, 3, 3)},
     "radial": {},
     "clear": {"radius": 2},
+    "sla": {"keep": 0.4, "negligible": 0.2},
 }
 
 
@@ -101,8 +102,9 @@ def test_a_block_is_planned_for_by_its_own_queries(method):
     again = one.predict(other, k, layout, call, None)
     for n in (0, 3, 4):
         assert torch.equal(plan.to_mask()[:, :, n], again.to_mask()[:, :, n])
-        if plan.coarse is not None:
-            assert torch.equal(plan.coarse[:, :, n], again.coarse[:, :, n])
+        for name in ("coarse", "skipped"):
+            if getattr(plan, name) is not None:
+                assert torch.equal(getattr(plan, name)[:, :, n], getattr(again, name)[:, :, n])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -189,7 +191,7 @@ def test_what_cannot_be():
         assert "forward" not in pipe.transformer.__dict__
 
     refused("there is none", PART)
-    refused("pooled, radial, random, rectified", PART, **{**SPARSE, "method": "svg1"})
+    refused("pooled, radial, random, rectified, sla", PART, **{**SPARSE, "method": "svg1"})
     refused("blocks of one size", PART, **{**SPARSE, "order": "tiles"})
     refused("keys='drop' keeps none", {**PART, "keys": "drop"}, **SPARSE)
     refused("Did you mean 'block'", {**PART, "unit": "blocks"}, **SPARSE)
