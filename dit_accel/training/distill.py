@@ -269,8 +269,8 @@ class Distiller:
         mean, ends = accelerator.reduce(shared, "mean").tolist()
         if not math.isfinite(mean):
             raise DitAccelError(
-                f"the loss of step {self.step + 1} is {mean}; go on from the checkpoint with a smaller --rate or "
-                "--projection-rate"
+                f"the loss of step {self.step + 1} is {mean}; start anew, in another folder, with a smaller --rate, "
+                "--projection-rate or --mix-rate"
             )
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
         for group in self.optimiser.param_groups:

@@ -64,7 +64,7 @@ def make_latents(
         latents.write(number, Sample(caption, clean, run.conditions))
         if after is not None:
             after(number)
-    return LatentFolder(folder) if latents is None else latents
+    return LatentFolder(folder)  # with what other processes have made meanwhile
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ class LatentFolder:
         else:
             self.index = index
             self._begin(index)
-        self.files = self._present()
+        self.files = sorted(folder.glob("sample-*.safetensors"))
 
     def _begin(self, index: Index) -> None:
         if not (self.folder / INDEX).exists():
@@ -144,9 +144,6 @@ class LatentFolder:
                     f"{self.folder} holds latents with {key} = {_shorten(value)}, and {_shorten(wanted[key])} is asked "
                     "for now; choose another folder, or ask for the same to go on with it"
                 )
-
-    def _present(self) -> list[Path]:
-        return sorted(self.folder.glob("sample-*.safetensors"))
 
     def path(self, number: int) -> Path:
         return self.folder / f"sample-{number:06d}.safetensors"
@@ -178,7 +175,7 @@ class LatentFolder:
         with Stage() as stage:
             metadata = {"format": FORMAT, "caption": sample.caption, "plain": json.dumps(plain)}
             save_file(tensors, stage.add(self.path(number)), metadata)
-        self.files = self._present()
+        self.files = sorted({*self.files, self.path(number)})
 
     def read(self, place: int) -> Sample:
         """The sample at a place in the list of those present.

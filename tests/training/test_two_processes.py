@@ -76,7 +76,8 @@ def test_the_script_runs_under_torchrun(tiny_latents: Path, tmp_path: Path) -> N
     tiny_wan_pipeline().save_pretrained(tmp_path / "model")
     script, out = ROOT / "scripts" / "finetune_sla.py", tmp_path / "sla"
     words = ["train", "--model", tmp_path / "model", "--latents", tiny_latents, "--out", out, "--steps", "2"]
-    told = launch(script, *words, "--block", "16", "--held-out", "1", "--checkpointing", "--device", "cpu", cwd=tmp_path)
+    words += ["--block", "16", "--held-out", "1", "--precision", "bf16", "--checkpointing", "--device", "cpu"]
+    told = launch(script, *words, cwd=tmp_path)
     assert told.split() == [str(out / "transformer.safetensors")]
     record = json.loads((out / "record-transformer.json").read_text())
     assert record["steps"] == 2 and record["options"]["processes"] == 2 and record["command"].endswith("cpu")
