@@ -29,6 +29,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
 
 
+def add_expert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--expert", choices=("transformer", "transformer_2"), default="transformer",
+                        help="of a model with two, as Wan 2.2 14B (transformer)")  # fmt: skip
+
+
 def add_latents(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
@@ -51,11 +56,12 @@ def add_latents(parser: argparse.ArgumentParser) -> None:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_expert(parser)
     default = DistillOptions(steps=1)
     parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made")
-    parser.add_argument("--out", type=Path, required=True, help="folder for sla.safetensors, checkpoint and record")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint and record")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--from", dest="start", type=Path, metavar="FILE", help="start from these trained weights")
+    parser.add_argument("--from", dest="start", type=Path, metavar="PATH", help="start from these trained weights")
     sla = parser.add_argument_group("SLA")
     sla.add_argument("--keep", type=float, help="share of key blocks read exactly (0.1)")
     sla.add_argument("--variant", help="linear part over the keys not read, complement, or over all (complement)")
@@ -97,9 +103,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_expert(parser)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
     parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made; best of unseen scenes")
-    parser.add_argument("--sla", type=Path, nargs="*", default=[], metavar="FILE", help="trained weights, one or more")
+    parser.add_argument("--sla", type=Path, nargs="*", default=[], metavar="PATH", help="trained weights, one or more")
     parser.add_argument("--keep", type=float, default=0.1, help="share of key blocks where no --sla says it (0.1)")
     parser.add_argument("--count", type=int, default=4, help="last samples of the folder (4)")
     parser.add_argument("--levels", type=int, default=5, help="noise levels of the schedule (5)")

@@ -2,8 +2,8 @@
 
     python scripts/finetune_sla.py latents --scenes rendered --count 64 --out lat
     python scripts/finetune_sla.py train --latents lat --steps 200 --keep 0.1 --mix --out sla
-    python scripts/finetune_sla.py evaluate --latents lat --sla sla/sla.safetensors
-    dit-accel generate --preset tiny-wan --sla sla/sla.safetensors --prompt "..."
+    python scripts/finetune_sla.py evaluate --latents lat --sla sla
+    dit-accel generate --preset tiny-wan --sla sla --prompt "..."
 
     torchrun --nproc-per-node 4 scripts/finetune_sla.py latents --preset wan21-1.3b-fast --builtin-prompts \
         --count 256 --out lat
@@ -96,13 +96,12 @@ def train(options: Any) -> int:
     import torch
     from tqdm import tqdm
 
-    from dit_accel.training.distill import CHECKPOINT, WEIGHTS, Distiller, DistillOptions, make_accelerator
+    from dit_accel.training.distill import Distiller, DistillOptions, Outcome, make_accelerator
     from dit_accel.training.samples import LatentFolder
     from dit_accel.training.student import Student
 
     preset = preset_of(options)
-    there = (options.out / CHECKPOINT).exists()
-    if there and not options.resume:
+    if Outcome(options.out, options.expert).checkpoint.exists() and not options.resume:
         raise UsageError(f"{options.out} holds a run already: give --resume to go on with it, or another --out")
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     precision = options.precision or ("bf16" if on_gpu else "no")
@@ -112,12 +111,13 @@ def train(options: Any) -> int:
     folder, sla = LatentFolder(options.latents), sla_of(options)
     accelerator = make_accelerator(precision, cpu=not on_gpu)
     dtype = torch.bfloat16 if precision == "bf16" and options.trains != "full" else torch.float32
-    transformer = load_transformer(preset, dtype).to(accelerator.device)
+    transformer = load_transformer(preset, dtype, options.expert).to(accelerator.device)
     student = Student(transformer, sla, options.trains, options.rank)
     if options.start is not None:
+        from dit_accel.sla.spec import file_for
         from dit_accel.sla.weights import load_sla_weights
 
-        student.start_from(load_sla_weights(options.start))
+        student.start_from(load_sla_weights(file_for(options.start, options.expert)))
     distiller = Distiller(student, folder, how, accelerator, options.out)
     if options.resume:
         distiller.resume()
@@ -142,21 +142,21 @@ def train(options: Any) -> int:
             f"{record['steps']} steps in {record['seconds']:.0f} s; velocity error on {how.held_out} held-out samples "
             f"{error['before']['overall']:.4g} before, {error['after']['overall']:.4g} after"
         )
-        print(options.out / WEIGHTS)
+        print(distiller.out.weights)
     return 0
 
 
 def sla_of(options: Any) -> Any:
     """The options of SLA: as given, else as the weights to start from were trained, else the defaults."""
-    from dit_accel.sla.spec import read_spec
+    from dit_accel.sla.spec import file_for, read_spec
     from dit_accel.training.sla import SlaOptions
 
     names = ("keep", "variant", "feature", "negligible", "order", "block")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    given |= {"mix": options.mix, "dense_layers": options.dense_layers}
+    given |= {"mix": options.mix, "dense_layers": options.dense_layers, "role": options.expert}
     if options.start is None:
         return SlaOptions(**given)
-    return SlaOptions.of(read_spec(options.start), **given)
+    return SlaOptions.of(read_spec(file_for(options.start, options.expert)), **given)
 
 
 # -- evaluate
@@ -174,17 +174,18 @@ def evaluate(options: Any) -> int:
     need_samples(folder, options.count, "this comparison")
     ways: dict[str, Any] = {} if options.sla else ways_to_attend(options.keep, {})
     for file in options.sla:
-        for name, way in ways_of_file(file).items():
+        for name, way in ways_of_file(file, options.expert).items():
             known = [other for other, told in ways.items() if told == way]
             if not known:  # several files of one kind share the training-free rows
                 ways[name if name not in ways else f"{name} {file}"] = way
     device = pick_device(options.device)
-    transformer = load_transformer(preset, pick_dtype(options.dtype, device)).to(device)
+    transformer = load_transformer(preset, pick_dtype(options.dtype, device), options.expert).to(device)
     places = range(len(folder) - options.count, len(folder))
     with tqdm(desc="ways", unit="", total=len(ways) + 1) as bar:
         found = compare_ways(
-            transformer, ways, folder, places, levels=options.levels, seed=options.seed, after=lambda _: bar.update()
-        )
+            transformer, ways, folder, places, levels=options.levels, seed=options.seed, role=options.expert,
+            after=lambda _: bar.update(),
+        )  # fmt: skip
     show(found)
     if options.out is not None:
         record = {
@@ -234,7 +235,7 @@ def device_of(options: Any) -> str:
     return options.device
 
 
-def load_transformer(preset: Preset, dtype: Any) -> Any:
+def load_transformer(preset: Preset, dtype: Any, role: str) -> Any:
     """The transformer alone: text encoders and autoencoder have done their part in the latents."""
     import diffusers
 
@@ -242,14 +243,13 @@ def load_transformer(preset: Preset, dtype: Any) -> Any:
     from dit_accel.pipelines.weights import read_index
 
     folder = recipe(preset.pipeline).find(preset.model)
-    index = read_index(folder)
-    if index.get("transformer_2", [None])[0] is not None:
-        raise UsageError(
-            f"{preset.model} has two experts (Wan 2.2 14B); fine-tuning is for models with one transformer"
-        )
+    library, name = read_index(folder).get(role, (None, None))
+    if library is None:
+        raise UsageError(f"{preset.model} has no {role}; leave --expert out")
     try:
-        cls = getattr(diffusers, index["transformer"][1])
-        return cls.from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype, local_files_only=True)
+        return getattr(diffusers, name).from_pretrained(
+            str(folder), subfolder=role, torch_dtype=dtype, local_files_only=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise EnvironmentProblem(f"cannot load the transformer of {folder}: {str(error).splitlines()[0]}") from error
 

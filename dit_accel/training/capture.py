@@ -68,16 +68,16 @@ def run_captured(
     """Run a pipeline on one prompt and keep what it told its transformer.
 
     Args:
-        pipe: dense, with one transformer.
+        pipe: dense. Of two experts the first tells the conditions, which are the second's too.
         options: size, steps, guidance and the like.
         seed: of a CPU generator, as for `generate`.
         steps: stop after so many steps of the schedule; None makes all of them, and the latents are clean.
 
     Raises:
-        UsageError: a pipeline with two transformers, or one that gives its transformer more than latents (a picture's
-            channels, a noise level for each token).
+        UsageError: a pipeline that gives its transformer more than latents (a picture's channels, a noise level for
+            each token).
     """
-    transformer = only_transformer(pipe)
+    transformer = pipe.transformer
     listener = _Listener(transformer)
     latents: list[Tensor] = []
 
@@ -121,13 +121,11 @@ def run_captured(
     return Captured(clean.float(), tuple(listener.conditions), read_schedule(pipe.scheduler, listener.timestep))
 
 
-def only_transformer(pipe: Any) -> nn.Module:
-    """The pipeline's transformer; UsageError if it has two, as Wan 2.2 14B has."""
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise UsageError(
-            f"{type(pipe).__name__} has two experts here (Wan 2.2 14B); fine-tuning is for models with one transformer"
-        )
-    return pipe.transformer
+def read_boundary(pipe: Any, schedule: Schedule) -> float | None:
+    """The timestep below which a pipeline's second transformer takes over; None where there is one alone."""
+    if getattr(pipe, "transformer_2", None) is None:
+        return None
+    return pipe.config.boundary_ratio * schedule.scale
 
 
 def read_schedule(scheduler: Any, first_timestep: float) -> Schedule:

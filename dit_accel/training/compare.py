@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.engine import Engine
 from dit_accel.handle import set_processor
-from dit_accel.processor import SparseProcessor
-from dit_accel.report import Report
-from dit_accel.sla.spec import SlaSpec, read_spec
+from dit_accel.options import SparseOptions
+from dit_accel.processor import SparseProcessor, method_of
+from dit_accel.report import Report, Tally
+from dit_accel.sla.spec import SlaSpec, file_for, read_spec
 from dit_accel.training.draws import spread_levels
 from dit_accel.training.samples import LatentFolder
 from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
+from dit_accel.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ def ways_to_attend(keep: float, arrangement: Mapping[str, Any], file: Path | Non
     return ways
 
 
-def ways_of_file(file: Path) -> dict[str, dict[str, Any]]:
-    """`ways_to_attend` with everything equal to what a side file was trained for."""
+def ways_of_file(file: Path, role: str = "transformer") -> dict[str, dict[str, Any]]:
+    """`ways_to_attend` with everything equal to what a side file, or one in a folder, was trained for."""
+    file = file_for(file, role)
     spec: SlaSpec = read_spec(file)
     return ways_to_attend(spec.keep, {"order": spec.order, "block": spec.block, "tile": spec.tile}, file)
 
@@ -63,6 +67,7 @@ def compare_ways(
     *,
     levels: int,
     seed: int,
+    role: str = "transformer",
     after: Callable[[str], None] | None = None,
 ) -> dict[str, Compared]:
     """Measure every way to attend on one transformer, which is as it was afterwards.
@@ -73,9 +78,10 @@ def compare_ways(
         ways: sparse options by name; layers that cannot be sparse are an error.
         places: of the folder's samples.
         levels: how many noise levels of the folder's schedule.
+        role: which transformer of its pipeline it is.
         after: called with the name of each way that is measured, "dense" first.
     """
-    device, chosen = next(transformer.parameters()).device, spread_levels(folder.index.schedule, levels)
+    device, chosen = next(transformer.parameters()).device, spread_levels(folder.index.part(role), levels)
 
     def cases():
         return make_cases(folder, places, chosen, device=device, dtype=transformer.dtype, seed=seed)
@@ -88,16 +94,18 @@ def compare_ways(
     if after is not None:
         after("dense")
     for name, options in ways.items():
-        processor = SparseProcessor(transformer, **{"min_tokens": 0, "strict": True, **options})
+        sparse = SparseOptions.from_mapping({"min_tokens": 0, "strict": True, **options})
+        trajectory = Trajectory()
+        engine = Engine(transformer, sparse, method_of(sparse), trajectory, Tally.of(trajectory), role)
         try:
-            set_processor(transformer, processor)
+            set_processor(transformer, SparseProcessor.of(engine))
             waiting = iter(aims)
             error = measure_velocity(
                 cases(), velocity, lambda _, waiting=waiting: next(waiting).to(device), chosen, device=device
             )
-            found[name] = Compared(options, error, processor.report)
+            found[name] = Compared(options, error, engine.report())
         finally:
-            processor.remove()
+            engine.remove()
         if after is not None:
             after(name)
     return found

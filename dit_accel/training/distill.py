@@ -29,7 +29,6 @@ from dit_accel.training.samples import LatentFolder, need_samples
 from dit_accel.training.student import Student
 from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
 
-CHECKPOINT, RECORD, WEIGHTS = "checkpoint.safetensors", "record.json", "sla.safetensors"
 PRECISIONS = ("no", "bf16")
 LEVELS = 5  # noise levels at which velocities are compared
 
@@ -104,6 +103,27 @@ def make_accelerator(precision: str, cpu: bool = False) -> Any:
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The files of a run, by the transformer it trained: those of a pipeline's two experts share a folder."""
+
+    folder: Path
+    role: str = "transformer"
+
+    @property
+    def weights(self) -> Path:
+        """Where method "sla" looks for this transformer's weights when it is given the folder."""
+        return self.folder / f"{self.role}.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"checkpoint-{self.role}.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"record-{self.role}.json"
+
+
 class Distiller:
     """One run of self-distillation.
 
@@ -130,12 +150,12 @@ class Distiller:
             )
         need_samples(folder, options.held_out + 1, f"training with {options.held_out} held out")
         self.student, self.folder, self.options = student, folder, options
-        self.accelerator, self.out = accelerator, out
+        self.accelerator, self.out = accelerator, Outcome(out, student.sla.options.role)
         self.dtype = student.transformer.dtype
         train = range(len(folder) - options.held_out)
         self.held_out = range(len(train), len(folder))
         shared = dict(batch=options.batch, accumulate=options.accumulate, noise=options.noise, seed=options.seed)
-        self.draws = Draws(folder, train, **shared)
+        self.draws = Draws(folder, train, **shared, role=self.out.role)
         if options.checkpointing:
             student.transformer.enable_gradient_checkpointing()
         student.place(accelerator.device)
@@ -161,8 +181,7 @@ class Distiller:
             EnvironmentProblem: there is none, or it is damaged.
             UsageError: it is of other options or another model.
         """
-        path = self.out / CHECKPOINT
-        reached = load_checkpoint(path, self.parameters, self.optimiser, self.average, self._lasting())
+        reached = load_checkpoint(self.out.checkpoint, self.parameters, self.optimiser, self.average, self._lasting())
         self.step, self.seconds, self.losses = reached.step, reached.seconds, list(reached.losses)
         self.before = reached.before
 
@@ -212,7 +231,7 @@ class Distiller:
     def measure(self) -> VelocityError:
         """The velocity error on the held-out samples, each process its share of them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        levels = spread_levels(self.folder.index.schedule, LEVELS)
+        levels = spread_levels(self.draws.schedule, LEVELS)
         told = dict(device=self.accelerator.device, dtype=self.dtype, seed=self.options.seed)
         return measure_velocity(
             make_cases(self.folder, self.held_out[rank::world], levels, **told),
@@ -227,8 +246,8 @@ class Distiller:
         """Write the checkpoint, on the first process."""
         if self.accelerator.is_main_process:
             reached = Progress(self.step, self.seconds, tuple(self.losses), self.before)
-            path = self.out / CHECKPOINT
-            save_checkpoint(path, self.parameters, self.optimiser, self.average, reached, self._lasting())
+            known = (self.parameters, self.optimiser, self.average, reached, self._lasting())
+            save_checkpoint(self.out.checkpoint, *known)
 
     def _take_step(self, wants_end: bool) -> tuple[float, bool]:
         """One step of the optimiser: its loss over all processes, and whether any of them wants an end."""
@@ -250,8 +269,8 @@ class Distiller:
         mean, ends = accelerator.reduce(shared, "mean").tolist()
         if not math.isfinite(mean):
             raise DitAccelError(
-                f"the loss of step {self.step + 1} is {mean}; go on from the checkpoint with a smaller --rate or "
-                "--projection-rate"
+                f"the loss of step {self.step + 1} is {mean}; start anew, in another folder, with a smaller --rate, "
+                "--projection-rate or --mix-rate"
             )
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
         for group in self.optimiser.param_groups:
@@ -309,7 +328,7 @@ class Distiller:
         }
 
     def _give_out(self, record: dict[str, Any]) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        save_sla_weights(self.out / WEIGHTS, self.student.sla.weights())
+        self.out.folder.mkdir(parents=True, exist_ok=True)
+        save_sla_weights(self.out.weights, self.student.sla.weights())
         with Stage() as stage:
-            stage.write_text(self.out / RECORD, json.dumps(record, indent=1) + "\n")
+            stage.write_text(self.out.record, json.dumps(record, indent=1) + "\n")

@@ -71,15 +71,25 @@ class Draws:
         batch: rows on each rank.
         accumulate: micro-batches of a step.
         noise: "schedule", where the pipeline samples; or "lognormal", as published.
+        role: which of the pipeline's transformers; it is given its own noise levels alone.
     """
 
     def __init__(
-        self, folder: LatentFolder, places: range, *, batch: int, accumulate: int, noise: str, seed: int
+        self,
+        folder: LatentFolder,
+        places: range,
+        *,
+        batch: int,
+        accumulate: int,
+        noise: str,
+        seed: int,
+        role: str = "transformer",
     ) -> None:
         if noise not in NOISES:
             raise unknown_name("distribution of noise levels", noise, NOISES)
         self.folder, self.places, self.batch, self.accumulate = folder, places, batch, accumulate
-        self.noise, self.seed = noise, seed
+        self.noise, self.seed, self.role = noise, seed, role
+        self.schedule = folder.index.part(role)
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def draw(self, step: int, micro: int, rank: int, world: int) -> Batch:
@@ -105,13 +115,15 @@ class Draws:
         return self.places[self._epoch[1][within]]
 
     def _level(self, chance: torch.Generator) -> tuple[float, float]:
-        schedule = self.folder.index.schedule
+        schedule = self.schedule
         if self.noise == "schedule":
             which = int(torch.randint(len(schedule.sigmas), (), generator=chance))
             return schedule.sigmas[which], schedule.timesteps[which]
-        log = LOG_MEAN + LOG_DEVIATION * torch.randn((), generator=chance)
-        sigma = float(torch.sigmoid(log))  # that of x_0 + s noise is s / (1 + s)
-        return sigma, sigma * schedule.scale
+        while True:
+            log = LOG_MEAN + LOG_DEVIATION * torch.randn((), generator=chance)
+            sigma = float(torch.sigmoid(log))  # that of x_0 + s noise is s / (1 + s)
+            if self.folder.index.is_own(self.role, sigma * schedule.scale):
+                return sigma, sigma * schedule.scale
 
 
 def spread_levels(schedule: Schedule, count: int) -> list[tuple[float, float]]:

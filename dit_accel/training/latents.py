@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UsageError
-from dit_accel.training.capture import only_transformer, run_captured
+from dit_accel.training.capture import read_boundary, run_captured
 from dit_accel.training.samples import Index, LatentFolder, Sample
 from dit_accel.training.sources import Source
 
@@ -45,7 +45,6 @@ def make_latents(
     """
     if count < 1:
         raise UsageError(f"count = {count}: at least 1 sample is needed")
-    transformer = only_transformer(pipe)
     latents: LatentFolder | None = None
     for number in _missing(folder, range(share[0], count, share[1])):
         caption, frames = source.caption(number), source.frames(number, options)
@@ -53,18 +52,19 @@ def make_latents(
         clean = run.latents if frames is None else encode_clip(pipe, frames)
         if latents is None:
             index = Index(
-                transformer=type(transformer).__name__,
+                transformer=type(pipe.transformer).__name__,
                 model=model,
                 source=source.name,
                 seed=seed,
                 shape=tuple(clean.shape),
                 schedule=run.schedule,
+                boundary=read_boundary(pipe, run.schedule),
             )
             latents = LatentFolder(folder, index)
         latents.write(number, Sample(caption, clean, run.conditions))
         if after is not None:
             after(number)
-    return LatentFolder(folder) if latents is None else latents
+    return LatentFolder(folder)  # with what other processes have made meanwhile
 
 
 @torch.no_grad()

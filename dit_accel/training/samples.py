@@ -64,6 +64,31 @@ class Index:
     seed: int
     shape: tuple[int, ...]  # of the latents
     schedule: Schedule
+    boundary: float | None = None  # of two experts, the second one has the timesteps below it
+
+    def part(self, role: str) -> Schedule:
+        """The steps of the schedule that one of the pipeline's transformers makes.
+
+        Raises:
+            UsageError: a second transformer where there is one, or a transformer that makes no step.
+        """
+        if role == "transformer" and self.boundary is None:
+            return self.schedule
+        if self.boundary is None:
+            raise UsageError(f"these latents are of {self.model}, which has one transformer; there is no {role}")
+        pairs = zip(self.schedule.sigmas, self.schedule.timesteps, strict=True)
+        own = [pair for pair in pairs if self.is_own(role, pair[1])]
+        if not own:
+            raise UsageError(
+                f"{role} makes none of the {len(self.schedule.sigmas)} steps of this schedule; make latents with more "
+                "--steps"
+            )
+        sigmas, timesteps = zip(*own, strict=True)
+        return Schedule(sigmas, timesteps, self.schedule.scale)
+
+    def is_own(self, role: str, timestep: float) -> bool:
+        """Whether a timestep is that transformer's."""
+        return self.boundary is None or (timestep >= self.boundary) == (role == "transformer")
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -105,7 +130,7 @@ class LatentFolder:
         else:
             self.index = index
             self._begin(index)
-        self.files = self._present()
+        self.files = sorted(folder.glob("sample-*.safetensors"))
 
     def _begin(self, index: Index) -> None:
         if not (self.folder / INDEX).exists():
@@ -119,9 +144,6 @@ class LatentFolder:
                     f"{self.folder} holds latents with {key} = {_shorten(value)}, and {_shorten(wanted[key])} is asked "
                     "for now; choose another folder, or ask for the same to go on with it"
                 )
-
-    def _present(self) -> list[Path]:
-        return sorted(self.folder.glob("sample-*.safetensors"))
 
     def path(self, number: int) -> Path:
         return self.folder / f"sample-{number:06d}.safetensors"
@@ -153,7 +175,7 @@ class LatentFolder:
         with Stage() as stage:
             metadata = {"format": FORMAT, "caption": sample.caption, "plain": json.dumps(plain)}
             save_file(tensors, stage.add(self.path(number)), metadata)
-        self.files = self._present()
+        self.files = sorted({*self.files, self.path(number)})
 
     def read(self, place: int) -> Sample:
         """The sample at a place in the list of those present.

@@ -70,33 +70,33 @@ def test_latents_training_and_comparison(run, model: Path, latents: Path, tmp_pa
     out = tmp_path / "sla"
     train = ("train", "--model", model, "--latents", latents, *HOW, "--out", out)
     code, told, err = run(*train, "--steps", 4)
-    assert code == 0 and told.strip() == str(out / "sla.safetensors") and "held-out samples" in err
+    assert code == 0 and told.strip() == str(out / "transformer.safetensors") and "held-out samples" in err
     code, _, err = run(*train, "--steps", 8)
     assert code == 2 and "holds a run already: give --resume" in err
     assert run(*train, "--steps", 8, "--resume")[0] == 0
-    record = json.loads((out / "record.json").read_text())
+    record = json.loads((out / "record-transformer.json").read_text())
     assert record["steps"] == len(record["losses"]) == 8
     assert record["velocity_error"]["after"]["overall"] < record["velocity_error"]["before"]["overall"]
     assert record["chip"].startswith("CPU") and record["versions"]["accelerate"] and "--resume" in record["command"]
 
     code, table, _ = run(
-        "evaluate", "--model", model, "--latents", latents, "--sla", out / "sla.safetensors", "--count", 1,
+        "evaluate", "--model", model, "--latents", latents, "--sla", out / "transformer.safetensors", "--count", 1,
         "--device", "cpu", "--out", tmp_path / "e.json",
     )  # fmt: skip
     assert code == 0 and all(way in table for way in ("pooled", "sla, untrained", "sla, trained"))
     ways = json.loads((tmp_path / "e.json").read_text())["ways"]
     errors = {name: way["error"]["overall"] for name, way in ways.items()}
     assert errors["sla, trained"] < min(errors["pooled"], errors["sla, untrained"])
-    assert ways["sla, trained"]["options"] == {"method": "sla", "weights": str(out / "sla.safetensors")}
+    assert ways["sla, trained"]["options"] == {"method": "sla", "weights": str(out / "transformer.safetensors")}
 
     more = tmp_path / "more"
-    again = ("train", "--model", model, "--latents", latents, *HOW, "--out", more, "--from", out / "sla.safetensors")
+    again = ("train", "--model", model, "--latents", latents, *HOW, "--out", more, "--from", out)
     assert run(*again, "--steps", 1)[0] == 0
-    start = json.loads((more / "record.json").read_text())["velocity_error"]["before"]["overall"]
+    start = json.loads((more / "record-transformer.json").read_text())["velocity_error"]["before"]["overall"]
     assert start == pytest.approx(record["velocity_error"]["after"]["overall"], rel=1e-4)
 
 
-def test_what_is_refused(run, model: Path, tmp_path: Path, wan22_folder: Path) -> None:
+def test_what_is_refused(run, model: Path, tmp_path: Path) -> None:
     code, _, err = run("train", "--model", model, "--latents", tmp_path, "--out", tmp_path / "o", "--steps", 1)
     assert code == 3 and "no latents in" in err
     code, _, err = run("latents", "--videos", tmp_path, "--count", 1, "--out", tmp_path / "o")
@@ -108,9 +108,35 @@ def test_what_is_refused(run, model: Path, tmp_path: Path, wan22_folder: Path) -
     code, _, err = run("latents", "--model", model, "--scenes", "rendered", "--size", "90x96", "--count", 1,
                        "--out", tmp_path / "o")  # fmt: skip
     assert code == 2 and "90" in err
-    code, _, err = run("latents", "--model", wan22_folder, "--scenes", "denoised", *SIZE, "--count", 1,
-                       "--out", tmp_path / "o")  # fmt: skip
-    assert code == 2 and "two experts" in err
+
+
+def test_two_experts_share_latents_and_a_folder(run, model: Path, wan22_folder: Path, tmp_path: Path) -> None:
+    import dit_accel
+    from dit_accel.pipelines import wan
+    from dit_accel.training.samples import LatentFolder
+
+    samples, out = tmp_path / "l", tmp_path / "sla"
+    made = ("latents", "--model", wan22_folder, "--scenes", "denoised", "--dtype", "float32", *SIZE)
+    assert run(*made, "--count", 2, "--out", samples)[0] == 0
+    index = LatentFolder(samples).index
+    parts = [index.part(role).timesteps for role in ("transformer", "transformer_2")]
+    assert parts[0] + parts[1] == index.schedule.timesteps and min(parts[0]) >= 875 > max(parts[1])
+    for role in ("transformer", "transformer_2"):
+        train = ("train", "--model", wan22_folder, "--latents", samples, *HOW, "--expert", role, "--out", out)
+        code, told, err = run(*train, "--steps", 1)
+        assert code == 0 and told.strip() == str(out / f"{role}.safetensors"), err
+        record = json.loads((out / f"record-{role}.json").read_text())
+        levels = [level["sigma"] * 1000 for level in record["velocity_error"]["before"]["levels"]]
+        assert all((level >= 875) == (role == "transformer") for level in levels)
+    words = ("evaluate", "--model", wan22_folder, "--latents", samples, "--sla", out, "--count", 1)
+    code, table, err = run(*words, "--expert", "transformer_2", "--device", "cpu")
+    assert code == 0 and "sla, trained" in table, err
+    pipe = wan.load(wan22_folder, device="cpu")
+    with dit_accel.accelerate(pipe, method="sla", weights=str(out)):
+        pass
+    code, _, err = run("train", "--model", model, "--latents", samples, *HOW, "--expert", "transformer_2",
+                       "--out", tmp_path / "o", "--steps", 1)  # fmt: skip
+    assert code == 2 and "has no transformer_2" in err
 
 
 def test_an_interrupt_leaves_a_checkpoint_and_exits_130(model: Path, latents: Path, tmp_path: Path) -> None:
@@ -127,13 +153,13 @@ def test_an_interrupt_leaves_a_checkpoint_and_exits_130(model: Path, latents: Pa
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     began = time.monotonic()
-    while not (out / "checkpoint.safetensors").exists():
+    while not (out / "checkpoint-transformer.safetensors").exists():
         assert running.poll() is None and time.monotonic() - began < 120, running.stderr.read()
         time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130 and "go on with the same command and --resume" in err
-    assert {path.name for path in out.iterdir()} == {"checkpoint.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"checkpoint-transformer.safetensors"}
 
 
 def test_the_help_shows_how(run) -> None:

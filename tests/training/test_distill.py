@@ -19,9 +19,6 @@ from dit_accel.sla.weights import load_sla_weights
 from dit_accel.testing import tiny_wan_transformer
 from dit_accel.training.compare import compare_ways, ways_of_file
 from dit_accel.training.distill import (
-    CHECKPOINT,
-    RECORD,
-    WEIGHTS,
     Distiller,
     DistillOptions,
     make_accelerator,
@@ -63,13 +60,13 @@ def test_the_velocity_error_falls_and_the_side_file_gives_it(distil, trains: str
     before, after = (record["velocity_error"][when] for when in ("before", "after"))
     assert after["overall"] < 0.5 * before["overall"]
     assert all(b["error"] > a["error"] for b, a in zip(before["levels"], after["levels"], strict=True))
-    assert json.loads((distiller.out / RECORD).read_text()) == json.loads(json.dumps(record))
+    assert json.loads(distiller.out.record.read_text()) == json.loads(json.dumps(record))
     assert record["steps"] == len(record["losses"]) == HOW.steps and record["told"] == 1
 
     stock = tiny_wan_transformer(seed=1)
     kept = {name: p.clone() for name, p in stock.named_parameters()}
     places = distiller.held_out
-    ways = ways_of_file(distiller.out / WEIGHTS)
+    ways = ways_of_file(distiller.out.weights)
     found = compare_ways(stock, ways, distiller.folder, places, levels=5, seed=HOW.seed)
     assert found["sla, trained"].error.overall == pytest.approx(after["overall"], rel=1e-3)
     assert found["sla, trained"].error.overall < 0.5 * found["sla, untrained"].error.overall
@@ -77,7 +74,7 @@ def test_the_velocity_error_falls_and_the_side_file_gives_it(distil, trains: str
     shares = [each.report.keep_achieved for each in found.values()]
     assert max(shares) < 1.05 * min(shares)  # what is compared reads as much, but for the shorter last block
     assert all(torch.equal(p, kept[name]) for name, p in stock.named_parameters())
-    weights = load_sla_weights(distiller.out / WEIGHTS)
+    weights = load_sla_weights(distiller.out.weights)
     assert bool(weights.tensors) == (trains == "full") and bool(weights.lora) == (trains == "lora")
 
 
@@ -107,7 +104,7 @@ def test_going_on_equals_never_having_stopped(distil, trains: str) -> None:
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, second.parameters[name]), name
         assert torch.equal(whole.average.values[name], second.average.values[name]), name
-    ours, theirs = (load_file(d.out / WEIGHTS) for d in (whole, second))
+    ours, theirs = (load_file(d.out.weights) for d in (whole, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
@@ -122,11 +119,11 @@ def test_a_checkpoint_of_other_options_or_damaged_is_refused(distil, tmp_path: P
         distil(steps=2, sla=replace(SLA, keep=0.3)).resume()
     with pytest.raises(EnvironmentProblem, match="cannot read the checkpoint"):
         distil(name="none").resume()
-    path = tmp_path / "out" / CHECKPOINT
+    path = tmp_path / "out" / "checkpoint-transformer.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(EnvironmentProblem, match="cannot read the checkpoint"):
         distil(steps=2).resume()
-    (path.parent / WEIGHTS).rename(path)
+    (path.parent / "transformer.safetensors").rename(path)
     with pytest.raises(EnvironmentProblem, match="no checkpoint of a fine-tuning"):
         distil(steps=2).resume()
 
@@ -158,7 +155,7 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(distil) -> None:
 
     before = signal.getsignal(signal.SIGINT)
     assert cut.run({}, interrupt)["interrupted"] and signal.getsignal(signal.SIGINT) is before
-    assert cut.step == 3 and not (cut.out / WEIGHTS).exists()  # the step under way was finished
+    assert cut.step == 3 and not cut.out.weights.exists()  # the step under way was finished
     again = distil(name="cut", steps=4)
     again.resume()
     assert not again.run({})["interrupted"] and again.losses == whole.losses

@@ -62,7 +62,7 @@ def test_both_processes_have_what_one_would(tiny_latents: Path, tmp_path: Path, 
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         torch.testing.assert_close(value, single[name], rtol=1e-2, atol=1e-3)
-    two, one = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("two", "one"))
+    two, one = (json.loads((tmp_path / name / "record-transformer.json").read_text()) for name in ("two", "one"))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     for when in ("before", "after"):
         errors = [record["velocity_error"][when]["overall"] for record in (two, one)]
@@ -76,7 +76,8 @@ def test_the_script_runs_under_torchrun(tiny_latents: Path, tmp_path: Path) -> N
     tiny_wan_pipeline().save_pretrained(tmp_path / "model")
     script, out = ROOT / "scripts" / "finetune_sla.py", tmp_path / "sla"
     words = ["train", "--model", tmp_path / "model", "--latents", tiny_latents, "--out", out, "--steps", "2"]
-    told = launch(script, *words, "--block", "16", "--held-out", "1", "--device", "cpu", cwd=tmp_path)
-    assert told.split() == [str(out / "sla.safetensors")]
-    record = json.loads((out / "record.json").read_text())
+    words += ["--block", "16", "--held-out", "1", "--precision", "bf16", "--checkpointing", "--device", "cpu"]
+    told = launch(script, *words, cwd=tmp_path)
+    assert told.split() == [str(out / "transformer.safetensors")]
+    record = json.loads((out / "record-transformer.json").read_text())
     assert record["steps"] == 2 and record["options"]["processes"] == 2 and record["command"].endswith("cpu")
