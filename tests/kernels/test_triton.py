@@ -43,8 +43,28 @@ def cannot_interpret() -> str:
     return "Triton before 3.7 cannot interpret with numpy 2.4" if old else ""
 
 
+INTERPRETED = {
+    "forward and plans": (
+        "block_sparse",
+        "feedback",
+        "pv_skip",
+        "tuning",
+        "pooling",
+        "selection",
+        "counting",
+        "quantize",
+        "bitmaps",
+        "coarse",
+        "reorder",
+        "kmeans",
+    ),
+    "backward": ("block_sparse_backward", "inversion"),
+}
+
+
 @pytest.mark.skipif(bool(cannot_interpret()), reason=cannot_interpret() or "-")
-def test_interpreted_kernel_passes_the_oracle_tests():
+@pytest.mark.parametrize("kernels", INTERPRETED.values(), ids=INTERPRETED)
+def test_interpreted_kernel_passes_the_oracle_tests(kernels: tuple[str, ...]):
     told = run(
         *(
             "-P",
@@ -55,25 +75,7 @@ def test_interpreted_kernel_passes_the_oracle_tests():
             "triton",
             "-p",
             "no:cacheprovider",
-            *(
-                str(HERE / f"test_{kernel}.py")
-                for kernel in (
-                    "block_sparse",
-                    "block_sparse_backward",
-                    "inversion",
-                    "feedback",
-                    "pv_skip",
-                    "tuning",
-                    "pooling",
-                    "selection",
-                    "counting",
-                    "quantize",
-                    "bitmaps",
-                    "coarse",
-                    "reorder",
-                    "kmeans",
-                )
-            ),
+            *(str(HERE / f"test_{kernel}.py") for kernel in kernels),
         ),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
