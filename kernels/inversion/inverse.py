@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 SHORTEST = 8  # entries: what a chunk saves must be worth the sums that it adds
-SPREAD = 8  # chunks are at least this many times as long as a mean column
-LEAST_CHUNKS = 16  # of one head, where key blocks are few
+SPREAD = 16  # mean columns: about as long is the longest chunk, where key blocks are many
+LEAST_CHUNKS = 16  # that a head is cut into, were it one column; where key blocks are few
 FIELDS = 4  # of an item
 
 

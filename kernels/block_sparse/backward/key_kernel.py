@@ -17,7 +17,7 @@ import triton.language as tl
 UNSPECIALIZED = (
     *("stride_lb", "stride_lh", "stride_lk", "stride_ib", "stride_ih", "stride_ii"),
     *("stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh", "scale", "scale_log2"),
-    *("pieces", "n_rows", "heads", "slots", "longest"),
+    *("pieces", "n_rows", "heads", "leads", "n_items", "slots", "longest"),
 )
 SUM_UNSPECIALIZED = (
     *("stride_ib", "stride_ih", "stride_ii", "stride_ksb", "stride_ksh"),
@@ -40,7 +40,7 @@ def key_gradients_kernel(
     stride_qsb, stride_qsh,
     stride_ksb, stride_ksh,
     scale, scale_log2,
-    pieces, n_rows, heads, slots, longest,
+    pieces, n_rows, heads, leads, n_items, slots, longest,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,10 +50,18 @@ def key_gradients_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: `COLUMNS` rows of one item's key block. Offsets are int64: tensors may pass 2^31 elements."""
-    i_item = tl.program_id(0) // pieces
     i_part = tl.program_id(0) % pieces
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
+    i_work = tl.program_id(0) // pieces
+    # First what may be chunks, of all heads: one of the last head would keep its program busy when all others are done.
+    if i_work < slots * leads:
+        i_lead = i_work // slots
+        i_item = i_work % slots
+    else:
+        others = n_items - slots
+        i_lead = (i_work - slots * leads) // others
+        i_item = slots + (i_work - slots * leads) % others
+    i_h = (i_lead % heads).to(tl.int64)
+    i_b = (i_lead // heads).to(tl.int64)
 
     p_item = items + i_b * stride_ib + i_h * stride_ih + i_item.to(tl.int64) * stride_ii
     i_block = tl.load(p_item)
@@ -85,7 +93,7 @@ def key_gradients_kernel(
     g_head = grad_out + i_b * stride_gb + i_h * stride_gh
     starts_head = q_starts + i_b * stride_qsb + i_h * stride_qsh
     p_list = lists + i_b * stride_lb + i_h * stride_lh + i_block.to(tl.int64) * stride_lk + begin
-    row_head = (i_b * heads + i_h) * n_rows
+    row_head = i_lead.to(tl.int64) * n_rows
 
     # Keys past the block's end have sums of their own, infinite perhaps, that are never stored.
     acc_k = tl.zeros([COLUMNS, BLOCK_D], dtype=tl.float32)
@@ -103,7 +111,8 @@ def key_gradients_kernel(
         if UPCAST:
             b_q = b_q.to(tl.float32)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
-        # Rows past the block's end. Said of the scores, it also has the compiler (3.7) copy two tiles ahead, not one.
+        # Rows past the block's end would add nothing, since their q, dout and delta are 0. With this condition the
+        # compiler (Triton 3.7) takes the offsets out of its pipeline and copies two tiles ahead instead of one.
         scores = tl.where(row_ok[None, :], scores, -float("inf"))
         weights = tl.math.exp2(scores - (b_lse * 1.4426950408889634)[None, :])
         # Here, not beside q's: the compiler keeps the order, and what waits for its use takes registers.
@@ -123,7 +132,7 @@ def key_gradients_kernel(
         tl.store(p_d, acc_k.to(dk.dtype.element_ty), mask=kv_ok)
         tl.store(p_e, acc_v.to(dv.dtype.element_ty), mask=kv_ok)
     else:
-        slot = ((i_b * heads + i_h) * slots + i_item) * 2 * longest + i_part * COLUMNS
+        slot = (i_lead.to(tl.int64) * slots + i_item) * 2 * longest + i_part * COLUMNS
         p_chunk = chunks + (slot + columns)[:, None] * HEAD + lanes[None, :]
         tl.store(p_chunk, acc_k, mask=kv_ok)
         tl.store(p_chunk + longest.to(tl.int64) * HEAD, acc_v, mask=kv_ok)

@@ -127,11 +127,13 @@ def differentiate(
         )
         config = config_for(KEYS, head, q.dtype, plan.max_k_block, capability)
         pieces = max(1, triton.cdiv(plan.max_k_block, config.rows))
-        key_gradients_kernel[(inverse.items.shape[2] * pieces, heads, batch)](
+        leads, n_items = batch * heads, inverse.items.shape[2]
+        key_gradients_kernel[(n_items * leads * pieces,)](
             *(grad_out, delta, q, k, v, lse, dk, dv, chunks),
             *(*columns, plan.q_starts, plan.k_starts),
             *(n for x in (grad_out, q, k, v, dk, dv) for n in x.stride()),
-            *(*column_strides, *offsets, *scales, pieces, n_rows, heads, inverse.slots, plan.max_k_block),
+            *(*column_strides, *offsets, *scales, pieces, n_rows),
+            *(heads, leads, n_items, inverse.slots, plan.max_k_block),
             ROWS=config.step,
             COLUMNS=config.rows,
             STEPS=max(1, triton.cdiv(plan.max_q_block, config.step)),
