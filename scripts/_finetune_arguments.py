@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_accel.cli.request import parse_size
+from dit_accel.errors import UsageError
 from dit_accel.training.distill import PRECISIONS, DistillOptions
 from dit_accel.training.draws import NOISES
 from dit_accel.training.student import TRAINS
@@ -47,11 +48,19 @@ def add_latents(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--first", type=int, default=0, help="number of the first scene; from 1000000 on unseen ones")
     parser.add_argument("--count", type=int, required=True, help="samples; those that are there count")
-    parser.add_argument("--size", type=parse_size, metavar="WxH", help="pixels instead of the preset's")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels instead of the preset's")
     parser.add_argument("--frames", type=int, help="instead of the preset's")
     parser.add_argument("--steps", type=int, help="of the schedule, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of noise and scenes (0)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the samples")
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height; argparse tells of an ArgumentTypeError in its own words alone."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
