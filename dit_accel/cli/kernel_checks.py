@@ -19,12 +19,15 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """Every implementation of every kernel, on the GPU where there is one."""
+    from dit_accel.cli.sla_checks import check_gradients, check_linear_attention
     from dit_accel.kernels import (
         bitmaps,
         coarse,
         compaction,
         counting,
+        inversion,
         kmeans,
+        linear_attention,
         pooling,
         quantize,
         reorder,
@@ -44,6 +47,8 @@ def check_kernels() -> Iterator[Check]:
     checks += [(f"reorder/{impl}", _check_reorder) for impl in reorder.IMPLEMENTATIONS]
     checks += [(f"kmeans/{impl}", _check_kmeans) for impl in kmeans.IMPLEMENTATIONS]
     checks += [(f"quantize/{impl}", _check_quantize) for impl in quantize.IMPLEMENTATIONS]
+    checks += [(f"linear_attention/{impl}", check_linear_attention) for impl in linear_attention.IMPLEMENTATIONS]
+    checks += [(f"gradients/{impl}", check_gradients) for impl in inversion.IMPLEMENTATIONS]
     for name, check in checks:
         try:
             yield check(name)
@@ -52,7 +57,8 @@ def check_kernels() -> Iterator[Check]:
             yield Check(name, "broken", f"{type(error).__name__}: {text[0] if text else 'no message'}")
 
 
-def _device(impl: str):
+def device_for(impl: str):
+    """Where an implementation is checked."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() and impl != "cpu" else "cpu")
@@ -66,7 +72,7 @@ def _check_block_sparse(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     dtype = (
         torch.bfloat16 if device.type == "cuda" and impl in ("triton", "hopper", "flash4") else torch.float32
     )
@@ -89,7 +95,7 @@ def _check_block_sparse(name: str) -> Check:
     error = (out.double().cpu() - exact).abs().max().item() / exact.abs().max().item()
     lse_error = (lse.double().cpu() - exact_lse).abs().max().item()
     told = f"relative error {error:.1e}, lse {lse_error:.1e}"
-    return _judge(name, dtype, device, max(error, lse_error), told, began)
+    return judge(name, dtype, device, max(error, lse_error), told, began)
 
 
 def _check_pooling(name: str) -> Check:
@@ -99,7 +105,7 @@ def _check_pooling(name: str) -> Check:
     from dit_accel.kernels.pooling import block_means, why_not
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(1, 301, 2, 64, generator=torch.Generator("cpu").manual_seed(1)).to(dtype)
     starts = torch.tensor([[[0, 128, 200, 301]]], dtype=torch.int32)
@@ -111,7 +117,7 @@ def _check_pooling(name: str) -> Check:
     began = time.perf_counter()
     means = block_means(there, starts.to(device), 128, impl=impl)
     error = (means.double().cpu() - exact).abs().max().item()
-    return _judge(name, torch.float32, device, error, f"error {error:.1e}", began)
+    return judge(name, torch.float32, device, error, f"error {error:.1e}", began)
 
 
 def _check_selection(name: str) -> Check:
@@ -121,7 +127,7 @@ def _check_selection(name: str) -> Check:
     from dit_accel.kernels.selection import select_blocks, why_not
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     generator = torch.Generator("cpu").manual_seed(2)
     scores = torch.randn(1, 2, 40, 40, generator=generator).to(device)
     forced = torch.eye(40, dtype=torch.bool, device=device)
@@ -139,7 +145,7 @@ def _check_selection(name: str) -> Check:
     mass = shares.gather(3, order).cumsum(-1)
     enough = ((mass < 0.4).sum(-1) + 1).clamp(10, 40)
     wrong = int((read[..., :40] != best).sum()) + int((counts != enough).sum())
-    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong choices", began)
+    return judge(name, torch.float32, device, float(wrong), f"{wrong} wrong choices", began)
 
 
 def _check_counting(name: str) -> Check:
@@ -150,7 +156,7 @@ def _check_counting(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     starts = [0, 128, 200, 200, 301]
     mask = torch.rand(2, 3, 4, 4, generator=torch.Generator("cpu").manual_seed(3)) < 0.5
     right = int(BlockPlan.from_mask(mask, starts, starts).to_token_mask().sum())
@@ -160,7 +166,7 @@ def _check_counting(name: str) -> Check:
         return Check(name, "absent", reason)
     began = time.perf_counter()
     wrong = abs(int(count_pairs(plan, impl=impl)) - right)
-    return _judge(name, torch.float32, device, float(wrong), f"off by {wrong} of {right}", began)
+    return judge(name, torch.float32, device, float(wrong), f"off by {wrong} of {right}", began)
 
 
 def _check_compaction(name: str) -> Check:
@@ -171,7 +177,7 @@ def _check_compaction(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     generator = torch.Generator("cpu").manual_seed(4)
     starts = [*range(0, 301, 10)]
     mask, needed, forced = (torch.rand(1, 2, 30, 30, generator=generator) < p for p in (0.7, 0.4, 0.1))
@@ -185,7 +191,7 @@ def _check_compaction(name: str) -> Check:
     short = compact_lists(plan, needed.to(device), forced[0, 0].to(device), impl=impl)
     wanted = torch.zeros_like(mask).scatter_(3, listed.indices.long(), needed) | forced[:, :1]
     wrong = int((short.to_mask().cpu() != (wanted & mask)).sum())
-    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
+    return judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
 
 
 def _check_bitmaps(name: str) -> Check:
@@ -196,7 +202,7 @@ def _check_bitmaps(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     mask = torch.rand(1, 2, 30, 70, generator=torch.Generator("cpu").manual_seed(5)) < 0.4
     plan = BlockPlan.from_mask(mask.to(device), [*range(31)], [*range(71)])
     reason = why_not(impl, plan.counts)
@@ -205,7 +211,7 @@ def _check_bitmaps(name: str) -> Check:
     began = time.perf_counter()
     counts, indices = unpack_lists(pack_lists(plan, impl=impl), 70, impl=impl)
     wrong = int((replace(plan, counts=counts, indices=indices).to_mask().cpu() != mask).sum())
-    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
+    return judge(name, torch.float32, device, float(wrong), f"{wrong} wrong entries", began)
 
 
 def _check_coarse(name: str) -> Check:
@@ -216,7 +222,7 @@ def _check_coarse(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     starts = [0, 30, 64, 70]
     masses = torch.randn(1, 2, 3, 3, generator=torch.Generator("cpu").manual_seed(6))
     plan = BlockPlan.full(torch.tensor(starts), torch.tensor(starts))
@@ -228,7 +234,7 @@ def _check_coarse(name: str) -> Check:
         return Check(name, "absent", reason)
     began = time.perf_counter()
     error = float((add_block_means(v.clone(), v[..., 0].clone(), v, v, v, plan, impl=impl) - v).abs().max())
-    return _judge(name, torch.float32, device, error, f"max error {error:.1e}", began)
+    return judge(name, torch.float32, device, error, f"max error {error:.1e}", began)
 
 
 def _check_reorder(name: str) -> Check:
@@ -238,7 +244,7 @@ def _check_reorder(name: str) -> Check:
     from dit_accel.kernels.reorder import put_rows, take_rows, why_not
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     generator = torch.Generator("cpu").manual_seed(7)
     x = torch.randn(1, 2, 70, 64, generator=generator).to(device)
     order = torch.randperm(70, generator=generator).int()[None, None].to(device)
@@ -249,7 +255,7 @@ def _check_reorder(name: str) -> Check:
     taken = take_rows(x, order, impl=impl)
     wrong = int((taken != x[:, :, order[0, 0].long()]).sum())
     wrong += int((put_rows(taken, order, impl=impl) != x).sum())
-    return _judge(name, torch.float32, device, float(wrong), f"{wrong} wrong numbers", began)
+    return judge(name, torch.float32, device, float(wrong), f"{wrong} wrong numbers", began)
 
 
 def _check_kmeans(name: str) -> Check:
@@ -259,7 +265,7 @@ def _check_kmeans(name: str) -> Check:
     from dit_accel.kernels.kmeans import cluster_means, nearest_centroids, overlaps, sort_by_label, why_not
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator("cpu").manual_seed(8)
     x, centroids = (torch.randint(-2, 3, (1, 2, n, 64), generator=generator).float() for n in (301, 20))
@@ -281,12 +287,10 @@ def _check_kmeans(name: str) -> Check:
     exact = torch.where(sizes > 0, own.transpose(2, 3) @ x / sizes.clamp_min(1), centroids)
     whole = (sizes[..., 0] > 0).float()
     error = max(float((means.cpu() - exact).abs().max()), float((shares.cpu().sum(3) - whole).abs().max()))
-    return _judge(
+    return judge(
         name, torch.float32, device, wrong + error, f"{wrong} wrong places, error {error:.1e}", began
     )
 
-
-# --- scripts/_plan_kernel_checks.py
 
 
 def _check_quantize(name: str) -> Check:
@@ -297,7 +301,7 @@ def _check_quantize(name: str) -> Check:
     from dit_accel.plan import BlockPlan
 
     impl = name.split("/")[1]
-    device = _device(impl)
+    device = device_for(impl)
     q = torch.randn(1, 2, 301, 64, generator=torch.Generator("cpu").manual_seed(5)).to(device)
     starts = [0, 128, 200, 301]
     plan = BlockPlan.from_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device), starts, starts)
@@ -311,10 +315,11 @@ def _check_quantize(name: str) -> Check:
     steps = float(
         ((again - q).abs() / copies.q_scale[:, :, rows, None]).max()
     )  # half a step is the best possible
-    return _judge(name, torch.float32, device, max(0.0, steps - 0.5), f"{steps:.3f} steps off", began)
+    return judge(name, torch.float32, device, max(0.0, steps - 0.5), f"{steps:.3f} steps off", began)
 
 
-def _judge(name: str, dtype, device, error: float, told: str, began: float) -> Check:
+def judge(name: str, dtype, device, error: float, told: str, began: float) -> Check:
+    """Whether an error is small enough for the type, and what to say of it."""
     import torch
 
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
