@@ -13,6 +13,7 @@ schedulers with a history are mended where a token comes back, and nothing is a 
 - `choose`: which tokens are computed;
 - `blocks`: whole blocks as what is chosen, and the rows of a plan that they have;
 - `active`: taking these tokens out of a sequence, and putting them back;
+- `block_attention`: sparse attention with these;
 - `schedulers`: standing in a scheduler's `step`, and mending its history;
 - `sampler`: one pipeline's choice, from step to step;
 - `engine`: one transformer's forwards, and what is kept of them.

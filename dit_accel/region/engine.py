@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +16,15 @@ from torch import Tensor, nn
 
 from dit_accel.adapters import parallel, region_classes
 from dit_accel.errors import UsageError
-from dit_accel.methods import method_class, method_names
-from dit_accel.planner import KeptPlan
 from dit_accel.region.active import ActiveTokens, repeat_rows, write_rows
-from dit_accel.region.blocks import Blocks, take_query_blocks
+from dit_accel.region.block_attention import BlockAttention
 from dit_accel.region.sampler import Sampler
-from dit_accel.trajectory import Call, Facts, StateTable
+from dit_accel.trajectory import Call, Facts
 
 if TYPE_CHECKING:
     from dit_accel.adapters.dispatch import Seat
     from dit_accel.engine import Engine
     from dit_accel.layout import TokenLayout
-    from dit_accel.plan import BlockPlan
 
 _REASON = "region sampling: the queries are a part of the tokens"
 _GIB = 2**30
@@ -63,6 +60,14 @@ class Forward:
     places: Tensor | None = None  # of the active tokens among the kept keys, [N, K]
     made_up: bool = False  # by a step cache
 
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Write a call's active tokens and text, `[N, K, H, D]`, where they stand among all, `[N, S, H, D]`."""
+        joint = part.shape[1] > self.active.n_video_tokens
+        write_rows(whole, self.places, part[:, self.video] if joint else part)
+        if joint:
+            text = slice(0, self.text) if self.video.start else slice(-self.text, None)
+            whole[:, text] = part[:, text]
+
 
 class RegionEngine:
     """Region sampling on one transformer.
@@ -89,11 +94,8 @@ class RegionEngine:
                 f"region option layers={self.region.layers}, but {name} has {engine.n_layers} layers with "
                 "self-attention: give at most that, or leave it out for all."
             )
-        if self.region.unit == "block":
-            _check_blocks(engine)
         self._first_layer = engine.n_layers - (self.region.layers or engine.n_layers)
-        self._blocks: tuple[TokenLayout, Blocks] | None = None  # of the layout seen last
-        self._shared = StateTable(engine.trajectory)  # plans of a step's first branch, where branches share them
+        self._by_blocks = BlockAttention(engine, sampler) if self.region.unit == "block" else None
         self._kept: dict[str, Kept] = {}
         self._forward: Forward | None = None
         # behind the hook that brings tokens back into the model's order, if there is one
@@ -113,7 +115,8 @@ class RegionEngine:
 
     def bytes_held(self) -> int:
         """Memory kept between forwards."""
-        return sum(kept.bytes_held() for kept in self._kept.values()) + self._shared.bytes_held()
+        held = 0 if self._by_blocks is None else self._by_blocks.bytes_held()
+        return held + sum(kept.bytes_held() for kept in self._kept.values())
 
     def declare(self, rows: int, tokens: int, text: int, itemsize: int) -> int:
         """Bytes that are kept of one branch.
@@ -193,59 +196,13 @@ class RegionEngine:
             return None
         if kept_here:
             key, value = self._update(now, seat.layer, key, value)
-        if self.region.unit == "block" and kept_here:
-            out = self._attend_sparsely(now, seat, query, key, value, call)
+        if self._by_blocks is not None and kept_here:
+            out = self._by_blocks.attend(now, seat, query, key, value, call)
             if out is not None:
                 return out
         else:
             engine.count_dense(_REASON, True, 1)
         return engine.attending.attend_densely(seat, query, key, value, True, call)
-
-    def _attend_sparsely(
-        self, now: Forward, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
-    ) -> Tensor | None:
-        """The blocks' rows of a plan for all queries; None, and the reason counted, where the call is to be dense.
-
-        Args:
-            query: `[N, K, H, D]` of the active tokens; key and value `[N, S, H, D]` of all.
-        """
-        engine = self._engine()
-        reason = engine.why_dense_part(seat, call)
-        if reason is not None:
-            engine.count_dense(*reason, 1)
-            return None
-        joint = query.shape[1] > now.active.n_video_tokens
-        text = now.text if joint else 0
-        layout = engine.layouts.of_call(key, text, engine.layout, 0)
-        here = now.call.at(seat.layer)
-        if now.text and not joint:  # the text takes no part in this attention
-            here = replace(here, segments=(("video", 0, layout.n_video_tokens),))
-        blocks = repeat_rows(self.sampler.chosen_blocks().to(query.device), len(query)) + layout.video_blocks.start
-        if text:
-            of_text = torch.arange(layout.n_blocks, device=query.device)[layout.text_blocks].expand(len(blocks), -1)
-            blocks = torch.cat((of_text, blocks) if layout.text_first else (blocks, of_text), 1)
-        plan = self._plan(now, here, query, key, layout)
-        plan = take_query_blocks(plan, blocks, query.shape[1])
-        out, title, read, present = engine.attending.attend_by(plan, query, key, value, call, here, layout)
-        engine.tally.note_sparse(here, title, read, present)
-        return out
-
-    def _plan(self, now: Forward, here: Call, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockPlan:
-        """A plan of all query blocks, of which those without an active query are of no matter."""
-        engine = self._engine()
-        kept = None
-        if engine.options.share_plans:
-            kept = self._shared.get(replace(here, branch="every branch"), tuple(key.shape), KeptPlan)
-            if kept.step == here.step:
-                engine.tally.plans["carried over"] += 1
-                return kept.plan()
-        whole = query.new_zeros(key.shape)
-        self._write(whole, query, now)
-        plan = engine.planner.method_at(here).predict(whole, key, layout, here, None)
-        engine.tally.plans["predicted"] += 1
-        if kept is not None:
-            kept.keep(plan, here)
-        return plan
 
     def _store(self, now: Forward, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep a copy: what runs behind this may use the memory of its operands for something else."""
@@ -263,16 +220,8 @@ class RegionEngine:
         """
         pair = now.kept.keys[layer]
         for kept, new in zip(pair, (key, value), strict=True):
-            self._write(kept, new, now)
+            now.put(kept, new)
         return pair
-
-    def _write(self, whole: Tensor, part: Tensor, now: Forward) -> None:
-        """Put the active tokens and the text of a call, `[N, K, H, D]`, where they stand among all, `[N, S, H, D]`."""
-        joint = part.shape[1] > now.active.n_video_tokens
-        write_rows(whole, now.places, part[:, now.video] if joint else part)
-        if joint:
-            text = slice(0, now.text) if now.video.start else slice(-now.text, None)
-            whole[:, text] = part[:, text]
 
     @torch.compiler.disable
     def _leave_tokens(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -296,21 +245,11 @@ class RegionEngine:
         if now.made_up:
             self.sampler.note_made_up(*told)
             return
-        self.sampler.note_forward(*told, now.index, self._blocks_now(now))
+        blocks = None if self._by_blocks is None else self._by_blocks.blocks_of(now)
+        self.sampler.note_forward(*told, now.index, blocks)
         whole = math.prod(now.call.grid)
         active, held = whole if now.index is None else now.index.shape[1], self.bytes_held()
         engine.tally.note_region(active, whole, now.reason, held + self.sampler.bytes_held())
-
-    def _blocks_now(self, now: Forward) -> Blocks | None:
-        """The blocks that the next step may choose from: unit "block", and keys kept in their order."""
-        layout = self._engine().layout
-        if self.region.unit != "block" or now.kept is None or layout is None or layout.grid != now.call.grid:
-            return None
-        if now.kept.order is not (None if layout.order == "raster" else layout):
-            return None  # a fall-back left them in the model's order
-        if self._blocks is None or self._blocks[0] is not layout:
-            self._blocks = layout, Blocks.of(layout)
-        return self._blocks[1]
 
     # -- why not
 
@@ -377,32 +316,9 @@ class RegionEngine:
     def forget(self) -> None:
         """Drop all that is kept: a new run, one that broke off, or another expert's turn."""
         self._kept.clear()
-        self._shared.clear()
+        if self._by_blocks is not None:
+            self._by_blocks.clear()
         self._forward = None
 
     def __repr__(self) -> str:
         return f"RegionEngine({len(self._kept)} branches, {self.bytes_held()} bytes)"
-
-
-def _check_blocks(engine: Engine) -> None:
-    """Whether whole blocks can be chosen and attend sparsely.
-
-    Raises:
-        UsageError: no sparse attention, or a method or an order that cannot.
-    """
-    if engine.method is None:
-        raise UsageError(
-            "region option unit='block' chooses blocks of sparse attention, and there is none: give a method= and its "
-            "budget, or unit='token'."
-        )
-    if not getattr(engine.method, "rows_apart", False):
-        fit = [name for name in method_names() if getattr(method_class(name), "rows_apart", False)]
-        raise UsageError(
-            f"region option unit='block' needs a method that plans every query block for itself: {', '.join(fit)}. "
-            "Choose one of these, or unit='token'."
-        )
-    if engine.layouts.arrangement.order == "tiles":
-        raise UsageError(
-            "region option unit='block' wants blocks of one size, and order='tiles' makes them of several: choose "
-            "order='packed' or 'gilbert', or unit='token'."
-        )
