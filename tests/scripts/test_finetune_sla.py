@@ -56,12 +56,8 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("made") / "latents"
-
-
-def test_latents_training_and_comparison(run, model: Path, latents: Path, tmp_path: Path) -> None:
+def test_latents_training_and_comparison(run, model: Path, tmp_path: Path) -> None:
+    latents = tmp_path / "latents"
     made = ("latents", "--model", model, "--scenes", "rendered", *SIZE, "--out", latents)
     assert run(*made, "--count", 2)[0] == 0
     code, _, err = run(*made, "--count", 4)
@@ -139,10 +135,10 @@ def test_two_experts_share_latents_and_a_folder(run, model: Path, wan22_folder: 
     assert code == 2 and "has no transformer_2" in err
 
 
-def test_an_interrupt_leaves_a_checkpoint_and_exits_130(model: Path, latents: Path, tmp_path: Path) -> None:
-    if not latents.exists():
-        pytest.skip("made by the first test")
-    out = tmp_path / "sla"
+def test_an_interrupt_leaves_a_checkpoint_and_exits_130(run, model: Path, tmp_path: Path) -> None:
+    latents, out = tmp_path / "latents", tmp_path / "sla"
+    made = ("latents", "--model", model, "--scenes", "rendered", *SIZE, "--count", 2, "--out", latents)
+    assert run(*made)[0] == 0
     words = ["train", "--model", model, "--latents", latents, *HOW, "--out", out, "--minutes", "5",
              "--save-minutes", "0.0001"]  # fmt: skip
     running = subprocess.Popen(
