@@ -177,12 +177,13 @@ def _device_of(x: Tensor):
 
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
-ROUND_UNSPECIALIZED = ("stride_cb", "stride_ch", "heads", "clusters", "rows")
-NEAREST_UNSPECIALIZED = ("stride_xb", "heads", "tokens")  # `rows` is a multiple of 16 always
+# Strides of rows of D numbers are not among them: that all of them are multiples of 16 lets a thread move 16 bytes.
+ROUND_UNSPECIALIZED = ("heads", "clusters", "rows")
+NEAREST_UNSPECIALIZED = ("heads", "tokens")  # `rows` is a multiple of 16 always
 SORT_UNSPECIALIZED = ("heads", "tokens", "clusters", "chunks")
-RUNS_UNSPECIALIZED = ("stride_xb", "heads", "tokens", "clusters", "runs")
+RUNS_UNSPECIALIZED = ("heads", "tokens", "clusters", "runs")
 OVERLAPS_UNSPECIALIZED = ("heads", "clusters", "n_runs")
-MEANS_UNSPECIALIZED = ("stride_pb", "stride_ph", "heads", "clusters", "runs")
+MEANS_UNSPECIALIZED = ("heads", "clusters", "runs")
 
 
 @triton.jit(do_not_specialize=ROUND_UNSPECIALIZED)

@@ -84,7 +84,7 @@ def attend(
     """
     operands = operands_for(q.dtype)
     out = torch.empty_like(q) if into is None else into
-    fold = weight is not None and _fold(blocks, q.shape[2], q.shape[3])
+    fold = weight is not None and _fold(blocks, q.shape[2], q.shape[3], operands)
     if weight is not None:
         weight = weight.to(operands).contiguous()
     for rows, heads in _chunks(q, blocks, workspace, backward=False):
@@ -148,11 +148,14 @@ def _stored(blocks: Blocks, operands: torch.dtype) -> torch.dtype:
     return torch.float32 if blocks.unread is None and operands == torch.bfloat16 else operands
 
 
-def _fold(blocks: Blocks, tokens: int, dim: int) -> bool:
+def _fold(blocks: Blocks, tokens: int, dim: int, operands: torch.dtype) -> bool:
     """Whether a weight is cheaper on states than on rows: D rows of every state against all rows of its block.
 
-    Where both cost the same, rows win: they are in registers, and the states would be read and written once more.
+    Where both cost the same, rows win: they are in registers, and the states would be read and written once more. But a
+    float32 state and a weight beside it do not fit into the shared memory of every chip.
     """
+    if operands == torch.float32:
+        return True
     states = 1 if blocks.unread is None else blocks.n_q
     return states * dim < tokens
 

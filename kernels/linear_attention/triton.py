@@ -28,17 +28,31 @@ class Config:
     rows: int  # tokens of a block at once
     warps: int
     stages: int
+    steps: int = (
+        1  # of so many tokens by one program of "read" and "states_backward", which keeps its state meanwhile
+    )
+
+
+# Of 16-bit types, by kernel and whether a head has 128 numbers; smaller heads are as those of 64.
+FASTEST = {
+    ("states", False): Config(64, 4, 1),
+    ("states", True): Config(32, 8, 1),
+    ("read", False): Config(64, 4, 1),
+    ("read", True): Config(64, 8, 1),
+    ("read_backward", False): Config(64, 4, 1),
+    ("read_backward", True): Config(32, 8, 1),
+    ("states_backward", False): Config(64, 4, 1),
+    ("states_backward", True): Config(32, 8, 1),
+}
 
 
 def config_for(kernel: str, head: int, operands: torch.dtype) -> Config:
-    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward"), chosen so that what a
-    program keeps stays in registers."""
+    """The one configuration of a kernel ("states", "read", "read_backward", "states_backward"): of those whose
+    sums stay in registers the fastest."""
     wide = head == 128
     if operands == torch.float32:  # products on the scalar units, which take one operand whole
         return Config(16, 16 if wide and kernel in ("read", "states_backward") else 8, 1)
-    if kernel == "read":
-        return Config(64, 8 if wide else 4, 1)
-    return Config(32, 8, 1) if wide else Config(64, 4, 1)
+    return FASTEST[kernel, wide]
 
 
 def why_not(q: Tensor) -> str | None:
@@ -102,7 +116,7 @@ def read_states(
     batch, heads, _, dim = q.shape
     blocks = starts.shape[2] - 1
     config = config_for("read", dim, operands)
-    parts = max(1, triton.cdiv(longest, config.rows))
+    parts, steps = _share_out(config, longest)
     bias = None if bias is None else bias.float().contiguous()
     states, sums = _dense_blocks(states), _dense_blocks(sums)
     with _on(q):
@@ -119,6 +133,7 @@ def read_states(
             *(*q.stride(), *out.stride(), *states.stride()[:3], *sums.stride()[:3], *lead_strides(starts)),
             *(0 if x is None or len(x) == 1 else x.stride(0) for x in (weight, bias)),
             *(parts, eps),
+            STEPS=steps,
             WEIGHT=weight is not None,
             BIAS=bias is not None,
             ADD=add,
@@ -174,14 +189,22 @@ def block_states_backward(
     blocks = starts.shape[2] - 1
     d_states, d_sums = _dense_blocks(d_states), _dense_blocks(d_sums)
     config = config_for("states_backward", dim, operands)
-    parts = max(1, triton.cdiv(longest, config.rows))
+    parts, steps = _share_out(config, longest)
     with _on(k):
         states_backward_kernel[(blocks * parts, heads, batch)](
             *(k, v, d_states, d_sums, starts, d_k, d_v),
             *(*k.stride(), *v.stride(), *d_k.stride(), *d_v.stride()),
             *(*d_states.stride()[:3], *d_sums.stride()[:3], *lead_strides(starts), parts),
+            STEPS=steps,
             **_shared(config, dim, feature, operands),
         )
+
+
+def _share_out(config: Config, longest: int) -> tuple[int, int]:
+    """Programs for a block, and tiles of rows for each: no more than a block of `longest` tokens has."""
+    tiles = max(1, triton.cdiv(longest, config.rows))
+    steps = min(config.steps, tiles)
+    return triton.cdiv(tiles, steps), steps
 
 
 def _on(x: Tensor):
@@ -253,7 +276,8 @@ def _operand(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 # Numbers that follow the lengths of a call, not its kind: specialising on them would compile anew for each length.
-STATES_UNSPECIALIZED = ("stride_kb", "stride_vb", "stride_sb", "stride_sh", "heads", "blocks")
+# Strides of rows of D numbers are not among them: that all of them are multiples of 16 lets a thread move 16 bytes.
+STATES_UNSPECIALIZED = ("stride_sb", "stride_sh", "heads", "blocks")
 
 
 @triton.jit(do_not_specialize=STATES_UNSPECIALIZED)
@@ -299,10 +323,7 @@ def states_kernel(
     tl.store(sums + place * DIM + lanes, total)
 
 
-READ_UNSPECIALIZED = (
-    *("stride_qb", "stride_ob", "stride_hb", "stride_hh", "stride_zb", "stride_zh", "stride_sb", "stride_sh"),
-    *("parts", "eps"),
-)
+READ_UNSPECIALIZED = ("stride_sb", "stride_sh", "parts", "eps")
 
 
 @triton.jit(do_not_specialize=READ_UNSPECIALIZED)
@@ -315,6 +336,7 @@ def read_kernel(
     stride_sb, stride_sh,
     stride_wh, stride_ch,
     parts, eps,
+    STEPS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -324,47 +346,52 @@ def read_kernel(
     OPERANDS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows of one query block of one head. Offsets are int64: tensors may pass 2^31 elements."""
+    """One program: some rows of one query block of one head, a tile after the other. Offsets are int64: tensors may
+    pass 2^31 elements."""
     i_block = tl.program_id(0) // parts
     i_part = tl.program_id(0) % parts
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     p_start = starts + i_b * stride_sb + i_h * stride_sh + i_block
-    first = tl.load(p_start) + i_part * ROWS
+    first = tl.load(p_start) + i_part * STEPS * ROWS
     end = tl.load(p_start + 1)
     if first >= end:
         return
-    rows = first + tl.arange(0, ROWS)
-    inside = (rows < end)[:, None]
-    rows = rows.to(tl.int64)
     lanes = tl.arange(0, DIM)
     square = lanes[:, None] * DIM + lanes[None, :]
     block = i_block.to(tl.int64)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + lanes[None, :] * stride_qd
-    b_q = _phi(tl.load(p_q, mask=inside, other=0.0).to(tl.float32), FEATURE)
     b_h = tl.load(states + i_b * stride_hb + i_h * stride_hh + block * stride_hn + square)
+    b_h = _operand(b_h, OPERANDS, INTERPRETED)
     b_z = tl.load(sums + i_b * stride_zb + i_h * stride_zh + block * stride_zn + lanes)
-    acc = tl.dot(
-        _operand(b_q, OPERANDS, INTERPRETED), _operand(b_h, OPERANDS, INTERPRETED), input_precision="ieee"
-    )
-    total = tl.sum(b_q * b_z[None, :], 1) + eps
-    acc = acc * tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if WEIGHT:
         turned = lanes[None, :] * DIM + lanes[:, None]
         b_w = _operand(tl.load(weight + i_h * stride_wh + turned), OPERANDS, INTERPRETED)
-        acc = tl.dot(_operand(acc, OPERANDS, INTERPRETED), b_w, input_precision="ieee")
     if BIAS:
-        acc += tl.load(bias + i_h * stride_ch + lanes)[None, :]
-    p_out = out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
-    if ADD:
-        acc += tl.load(p_out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_out, _cast(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
+        b_c = tl.load(bias + i_h * stride_ch + lanes)
+    for step in range(STEPS):
+        rows = first + step * ROWS + tl.arange(0, ROWS)
+        inside = (rows < end)[:, None]
+        rows = rows.to(tl.int64)
+        p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + lanes[None, :] * stride_qd
+        p_out = (
+            out + i_b * stride_ob + i_h * stride_oh + rows[:, None] * stride_os + lanes[None, :] * stride_od
+        )
+        b_q = _phi(tl.load(p_q, mask=inside, other=0.0).to(tl.float32), FEATURE)
+        if ADD:
+            before = tl.load(p_out, mask=inside, other=0.0)
+        acc = tl.dot(_operand(b_q, OPERANDS, INTERPRETED), b_h, input_precision="ieee")
+        total = tl.sum(b_q * b_z[None, :], 1) + eps
+        acc = acc * tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        if WEIGHT:
+            acc = tl.dot(_operand(acc, OPERANDS, INTERPRETED), b_w, input_precision="ieee")
+        if BIAS:
+            acc += b_c[None, :]
+        if ADD:
+            acc += before.to(tl.float32)
+        tl.store(p_out, _cast(acc, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-READ_BACKWARD_UNSPECIALIZED = (
-    *("stride_qb", "stride_gb", "stride_db", "stride_hb", "stride_hh", "stride_zb", "stride_zh"),
-    *("stride_sb", "stride_sh", "heads", "blocks", "eps"),
-)
+READ_BACKWARD_UNSPECIALIZED = ("stride_sb", "stride_sh", "heads", "blocks", "eps")
 
 
 @triton.jit(do_not_specialize=READ_BACKWARD_UNSPECIALIZED)
@@ -426,19 +453,7 @@ def read_backward_kernel(
     tl.store(d_sums + place * DIM + lanes, total)
 
 
-STATES_BACKWARD_UNSPECIALIZED = (
-    *(
-        "stride_kb",
-        "stride_vb",
-        "stride_dkb",
-        "stride_dvb",
-        "stride_hb",
-        "stride_hh",
-        "stride_zb",
-        "stride_zh",
-    ),
-    *("stride_sb", "stride_sh", "parts"),
-)
+STATES_BACKWARD_UNSPECIALIZED = ("stride_sb", "stride_sh", "parts")
 
 
 @triton.jit(do_not_specialize=STATES_BACKWARD_UNSPECIALIZED)
@@ -452,45 +467,55 @@ def states_backward_kernel(
     stride_zb, stride_zh, stride_zn,
     stride_sb, stride_sh,
     parts,
+    STEPS: tl.constexpr,
     FEATURE: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     OPERANDS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: some rows of one key block of one head. Offsets are int64: tensors may pass 2^31 elements."""
+    """One program: some rows of one key block of one head, a tile after the other. Offsets are int64: tensors may pass
+    2^31 elements."""
     i_block = tl.program_id(0) // parts
     i_part = tl.program_id(0) % parts
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     p_start = starts + i_b * stride_sb + i_h * stride_sh + i_block
-    first = tl.load(p_start) + i_part * ROWS
+    first = tl.load(p_start) + i_part * STEPS * ROWS
     end = tl.load(p_start + 1)
     if first >= end:
         return
-    rows = first + tl.arange(0, ROWS)
-    inside = (rows < end)[:, None]
-    rows = rows.to(tl.int64)
     lanes = tl.arange(0, DIM)
     block = i_block.to(tl.int64)
-    p_k = k + i_b * stride_kb + i_h * stride_kh + rows[:, None] * stride_ks + lanes[None, :] * stride_kd
-    p_v = v + i_b * stride_vb + i_h * stride_vh + rows[:, None] * stride_vs + lanes[None, :] * stride_vd
-    x = tl.load(p_k, mask=inside, other=0.0).to(tl.float32)
-    b_k = _phi(x, FEATURE)
     p_state = d_states + i_b * stride_hb + i_h * stride_hh + block * stride_hn
     b_h = tl.load(p_state + lanes[:, None] * DIM + lanes[None, :])
-    b_dv = tl.dot(
-        _operand(b_k, OPERANDS, INTERPRETED), _operand(b_h, OPERANDS, INTERPRETED), input_precision="ieee"
-    )
-    p_dv = (
-        d_v + i_b * stride_dvb + i_h * stride_dvh + rows[:, None] * stride_dvs + lanes[None, :] * stride_dvd
-    )
-    tl.store(p_dv, _cast(b_dv, d_v.dtype.element_ty, INTERPRETED), mask=inside)
-    b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, INTERPRETED)
+    b_h = _operand(b_h, OPERANDS, INTERPRETED)
     b_z = tl.load(d_sums + i_b * stride_zb + i_h * stride_zh + block * stride_zn + lanes)
-    b_dk = tl.dot(b_v, tl.trans(_operand(b_h, OPERANDS, INTERPRETED)), input_precision="ieee") + b_z[None, :]
-    b_dk = _phi_backward(b_dk, x, b_k, FEATURE)
-    p_dk = (
-        d_k + i_b * stride_dkb + i_h * stride_dkh + rows[:, None] * stride_dks + lanes[None, :] * stride_dkd
-    )
-    tl.store(p_dk, _cast(b_dk, d_k.dtype.element_ty, INTERPRETED), mask=inside)
+    for step in range(STEPS):
+        rows = first + step * ROWS + tl.arange(0, ROWS)
+        inside = (rows < end)[:, None]
+        rows = rows.to(tl.int64)
+        p_k = k + i_b * stride_kb + i_h * stride_kh + rows[:, None] * stride_ks + lanes[None, :] * stride_kd
+        p_v = v + i_b * stride_vb + i_h * stride_vh + rows[:, None] * stride_vs + lanes[None, :] * stride_vd
+        p_dk = (
+            d_k
+            + i_b * stride_dkb
+            + i_h * stride_dkh
+            + rows[:, None] * stride_dks
+            + lanes[None, :] * stride_dkd
+        )
+        p_dv = (
+            d_v
+            + i_b * stride_dvb
+            + i_h * stride_dvh
+            + rows[:, None] * stride_dvs
+            + lanes[None, :] * stride_dvd
+        )
+        x = tl.load(p_k, mask=inside, other=0.0).to(tl.float32)
+        b_k = _phi(x, FEATURE)
+        b_dv = tl.dot(_operand(b_k, OPERANDS, INTERPRETED), b_h, input_precision="ieee")
+        tl.store(p_dv, _cast(b_dv, d_v.dtype.element_ty, INTERPRETED), mask=inside)
+        b_v = _operand(tl.load(p_v, mask=inside, other=0.0), OPERANDS, INTERPRETED)
+        b_dk = tl.dot(b_v, tl.trans(b_h), input_precision="ieee") + b_z[None, :]
+        b_dk = _phi_backward(b_dk, x, b_k, FEATURE)
+        tl.store(p_dk, _cast(b_dk, d_k.dtype.element_ty, INTERPRETED), mask=inside)

@@ -272,14 +272,15 @@ def compile_linear(capability: int) -> Iterator[dict]:
     """Linear attention forward and backward, in the forms that a model launches."""
     kernels = {
         "states": (linear.states_kernel, linear.STATES_UNSPECIALIZED, {"STEPS": 2}),
-        "read": (linear.read_kernel, linear.READ_UNSPECIALIZED, {}),
+        "read": (linear.read_kernel, linear.READ_UNSPECIALIZED, {"STEPS": 2}),
         "read_backward": (linear.read_backward_kernel, linear.READ_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
-        "states_backward": (linear.states_backward_kernel, linear.STATES_BACKWARD_UNSPECIALIZED, {}),
+        "states_backward": (linear.states_backward_kernel, linear.STATES_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
     }
     forms = [(64, torch.bfloat16, "softmax"), (128, torch.bfloat16, "softmax")]
     forms += [(128, torch.float16, "elu"), (128, torch.float32, "softmax")]
     for (head, dtype, feature), (name, (launched, free, more)) in itertools.product(forms, kernels.items()):
-        for projected in (False, True) if name == "read" else (False,):
+        # In float32 the states are projected instead.
+        for projected in (False, True) if name == "read" and dtype != torch.float32 else (False,):
             operands = torch.float32 if dtype == torch.float32 else torch.bfloat16
             config = linear.config_for(name, head, operands)
             constants = {"FEATURE": feature, "DIM": head, "ROWS": config.rows, "INTERPRETED": False, **more}
@@ -391,10 +392,20 @@ def compile_source(
             "mma": "mma.sync" in ptx,
             "tcgen05": "tcgen05.mma" in ptx,
             "async": "cp.async" in ptx,
+            "widest": widest_access(ptx),
         },
         **loop_facts(sass),
         "stores_after_loop": stores_after_loop(compiled.asm.get("ttgir", "")),
     }
+
+
+def widest_access(ptx: str) -> int:
+    """Bytes that a thread moves at once between registers or shared memory and device memory, at most."""
+    found = [int(many or 1) * int(bits) // 8 for many, bits in re.findall(
+        r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v([248]))?\.[bfsu](\d+)", ptx
+    )]  # fmt: skip
+    found += [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\d+)", ptx)]
+    return max(found, default=0)
 
 
 def stores_after_loop(ttgir: str) -> list[bool]:

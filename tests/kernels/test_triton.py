@@ -63,6 +63,20 @@ INTERPRETED = {
 }
 
 
+WIDEST = 16  # bytes that a thread can move at once
+# Kernels that move rows of a head's numbers, and so never need less.
+ROWS_OF_NUMBERS = (
+    "pooling",
+    "coarse",
+    "reordering",
+    "quantising",
+    "k-means, nearest",
+    "k-means, rounding",
+    "k-means, runs",
+    "k-means, means",
+)
+
+
 @pytest.mark.skipif(bool(cannot_interpret()), reason=cannot_interpret() or "-")
 @pytest.mark.parametrize("kernels", INTERPRETED.values(), ids=INTERPRETED)
 def test_interpreted_kernel_passes_the_oracle_tests(kernels: tuple[str, ...]):
@@ -143,13 +157,15 @@ def test_kernels_around_plans_compile_without_spills(capability: int):
             assert kernel["wgmma" if capability == 90 else "mma"] and kernel["async"], kernel
         assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
+        if kernel["kernel"].startswith(ROWS_OF_NUMBERS):
+            assert kernel["widest"] == WIDEST, kernel
 
 
 @needs_triton
 def test_linear_attention_compiles_without_spills():
     told = run(str(HERE / "_compile_probe.py"), "90", "linear")
     kernels = [json.loads(line) for line in told.splitlines()]
-    assert len(kernels) == 4 * 5
+    assert len(kernels) == 3 * 5 + 4
     for kernel in kernels:
         # Products in float32 run on the scalar units, and with heads of 128 take more registers than there are.
         scalar = kernel["dtype"] == "fp32"
@@ -157,6 +173,7 @@ def test_linear_attention_compiles_without_spills():
         assert kernel["stack"] <= allowed and kernel["local"] == 0, kernel
         assert kernel["shared"] <= SMALLEST_SHARED, kernel
         assert scalar or kernel["wgmma"] or kernel["mma"], kernel
+        assert kernel["widest"] == WIDEST, kernel
 
 
 @needs_triton
