@@ -35,14 +35,14 @@ class Config:
 
 # Of 16-bit types, by kernel and whether a head has 128 numbers; smaller heads are as those of 64.
 FASTEST = {
-    ("states", False): Config(64, 4, 1),
-    ("states", True): Config(32, 8, 1),
+    ("states", False): Config(64, 4, 3),
+    ("states", True): Config(128, 8, 2),
     ("read", False): Config(64, 4, 1),
-    ("read", True): Config(64, 8, 1),
-    ("read_backward", False): Config(64, 4, 1),
-    ("read_backward", True): Config(32, 8, 1),
-    ("states_backward", False): Config(64, 4, 1),
-    ("states_backward", True): Config(32, 8, 1),
+    ("read", True): Config(32, 4, 1, steps=4),
+    ("read_backward", False): Config(32, 4, 2),
+    ("read_backward", True): Config(32, 8, 3),
+    ("states_backward", False): Config(64, 4, 2, steps=2),
+    ("states_backward", True): Config(32, 4, 1, steps=4),
 }
 
 
