@@ -88,7 +88,7 @@ class RegionEngine:
                 f"Region sampling is not proven for {name}: leave `region` out. It runs on "
                 f"{', '.join(region_classes())}."
             )
-        self.region, self.sampler, self._engine = sampler.region, sampler, weakref.ref(engine)
+        self.region, self.sampler, self._engine = sampler.region_of(engine.role), sampler, weakref.ref(engine)
         if (self.region.layers or 0) > engine.n_layers:
             raise UsageError(
                 f"region option layers={self.region.layers}, but {name} has {engine.n_layers} layers with "
@@ -156,9 +156,9 @@ class RegionEngine:
             kept = self._kept.get(call.branch)
             if kept is None or kept.signature != signature:
                 kept = self._kept[call.branch] = Kept(signature)
-                self._check_memory(hidden, tokens, facts.text)
-            reason = self.sampler.why_whole(call.step, tokens) or self._why_lacking(kept)
-        stores = kept is not None and reason is not None and self.sampler.may_follow(call.step, tokens)
+                self._check_memory(call, hidden, tokens, facts.text)
+            reason = self.sampler.why_whole(call) or self._why_lacking(kept)
+        stores = kept is not None and reason is not None and self.sampler.may_follow(call)
         now = Forward(call, kept, reason, stores, slice(first, first + tokens), facts.text)
         self._forward = now
         if reason is not None:
@@ -282,13 +282,13 @@ class RegionEngine:
             return "nothing is kept of this branch yet"
         return None
 
-    def _check_memory(self, hidden: Tensor, tokens: int, text: int) -> None:
+    def _check_memory(self, call: Call, hidden: Tensor, tokens: int, text: int) -> None:
         """Before anything is kept of a branch.
 
         Raises:
             UsageError: all branches' memory is more than there is.
         """
-        if not self.sampler.leaves_out(tokens):
+        if not self.sampler.leaves_out(call):
             return
         one = self.declare(len(hidden), tokens, text, hidden.element_size())
         held = self.bytes_held()
