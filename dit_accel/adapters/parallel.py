@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
 from diffusers.models import attention_dispatch as host
 from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from dit_accel.errors import UsageError
 from dit_accel.layout import TokenLayout
@@ -88,6 +90,45 @@ def tokens_here(n_tokens: int, processor: Any) -> int:
     split = config.context_parallel_config
     share, more = divmod(n_tokens, split.ulysses_degree)
     return share + (split._ulysses_local_rank < more)
+
+
+def heads_here(transformer: nn.Module, heads: int) -> int:
+    """The most of so many heads that one process attends with; all of them if there is no split."""
+    config = config_of(transformer)
+    return heads if config is None else math.ceil(heads / config.context_parallel_config.ulysses_degree)
+
+
+def shares_of(transformer: nn.Module, n_tokens: int) -> int | None:
+    """How many processes would share so many tokens, and cannot; None if they can, or there is no split."""
+    config = config_of(transformer)
+    if config is None:
+        return None
+    split = config.context_parallel_config
+    return split.ulysses_degree if n_tokens % split.ulysses_degree and not split.ulysses_anything else None
+
+
+def as_first(transformer: nn.Module, chosen: Tensor) -> Tensor:
+    """What the first of the processes chose that share this transformer's sequence: the same on all of them.
+
+    Every process has the whole velocity and chooses for itself, but devices of two kinds may round it to two sides of a
+    tie. All must call this together.
+    """
+    config = config_of(transformer)
+    if config is None:
+        return chosen
+    group, chosen = config.context_parallel_config._ulysses_mesh.get_group(), chosen.contiguous()
+    dist.broadcast(chosen, dist.get_global_rank(group, 0), group)
+    return chosen
+
+
+def least(transformer: nn.Module, number: int, device: torch.device) -> int:
+    """The least of the numbers that the processes have which share this transformer's sequence. All must call it."""
+    config = config_of(transformer)
+    if config is None:
+        return number
+    found = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, config.context_parallel_config._ulysses_mesh.get_group())
+    return int(found)
 
 
 def attend_whole(

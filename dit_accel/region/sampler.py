@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.adapters import parallel
 from dit_accel.errors import UsageError
 from dit_accel.region import choose
 from dit_accel.region.blocks import Blocks
@@ -207,7 +208,10 @@ class Sampler:
             self._chosen_for = call.step + 1  # of this transformer: another has nothing kept yet, and computes all
 
     def _choose(self, velocity: Tensor, call: Call, count: int, blocks: Blocks | None) -> Tensor:
-        """So many tokens, or full blocks, int64 `[B, count]` ascending."""
+        """So many tokens, or full blocks, int64 `[B, count]` ascending; the same on all processes that share them."""
+        return parallel.as_first(self._host[1](), self._choose_here(velocity, call, count, blocks))
+
+    def _choose_here(self, velocity: Tensor, call: Call, count: int, blocks: Blocks | None) -> Tensor:
         region, left_out = self._regions[call.role], self._left_out
         if blocks is not None:  # the tokens of a block are left out together
             left_out = blocks.means(left_out).round().int()

@@ -23,7 +23,9 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import dit_accel
 from dit_accel import SparseProcessor
+from dit_accel.adapters import parallel as exchange
 from dit_accel.errors import DitAccelError
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.budget import choose_blocks
@@ -181,6 +183,62 @@ def run_dense(
     return result | _error_of(transformer, inputs)
 
 
+REGION = {"sample_ratio": 0.5, "bucket": 8, "start": 2, "error_reset": ()}
+REGION_STEPS = 6  # of which the first two and the last compute every token
+
+
+def run_region(
+    parallel: bool,
+    *,
+    region: dict[str, Any],
+    degrees: dict[str, Any] = ULYSSES,
+    per_token: bool = False,
+    aborted: bool = False,
+    **sparse: Any,
+) -> dict[str, Any]:
+    """A pipeline's guided run under region sampling; perhaps behind one that broke off."""
+    pipe = tiny_wan_pipeline()
+    pipe.register_to_config(expand_timesteps=per_token)
+    handle = dit_accel.accelerate(pipe, region={**REGION, **region}, **sparse)
+    if parallel:
+        split(pipe.transformer, degrees)
+    chosen: list[torch.Tensor] = []
+
+    def look(pipe: Any, step: int, time: Any, given: dict) -> dict:
+        if handle._sampler._index is not None:
+            chosen.append(handle._sampler.chosen().clone())
+        return given
+
+    def stop(pipe: Any, step: int, time: Any, given: dict) -> dict:
+        if step == 2:
+            raise KeyboardInterrupt
+        return given
+
+    def run(seed: int, call: Callable) -> torch.Tensor:
+        return pipe(
+            "a red star", "blurry", 96, 128, num_frames=9, num_inference_steps=REGION_STEPS, output_type="latent",
+            generator=torch.Generator().manual_seed(seed), callback_on_step_end=call,
+        ).frames  # fmt: skip
+
+    if aborted:
+        try:
+            run(1, stop)
+        except KeyboardInterrupt:
+            handle.report(clear=True)
+    return {"out": run(0, look), "chosen": chosen, "report": handle.report().to_dict()}
+
+
+def run_agreed(parallel: bool) -> dict[str, Any]:
+    """What processes say that differ."""
+    transformer, _ = wan()
+    rank = 0
+    if parallel:
+        split(transformer)
+        rank = torch.distributed.get_rank()
+    chosen = exchange.as_first(transformer, torch.tensor([[3, 5]]) + rank)
+    return {"chosen": chosen, "least": exchange.least(transformer, 7 - rank, torch.device("cpu"))}
+
+
 def run_set_anew(parallel: bool) -> dict[str, Any]:
     """Processors that were set after the split know nothing of it."""
     transformer, inputs = wan()
@@ -222,6 +280,20 @@ DENSE = {
     ),
 }
 
+BY_BLOCKS = {"method": "pooled", "keep": 0.5, "order": "packed", "block": 16, "min_tokens": 0}
+REGIONS: dict[str, dict[str, Any]] = {
+    "tokens": {"region": {}},
+    "tokens behind a run that broke off": {"region": {}, "aborted": True},
+    "tokens, those left out dropped": {"region": {"keys": "drop"}},
+    "tokens, the last layer's keys": {"region": {"layers": 1, "selector": "change", "sample_ratio": 0.25}},
+    "tokens, a timestep each": {"region": {"selector": "random"}, "per_token": True},
+    "tokens beside sparse attention": {"region": {}, **BY_BLOCKS},
+    "tokens, kernels of our own": {"region": {}, **BY_BLOCKS, "dense_above": 0.0, "dense": "fastest"},
+    "blocks": {"region": {"unit": "block"}, **BY_BLOCKS, "share_plans": True},
+    "blocks by lot": {"region": {"unit": "block"}, **BY_BLOCKS, "method": "random"},
+}
+UNEVEN = {"sample_ratio": 71 / 144, "bucket": 1}  # 71 tokens
+
 Case = Callable[[bool], dict[str, Any]]
 CASES: dict[str, Case] = {
     **{f"stock {model.__name__}": partial(run_stock, model=model) for model in MODELS},
@@ -241,6 +313,9 @@ CASES: dict[str, Case] = {
     # Three heads cannot be shared out evenly. Nor could an odd number of tokens, but gloo gathers equal parts only.
     "sampled, three heads": partial(run_sampled, method=METHODS["random"], degrees=ANYTHING, heads=3),
     **{f"dense by {name}": case for name, (case, _) in DENSE.items()},
+    **{f"region by {name}": partial(run_region, **given) for name, given in REGIONS.items()},
+    "region, tokens that two cannot share": partial(run_region, region=UNEVEN),
+    "agreed": run_agreed,
     "processors set anew": run_set_anew,
 }
 
