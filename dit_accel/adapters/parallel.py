@@ -4,6 +4,10 @@ Under Ulysses each process holds a run of the tokens with all heads. diffusers' 
 with a share of the heads and back, and what attends in between may as well be sparse: heads do not know of each other.
 So a process predicts, remembers and counts for its own heads, and no plan ever travels.
 
+Region sampling (`dit_accel.region`) takes its tokens out before the sequence is split, and keeps the keys of all tokens
+for the heads of the process. Every process sees the whole velocity, so each could choose the next tokens for itself;
+they take those of the first one all the same (`as_first`), for a choice that differed in one token would mix up rows.
+
 Two things must be seen to. diffusers hands modules whose output is split an output hook that stands before any of
 ours, so that a rotary table arrives here in parts (`reorder`). And which calls are sparse must be the same on every
 process; it follows from the forward's arguments alone, which all have in common.

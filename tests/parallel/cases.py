@@ -33,6 +33,7 @@ from dit_accel.methods.parts.plans import plan_of
 from dit_accel.methods.parts.score import block_means, mean_scores
 from dit_accel.testing import (
     tiny_flux_inputs,
+    tiny_flux_pipeline,
     tiny_flux_transformer,
     tiny_wan_inputs,
     tiny_wan_pipeline,
@@ -191,17 +192,19 @@ def run_region(
     parallel: bool,
     *,
     region: dict[str, Any],
-    degrees: dict[str, Any] = ULYSSES,
     per_token: bool = False,
+    experts: bool = False,
     aborted: bool = False,
     **sparse: Any,
 ) -> dict[str, Any]:
     """A pipeline's guided run under region sampling; perhaps behind one that broke off."""
-    pipe = tiny_wan_pipeline()
+    pipe = tiny_wan_pipeline(two_experts=experts)
     pipe.register_to_config(expand_timesteps=per_token)
     handle = dit_accel.accelerate(pipe, region={**REGION, **region}, **sparse)
     if parallel:
-        split(pipe.transformer, degrees)
+        split(pipe.transformer)
+        if experts:
+            split(pipe.transformer_2)
     chosen: list[torch.Tensor] = []
 
     def look(pipe: Any, step: int, time: Any, given: dict) -> dict:
@@ -226,6 +229,22 @@ def run_region(
         except KeyboardInterrupt:
             handle.report(clear=True)
     return {"out": run(0, look), "chosen": chosen, "report": handle.report().to_dict()}
+
+
+def run_region_with_text(parallel: bool) -> dict[str, Any]:
+    """FLUX, whose self-attention sees text: under a split every token is computed."""
+    pipe = tiny_flux_pipeline()
+    handle = dit_accel.accelerate(pipe, region={**REGION, "sample_ratio": 1.0 if not parallel else 0.5})
+    if parallel:
+        split(pipe.transformer)
+    config, generator = pipe.transformer.config, torch.Generator().manual_seed(0)
+    text = torch.randn(1, 16, config.joint_attention_dim, generator=generator)
+    pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
+    out = pipe(
+        prompt_embeds=text, pooled_prompt_embeds=pooled, height=16, width=16, num_inference_steps=4,
+        output_type="latent", generator=generator,
+    ).images  # fmt: skip
+    return {"out": out, "report": handle.report().to_dict()}
 
 
 def run_agreed(parallel: bool) -> dict[str, Any]:
@@ -287,6 +306,7 @@ REGIONS: dict[str, dict[str, Any]] = {
     "tokens, those left out dropped": {"region": {"keys": "drop"}},
     "tokens, the last layer's keys": {"region": {"layers": 1, "selector": "change", "sample_ratio": 0.25}},
     "tokens, a timestep each": {"region": {"selector": "random"}, "per_token": True},
+    "tokens, two experts": {"region": {"start": 1, "transformer": {"sample_ratio": 0.25}}, "experts": True},
     "tokens beside sparse attention": {"region": {}, **BY_BLOCKS},
     "tokens, kernels of our own": {"region": {}, **BY_BLOCKS, "dense_above": 0.0, "dense": "fastest"},
     "blocks": {"region": {"unit": "block"}, **BY_BLOCKS, "share_plans": True},
@@ -315,6 +335,7 @@ CASES: dict[str, Case] = {
     **{f"dense by {name}": case for name, (case, _) in DENSE.items()},
     **{f"region by {name}": partial(run_region, **given) for name, given in REGIONS.items()},
     "region, tokens that two cannot share": partial(run_region, region=UNEVEN),
+    "region, text among the tokens": run_region_with_text,
     "agreed": run_agreed,
     "processors set anew": run_set_anew,
 }
