@@ -65,7 +65,8 @@ class Handle:
         """What the step caches decided in the latest run, as their option `schedule` takes it, by transformer.
 
         A digit a step, 1 for a computed one; where branches of guidance decided differently, such a text for each:
-        "cond=1101; uncond=1111". Replayed, it costs no look at the tensors.
+        "cond=1101; uncond=1111". Steps before a transformer's first are given as computed. Replayed, it costs no look
+        at the tensors. Of two experts each takes its own: `{role: {"schedule": text}}` beside the cache's options.
         """
         return {cache.role: cache.decisions.text() for cache in self._caches}
 

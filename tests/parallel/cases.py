@@ -228,7 +228,8 @@ def run_region(
             run(1, stop)
         except KeyboardInterrupt:
             handle.report(clear=True)
-    return {"out": run(0, look), "chosen": chosen, "report": handle.report().to_dict()}
+    out, declared = run(0, look), handle._engines[0].region.declare(1, 144, 0, 4)
+    return {"out": out, "chosen": chosen, "report": handle.report().to_dict(), "declared": declared}
 
 
 def run_region_with_text(parallel: bool) -> dict[str, Any]:

@@ -160,6 +160,7 @@ def test_two_processes_compute_the_same_regions(of_two: Results, name: str) -> N
         # keys and values of half of the heads: of two branches, two layers, 144 tokens, one head of 12, in fp32
         saved = 2 * 2 * 2 * 144 * 12 * 4
         assert {one["report"]["bytes_region"] - result["report"]["bytes_region"] for result in two} == {saved}
+        assert {2 * (one["declared"] - result["declared"]) for result in two} == {saved}  # as was said before
 
 
 def test_regions_show() -> None:
