@@ -239,11 +239,23 @@ class Attending:
     # -- dense
 
     def attend_densely(
-        self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, planned: bool, call: dict[str, Any]
+        self,
+        seat: Seat,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        planned: bool,
+        call: dict[str, Any],
+        whole: bool = False,
     ) -> Tensor:
-        """As diffusers would; or, where that was asked for and the call is a plain one, by the fastest kernel."""
+        """As diffusers would; or, where that was asked for and the call is a plain one, by the fastest kernel.
+
+        Args:
+            whole: whether these are whole sequences also where context parallelism splits them (see
+                `parallel.attend_whole`).
+        """
         special = call["is_causal"] or call["dropout_p"] or call["enable_gqa"]
-        alone = getattr(seat.stock, "_parallel_config", None) is None
+        alone = whole or getattr(seat.stock, "_parallel_config", None) is None
         plain = call["attn_mask"] is None and not special and alone and query.shape == key.shape
         if self.options.dense == "fastest" and planned and plain:
             from dit_accel.kernels import dense
@@ -257,7 +269,7 @@ class Attending:
             self.tally.dense_kernels[name] += 1
             return dense.attend(query, key, value, scale=call["scale"], impl=name, plan=plan)
         self.tally.dense_kernels[f"diffusers ({seat.backend})"] += 1
-        return seat.dense(query, key, value, **call)
+        return (seat.dense_whole if whole else seat.dense)(query, key, value, **call)
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:

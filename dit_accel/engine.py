@@ -358,13 +358,19 @@ class Engine:
         out = None if self.region is None else self.region.attend(seat, query, key, value, call)
         if out is not None:
             return out
+        keeps = self.region is not None and self.region.keeps(seat.layer)
         reason = self._why_dense(seat, query, key, value, call)
         if reason is not None:
             if not (self._counted and reason is self._dense_reason):
                 self.count_dense(*reason, 1)
-            return self.attending.attend_densely(seat, query, key, value, reason[1], call)
+            if not keeps:
+                return self.attending.attend_densely(seat, query, key, value, reason[1], call)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
+            if keeps:
+                self.region.store(seat.layer, key, value)
+            if reason is not None:
+                return self.attending.attend_densely(seat, query, key, value, reason[1], call, whole=True)
             now = self.call.at(seat.layer, first_head)
             laid = Laid(self.layout, self.groups, self.observer)
             return self.attending.attend_sparsely(query, key, value, call, now, laid)

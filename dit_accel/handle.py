@@ -15,8 +15,10 @@ from torch import nn
 from dit_accel.attending import Observer
 from dit_accel.caches import Cache, load_cache
 from dit_accel.caches.engine import CacheEngine, remove_cache
+from dit_accel.caches.off import Off
 from dit_accel.engine import Engine
 from dit_accel.errors import UsageError
+from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.processor import SparseProcessor, method_of
 from dit_accel.region import Region, load_region
@@ -24,13 +26,12 @@ from dit_accel.region.engine import RegionEngine
 from dit_accel.region.sampler import Sampler
 from dit_accel.region.schedulers import remove_step
 from dit_accel.report import Report, Tally
+from dit_accel.roles import ROLES, Own, check_pipeline_has
 from dit_accel.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from dit_accel.caches.trials import Trial
     from dit_accel.preset import Preset
-
-_ROLES = ("transformer", "transformer_2")  # Wan 2.2 has an expert for the noisy half and one for the rest
 
 
 class Handle:
@@ -41,6 +42,7 @@ class Handle:
     ) -> None:
         self._trajectory, self._tally, self._engines, self._caches = trajectory, tally, engines, caches
         self._sampler: Sampler | None = None
+        self._roles: dict[str, dict[str, Own]] = {}  # what was said of single transformers: role -> part -> options
 
     def report(self, *, clear: bool = False) -> Report:
         """What ran since the start, or since the report was last cleared.
@@ -48,9 +50,9 @@ class Handle:
         Args:
             clear: count from zero afterwards.
         """
-        keep = self._engines[0].keep_requested if self._engines else None
+        keeps = {engine.keep_requested for engine in self._engines if engine.method is not None}
         held = sum(part.bytes_held() for part in self._parts())
-        report = self._tally.report(keep, held)
+        report = self._tally.report(keeps.pop() if len(keeps) == 1 else None, held, self._roles)
         if clear:
             self._tally.clear()
         return report
@@ -63,7 +65,8 @@ class Handle:
         """What the step caches decided in the latest run, as their option `schedule` takes it, by transformer.
 
         A digit a step, 1 for a computed one; where branches of guidance decided differently, such a text for each:
-        "cond=1101; uncond=1111". Replayed, it costs no look at the tensors.
+        "cond=1101; uncond=1111". Steps before a transformer's first are given as computed. Replayed, it costs no look
+        at the tensors. Of two experts each takes its own: `{role: {"schedule": text}}` beside the cache's options.
         """
         return {cache.role: cache.decisions.text() for cache in self._caches}
 
@@ -117,13 +120,15 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline with a `transformer`, and perhaps a `transformer_2`; or such a transformer.
         preset: a preset's name or file, a loaded preset, sparse options, or None for options by keyword
-        alone.
+            alone.
             A dense preset without overrides and cache installs nothing.
         cache: a step cache's name, a mapping with `name` and its options, or a cache (see `dit_accel.caches`); None
             takes the preset's, False takes none.
         region: options of region-adaptive sampling by name, or a `Region` (see `dit_accel.region`); None takes the
             preset's, False takes none. It needs the whole pipeline, in whose scheduler it stands.
-        overrides: sparse options that replace the preset's; `method` may be a method object.
+        overrides: sparse options that replace the preset's; `method` may be a method object. `transformer=` and
+            `transformer_2=`, here as in `cache` and `region`, are options of this transformer alone, or False to
+            leave it out (see `dit_accel.roles`).
 
     Returns:
         The handle; leave its `with` block or call `remove()` to undo everything.
@@ -143,39 +148,41 @@ def accelerate(
     step_cache = load_cache(cache) if cache else None
     region = getattr(preset, "region", None) if region is None else region
     regional = None if region is False or region is None else load_region(region)
-    if regional is not None and step_cache is not None and step_cache.boundary != "call":
-        raise UsageError(
-            f"cache {step_cache.name!r} keeps tokens, and under region sampling a forward has other tokens than the "
-            "one before. Use one that keeps whole steps (easy or latent), or region=False."
-        )
-    method = overrides.get("method")
-    if method is None or isinstance(method, str):
-        options = _options(preset, overrides)
-        method = None if options is None else method_of(options)
+    given = overrides.get("method")
+    if given is None or isinstance(given, str):
+        given, options = None, _options(preset, overrides)
     else:
         options = _options(preset, {k: v for k, v in overrides.items() if k != "method"}) or SparseOptions()
     transformers = _transformers(pipe)
+    asked = {"sparse": options, "cache": step_cache, "region": regional}
+    said = {what: part.roles for what, part in asked.items() if part is not None}
+    for what, roles in said.items():
+        check_pipeline_has(roles, what, pipe, transformers)
+    caches_by_role = {role: _cache_of(step_cache, regional, role) for role in transformers}
+    sparse_by_role = {role: _sparse_of(options, given, role) for role in transformers}
     trajectory = Trajectory(None if pipe in transformers.values() else pipe)
     tally = Tally.of(trajectory)
     engines: list[Engine] = []
     caches: list[CacheEngine] = []
     handle = Handle(trajectory, tally, engines, caches)
+    found = {role: {what: roles[role] for what, roles in said.items() if role in roles} for role in transformers}
+    handle._roles = {role: parts for role, parts in found.items() if parts}
     try:
         if regional is not None:
             handle._sampler = Sampler(regional, pipe, trajectory)
         else:
             remove_step(getattr(pipe, "scheduler", None))
         for role, transformer in transformers.items():
-            engine = None
-            if regional is not None or (options is not None and method is not None):
-                engine = Engine(transformer, options or SparseOptions(), method, trajectory, tally, role)
+            engine, own_cache = None, caches_by_role[role]
+            if regional is not None or options is not None:
+                engine = Engine(transformer, *sparse_by_role[role], trajectory, tally, role)
                 engines.append(engine)
                 set_processor(transformer, SparseProcessor.of(engine))
                 engine.settle()
                 if handle._sampler is not None:
                     RegionEngine(engine, handle._sampler)
-            if step_cache is not None:
-                caches.append(CacheEngine(transformer, step_cache, trajectory, tally, role, engine))
+            if own_cache is not None:
+                caches.append(CacheEngine(transformer, own_cache, trajectory, tally, role, engine))
             else:
                 remove_cache(transformer)
     except BaseException:
@@ -200,10 +207,47 @@ def _options(
     return options.merged(overrides) if overrides else options
 
 
+def _sparse_of(
+    options: SparseOptions | None, given: Method | None, role: str
+) -> tuple[SparseOptions, Method | None]:
+    """A transformer's sparse options, and its method: None where its attention is dense.
+
+    Args:
+        given: a method object in place of the one that the options name.
+    """
+    own = None if options is None else options.for_role(role)
+    if own is None:
+        return SparseOptions(), None
+    said = options.roles.get(role, {})
+    if given is None or "method" in said:
+        return own, method_of(own)
+    beside = sorted({"keep", "top_p", *own.method_options} & set(said))
+    if beside:
+        raise UsageError(
+            f"sparse option {role}.{beside[0]} is of a method, and method= is an object, whose options are its own: "
+            f"name the method of {role}, too, or give method= by name."
+        )
+    return own, given
+
+
+def _cache_of(cache: Cache | None, region: Region | None, role: str) -> Cache | None:
+    """A transformer's cache, one that is off included; None where no transformer has one."""
+    own = None if cache is None else cache.for_role(role)
+    if own is None:
+        return None if cache is None else Off()
+    sampled = region is not None and region.roles.get(role) is not False
+    if sampled and own.boundary != "call":
+        raise UsageError(
+            f"cache {own.name!r} keeps tokens, and under region sampling a forward has other tokens than the "
+            f"one before. Use one that keeps whole steps (easy or latent), or region=False; or leave {role} out of one."
+        )
+    return own
+
+
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(pipe, nn.Module):
         return {"transformer": pipe}
-    found = {role: getattr(pipe, role, None) for role in _ROLES}
+    found = {role: getattr(pipe, role, None) for role in ROLES}
     found = {role: transformer for role, transformer in found.items() if isinstance(transformer, nn.Module)}
     if not found:
         raise UsageError(

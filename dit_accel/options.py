@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_accel.arrangement import ORDERS
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.roles import ROLES, Own, check_roles, merge, split_roles
 from dit_accel.rules import Rule, check_share
 
 DENSE = ("host", "fastest")
@@ -23,7 +24,8 @@ class SparseOptions:
     """Everything `SparseProcessor` can be told. A preset's `[sparse]` table has exactly these names.
 
     The options of the method itself (`neighbours`, ...) stand beside them in a flat mapping and are kept in
-    `method_options`; `from_mapping` sorts them out and refuses a name that neither side knows.
+    `method_options`; `from_mapping` sorts them out and refuses a name that neither side knows. So do tables of options
+    for one transformer of the pipeline alone (see `dit_accel.roles`), which are kept in `roles`.
 
     Raises:
         UsageError: a value outside its range; the message names the range.
@@ -53,6 +55,7 @@ class SparseOptions:
     min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
     strict: bool = False  # raise where a call would fall back to dense unplanned
     method_options: Mapping[str, Any] = field(default_factory=dict)  # what the method itself takes
+    roles: Mapping[str, Own] = field(default_factory=dict)  # by role: a transformer's own options, or False for dense
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
@@ -89,6 +92,7 @@ class SparseOptions:
                 f"tune=True with impl={self.impl!r} and precision={self.precision!r} has nothing to choose from: it "
                 "is for impl 'triton' (or 'auto', where that runs) and precision 'full'."
             )
+        object.__setattr__(self, "roles", check_roles(self.roles, "sparse", self.for_role))
 
     def _check_arrangement(self) -> None:
         fits = self.block is None or (_is_int(self.block) and 8 <= self.block <= 128)
@@ -120,7 +124,8 @@ class SparseOptions:
             UnknownNameError: a key that is neither an option nor one of the method's own.
             UsageError: a value outside its range.
         """
-        own = {f.name for f in fields(cls)} - {"method_options"}
+        own = {f.name for f in fields(cls)} - {"method_options", "roles"}
+        options, roles = split_roles(options)
         known = {key: value for key, value in options.items() if key in own}
         method = known.get("method", cls.method)
         rest = {key: value for key, value in options.items() if key not in own}
@@ -130,15 +135,24 @@ class SparseOptions:
             allowed = method_options(method)
             for key in rest:
                 if key not in allowed:
-                    raise unknown_name(f"sparse option (method {method!r})", key, own | allowed)
-        return cls(**known, method_options=rest)
+                    raise unknown_name(f"sparse option (method {method!r})", key, own | allowed | set(ROLES))
+        return cls(**known, method_options=rest, roles=roles)
 
     def to_mapping(self) -> dict[str, Any]:
         """The flat mapping that `from_mapping` turns into an equal object; JSON-able."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method_options"}
+        apart = ("method_options", "roles")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         own |= {"dense_layers": list(self.dense_layers), "rules": [rule.to_mapping() for rule in self.rules]}
         own["tile"] = None if self.tile is None else list(self.tile)
-        return {**own, **self.method_options}
+        return {**own, **self.method_options, **self.roles}
+
+    def for_role(self, role: str) -> SparseOptions | None:
+        """The options of one transformer of the pipeline; None where it is to be dense."""
+        own = self.roles.get(role, {})
+        if own is False:
+            return None
+        common, _ = split_roles(self.to_mapping())
+        return type(self).from_mapping(_override(common, own))
 
     def merged(self, overrides: Mapping[str, Any]) -> SparseOptions:
         """These options with some replaced, as `override` has it."""
@@ -151,6 +165,11 @@ def override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     A change of method drops what was said to the former one: its own options, rules, and the arrangement of tokens,
     which the new method has one of its own for.
     """
+    return merge(base, changes, _override, "method")
+
+
+def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """As `override`, of options without roles."""
     base, method = dict(base), base.get("method", SparseOptions.method)
     if changes.get("method", method) != method:
         from dit_accel.methods import method_names, method_options

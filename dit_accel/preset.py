@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import os
 import tomllib
 import types
@@ -27,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import dit_accel.presets as shipped
-from dit_accel.caches import Cache, cache_class, cache_names, load_cache
+from dit_accel.caches import Cache, load_cache, override_cache
 from dit_accel.errors import UsageError, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions, override
 from dit_accel.pipelines import RECIPES
-from dit_accel.region.options import Region, load_region
+from dit_accel.region.options import Region, load_region, override_region
+from dit_accel.roles import ROLES, nest, spread
 
 STATUSES = ("measured", "provisional")
 _HEAD = {"description": str, "pipeline": str, "model": str, "status": str}
@@ -92,20 +92,13 @@ class Preset:
         """The same preset with some values replaced.
 
         Args:
-            values: dotted names (`sparse.keep`, `generate.steps`, `model`) to values.
+            values: dotted names (`sparse.keep`, `cache.transformer_2.threshold`, `model`) to values.
             source: what `provenance` shall say of them.
 
         Raises:
             UsageError: an unknown name or a value that its option does not allow.
         """
-        table: dict[str, Any] = {}
-        for key, value in values.items():
-            group, _, name = key.rpartition(".")
-            if group:
-                table.setdefault(group, {})[name] = value
-            else:
-                table[name] = value
-        return _resolve(self.name, (*self.layers, (source, table)))
+        return _resolve(self.name, (*self.layers, (source, nest(values))))
 
     def to_dict(self) -> dict[str, Any]:
         """Every value as plain data, for run.json and `--json`."""
@@ -187,9 +180,7 @@ def _full_key(key: str) -> str:
         return key
     if group == "generate" and name in generate:
         return key
-    if group in ("cache", "region"):  # as with sparse options: these judge the name themselves
-        return key
-    if group == "sparse":  # SparseOptions itself judges the name: some options belong to the method
+    if group.partition(".")[0] in ("sparse", "cache", "region"):  # these judge the name themselves, and a role's
         return key
     if not group:
         raise unknown_name("setting", key, ["model", *generate, *sparse])
@@ -250,8 +241,8 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
             if key in groups:
                 if not isinstance(value, Mapping):
                     raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
-                groups[key] = _OVERRIDES.get(key, operator.or_)(groups[key], dict(value))
-                sources |= {f"{key}.{option}": source for option in value}
+                groups[key] = _OVERRIDES[key](groups[key], value)
+                sources |= {f"{key}.{option}": source for option, _ in spread(value)}
             elif key in _HEAD:
                 head[key] = _checked(value, _HEAD[key], key, where)
                 sources[key] = source
@@ -266,7 +257,7 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
     if head.setdefault("status", "provisional") not in STATUSES:
         raise unknown_name(f"status of {where}", head["status"], STATUSES)
     head.setdefault("description", "")
-    kept = {f"{group}.{option}" for group, table in groups.items() for option in table}
+    kept = {f"{group}.{option}" for group, table in groups.items() for option, _ in spread(table)}
     sources = {name: source for name, source in sources.items() if "." not in name or name in kept}
     generate = _generate_options(groups["generate"], where)
     sparse = _sparse_options(groups["sparse"], where) if groups["sparse"] else None
@@ -279,7 +270,7 @@ def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...]) -> Pr
         "region": region.to_mapping() if region else {},
     }
     for group, options in values.items():
-        for option in options:
+        for option, _ in spread(options):
             sources.setdefault(f"{group}.{option}", "default")
     parts = dict(generate=generate, sparse=sparse, cache=cache, region=region)
     return Preset(name, **parts, provenance=sources, layers=layers, **head)
@@ -306,7 +297,9 @@ def _sparse_options(values: Mapping[str, Any], where: str) -> SparseOptions:
     try:
         options = SparseOptions.from_mapping(values)
         # Built and thrown away: an unknown method or a value it refuses is found here, not after loading a model.
-        load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)
+        for own in (map(options.for_role, ROLES) if options.roles else [options]):
+            if own is not None:
+                load_method(own.method, keep=own.keep, top_p=own.top_p, **own.method_options)
         return options
     except UsageError as error:
         raise type(error)(f"{where}: {error}") from None
@@ -328,16 +321,12 @@ def _region(values: Mapping[str, Any], where: str) -> Region:
         raise type(error)(f"{where}: {error}") from None
 
 
-def _override_cache(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A change of name drops what was said to the former cache alone."""
-    base, name = dict(base), changes.get("name", base.get("name"))
-    if name != base.get("name") and name in cache_names():
-        known = {field.name for field in dataclasses.fields(cache_class(name))}
-        base = {key: value for key, value in base.items() if key in known}
-    return {**base, **changes}
-
-
-_OVERRIDES = {"sparse": override, "cache": _override_cache}
+_OVERRIDES = {
+    "generate": lambda base, changes: {**base, **changes},
+    "sparse": override,
+    "cache": override_cache,
+    "region": override_region,
+}
 
 
 def _checked(value: Any, kind: Any, key: str, where: str) -> Any:

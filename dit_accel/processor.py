@@ -77,6 +77,11 @@ class SparseProcessor:
                 **method_options,
             )
         )
+        if options.roles:
+            raise UsageError(
+                f"A SparseProcessor is on one transformer, and {', '.join(options.roles)}= is for one of several: give "
+                "these options by themselves, or use `dit_accel.accelerate` on the whole pipeline."
+            )
         method = method_of(options) if isinstance(method, str) else method
         trajectory = Trajectory()
         self.engine = Engine(

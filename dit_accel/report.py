@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ class Report:
     bytes_held: int  # between forwards
     bytes_working: int  # for a while in a call, beside what dense attention takes: copies in orders of the heads' own
     bytes_region: int  # the most that region sampling kept within a run; it lets go of it before the last step
+    keep_per_role: dict[str, float]  # of each transformer with sparse calls
+    forwards_per_role: dict[str, dict[str, int]]  # under a step cache, as `forwards`, of each transformer
+    # options that transformers have of their own: role -> "sparse", "cache" or "region" -> these, or False: left out
+    roles: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -52,6 +57,7 @@ class Report:
                 "achieved": self.keep_achieved,
                 "per_layer": {str(layer): keep for layer, keep in self.keep_per_layer.items()},
                 "per_step": {str(step): keep for step, keep in self.keep_per_step.items()},
+                "per_role": dict(self.keep_per_role),
             },
             "executor": dict(self.executors),
             "dense_kernel": dict(self.dense_kernels),
@@ -67,6 +73,8 @@ class Report:
             "bytes_held": self.bytes_held,
             "bytes_working": self.bytes_working,
             "bytes_region": self.bytes_region,
+            "forwards_per_role": {role: dict(forwards) for role, forwards in self.forwards_per_role.items()},
+            "roles": {role: dict(parts) for role, parts in self.roles.items()},
         }
 
     @property
@@ -88,6 +96,19 @@ class Report:
         fallen = sum(self.fallbacks.values())
         line = f"{line}, {fallen or 'no'} fall-back{'' if fallen == 1 else 's'}."
         return f"{self._forwards_line} {line}" if self._forwards_line else line
+
+    def _told_of(self, role: str) -> str:
+        """The options that a transformer has of its own, and what came of them."""
+        told = []
+        for what, own in self.roles[role].items():
+            told += [f"{what} off"] if own is False else [f"{what}.{name}={value}" for name, value in own.items()]
+        line = ", ".join(told)
+        if role in self.keep_per_role:
+            line += f"; read {self.keep_per_role[role]:.1%} of the keys"
+        forwards = self.forwards_per_role.get(role)
+        if forwards:
+            line += f"; {forwards.get('reused', 0)} of {sum(forwards.values())} forwards reused"
+        return line
 
     @property
     def _forwards_line(self) -> str:
@@ -111,6 +132,7 @@ class Report:
             ("all tokens because", self.whole_reasons),
         ):
             lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
+        lines += [f"  {role} alone: {self._told_of(role)}" for role in self.roles]
         lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
         sizes = self.bytes_held, self.bytes_working, self.bytes_region
         held, working, region = (size / 2**20 for size in sizes)
@@ -141,8 +163,9 @@ class Tally:
     computed_reasons: Counter[str] = field(default_factory=Counter)
     regions: Counter[str] = field(default_factory=Counter)
     whole_reasons: Counter[str] = field(default_factory=Counter)
-    # (layer, step, pairs of tokens there are in a call) -> pairs that were read, calls
-    kept: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
+    # (layer, step, role, pairs of tokens there are in a call) -> pairs that were read, calls
+    kept: dict[tuple[int, int, str, int], tuple[Tensor, int]] = field(default_factory=dict)
+    forwards_per_role: dict[str, Counter[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Tally:
@@ -159,7 +182,7 @@ class Tally:
         self.sparse += 1
         self.executors[executor] += 1
         assert call.layer is not None
-        place = (call.layer, call.step, present)
+        place = (call.layer, call.step, call.role, present)
         total, calls = self.kept.get(place, (None, 0))
         self.kept[place] = (read if total is None else total + read, calls + 1)
 
@@ -169,9 +192,10 @@ class Tally:
         if not planned:
             self.fallbacks[reason] += calls
 
-    def note_forward(self, reused: bool, reason: str) -> None:
-        """Count a forward under a step cache, and why it was computed."""
-        self.forwards["reused" if reused else "computed"] += 1
+    def note_forward(self, role: str, reused: bool, reason: str) -> None:
+        """Count a transformer's forward under a step cache, and why it was computed."""
+        for counted in (self.forwards, self.forwards_per_role.setdefault(role, Counter())):
+            counted["reused" if reused else "computed"] += 1
         if not reused:
             self.computed_reasons[reason] += 1
 
@@ -182,9 +206,11 @@ class Tally:
         if reason is not None:
             self.whole_reasons[reason] += 1
 
-    def report(self, keep_requested: float | None, bytes_held: int) -> Report:
+    def report(
+        self, keep_requested: float | None, bytes_held: int, roles: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Report:
         """Add everything up; waits for the device."""
-        kept = {place: (int(total) / place[2], calls) for place, (total, calls) in self.kept.items()}
+        kept = {place: (int(total) / place[3], calls) for place, (total, calls) in self.kept.items()}
         return Report(
             sparse_calls=self.sparse,
             dense_calls=self.dense,
@@ -208,6 +234,9 @@ class Tally:
             bytes_held=bytes_held,
             bytes_working=self.bytes_working,
             bytes_region=self.bytes_region,
+            keep_per_role=_grouped(kept, 2),
+            forwards_per_role={role: dict(forwards) for role, forwards in self.forwards_per_role.items()},
+            roles={role: dict(parts) for role, parts in (roles or {}).items()},
         )
 
     def clear(self) -> None:
@@ -225,8 +254,8 @@ def _mean(parts: Any) -> float | None:
     return sum(total for total, _ in parts) / calls if calls else None
 
 
-def _grouped(kept: dict[tuple[int, int, int], tuple[float, int]], axis: int) -> dict[int, float]:
-    groups: dict[int, list[tuple[float, int]]] = {}
+def _grouped(kept: dict[tuple[int, int, str, int], tuple[float, int]], axis: int) -> dict[Any, float]:
+    groups: dict[Any, list[tuple[float, int]]] = {}
     for place, part in kept.items():
         groups.setdefault(place[axis], []).append(part)
     return {index: _mean(parts) for index, parts in sorted(groups.items())}

@@ -43,6 +43,7 @@ from dit_accel.quality.compare import compare_clips, draw_sheet, spread_frames
 from dit_accel.quality.judge import judge_clip, judge_image, matches
 from dit_accel.quality.prompt_accuracy import Prompt, held_out_prompts
 from dit_accel.region import Region, load_region
+from dit_accel.roles import nest
 
 KERNELS = {
     "math": "MATH",
@@ -180,20 +181,21 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
             **{name: preset.sparse.method_options[name] for name in shared},
             **settings,
         }
-    return Variant(text, preset.sparse.merged(settings), steps, None, guidance, shift, cache, region)
+    return Variant(text, preset.sparse.merged(nest(settings)), steps, None, guidance, shift, cache, region)
 
 
 def pop_cache(settings: dict[str, Any]) -> Cache | None:
     """Take `cache` (its name) and `cache.option` out of a variant's settings."""
     given = {key: settings.pop(key) for key in list(settings) if key.split(".")[0] == "cache"}
-    return load_cache({key.partition(".")[2] or "name": value for key, value in given.items()}) if given else None
+    named = {key.partition(".")[2] or "name": value for key, value in given.items()}
+    return load_cache(nest(named)) if named else None
 
 
 def pop_region(settings: dict[str, Any]) -> Region | None:
     """Take `region` (its sample ratio) and `region.option` out of a variant's settings."""
     given = {key: settings.pop(key) for key in list(settings) if key.split(".")[0] == "region"}
     named = {key.partition(".")[2] or "sample_ratio": value for key, value in given.items()}
-    return load_region(named) if named else None
+    return load_region(nest(named)) if named else None
 
 
 def parse_value(text: str) -> Any:

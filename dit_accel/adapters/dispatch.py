@@ -96,14 +96,12 @@ class Seat:
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         """What diffusers would have computed here, with the backend the stock processor has."""
-        return dense(
-            query,
-            key,
-            value,
-            backend=self._chosen(),
-            parallel_config=getattr(self.stock, "_parallel_config", None),
-            **call,
-        )
+        config = getattr(self.stock, "_parallel_config", None)
+        return dense(query, key, value, backend=self._chosen(), parallel_config=config, **call)
+
+    def dense_whole(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        """As `dense`, of whole sequences: what context parallelism exchanges has been exchanged."""
+        return dense(query, key, value, backend=self._chosen(), parallel_config=None, **call)
 
     @property
     def backend(self) -> str:

@@ -4,6 +4,10 @@ Under Ulysses each process holds a run of the tokens with all heads. diffusers' 
 with a share of the heads and back, and what attends in between may as well be sparse: heads do not know of each other.
 So a process predicts, remembers and counts for its own heads, and no plan ever travels.
 
+Region sampling (`dit_accel.region`) takes its tokens out before the sequence is split, and keeps the keys of all tokens
+for the heads of the process. Every process sees the whole velocity, so each could choose the next tokens for itself;
+they take those of the first one all the same (`as_first`), for a choice that differed in one token would mix up rows.
+
 Two things must be seen to. diffusers hands modules whose output is split an output hook that stands before any of
 ours, so that a rotary table arrives here in parts (`reorder`). And which calls are sparse must be the same on every
 process; it follows from the forward's arguments alone, which all have in common.
@@ -20,10 +24,12 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
 from diffusers.models import attention_dispatch as host
 from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from dit_accel.errors import UsageError
 from dit_accel.layout import TokenLayout
@@ -88,6 +94,45 @@ def tokens_here(n_tokens: int, processor: Any) -> int:
     split = config.context_parallel_config
     share, more = divmod(n_tokens, split.ulysses_degree)
     return share + (split._ulysses_local_rank < more)
+
+
+def heads_here(transformer: nn.Module, heads: int) -> int:
+    """The most of so many heads that one process attends with; all of them if there is no split."""
+    config = config_of(transformer)
+    return heads if config is None else math.ceil(heads / config.context_parallel_config.ulysses_degree)
+
+
+def shares_of(transformer: nn.Module, n_tokens: int) -> int | None:
+    """How many processes would share so many tokens, and cannot; None if they can, or there is no split."""
+    config = config_of(transformer)
+    if config is None:
+        return None
+    split = config.context_parallel_config
+    return split.ulysses_degree if n_tokens % split.ulysses_degree and not split.ulysses_anything else None
+
+
+def as_first(transformer: nn.Module, chosen: Tensor) -> Tensor:
+    """What the first of the processes chose that share this transformer's sequence: the same on all of them.
+
+    Every process has the whole velocity and chooses for itself, but devices of two kinds may round it to two sides of a
+    tie. All must call this together.
+    """
+    config = config_of(transformer)
+    if config is None:
+        return chosen
+    group, chosen = config.context_parallel_config._ulysses_mesh.get_group(), chosen.contiguous()
+    dist.broadcast(chosen, dist.get_global_rank(group, 0), group)
+    return chosen
+
+
+def least(transformer: nn.Module, number: int, device: torch.device) -> int:
+    """The least of the numbers that the processes have which share this transformer's sequence. All must call it."""
+    config = config_of(transformer)
+    if config is None:
+        return number
+    found = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, config.context_parallel_config._ulysses_mesh.get_group())
+    return int(found)
 
 
 def attend_whole(

@@ -27,8 +27,9 @@ from typing import Any
 
 from dit_accel.caches.cache import Cache
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.roles import ROLES, merge, split_roles
 
-_NO_CACHES = {"cache", "engine", "memory", "schedule", "trials", "walk"}
+_NO_CACHES = {"cache", "engine", "memory", "off", "schedule", "trials", "walk"}
 
 
 def cache_names() -> list[str]:
@@ -55,7 +56,8 @@ def load_cache(given: str | Mapping[str, Any] | Cache) -> Cache:
     """Build a cache.
 
     Args:
-        given: a name; a mapping with `name` and the cache's options, as a preset's `[cache]` table; or a cache.
+        given: a name; a mapping with `name` and the cache's options, as a preset's `[cache]` table, in which may be
+            tables for single transformers (see `dit_accel.roles`); or a cache.
 
     Raises:
         UnknownNameError: no such cache, or an option it does not have.
@@ -70,12 +72,29 @@ def load_cache(given: str | Mapping[str, Any] | Cache) -> Cache:
     if "name" not in given:
         raise UsageError(f"A cache needs its name: add name = one of {', '.join(cache_names())}.")
     cls = cache_class(given["name"])
-    known = {field.name for field in dataclasses.fields(cls)}
-    options = {key: value for key, value in given.items() if key != "name"}
+    known = _options_of(cls)
+    options, roles = split_roles({key: value for key, value in given.items() if key != "name"})
     for key in options:
         if key not in known:
-            raise unknown_name(f"option of cache {given['name']!r}", key, known)
+            raise unknown_name(f"option of cache {given['name']!r}", key, known | set(ROLES))
     try:
-        return cls(**options)
+        return cls(**options, roles=roles)
     except TypeError as error:
         raise UsageError(f"cache {given['name']!r}: an option has a value of the wrong type ({error})") from None
+
+
+def override_cache(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A cache's mapping with values of another put over it; a change of name drops what the new cache does not know."""
+    return merge(base, changes, _override, "name")
+
+
+def _override(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    base, name = dict(base), changes.get("name", base.get("name"))
+    if name != base.get("name") and name in cache_names():
+        known = _options_of(cache_class(name))
+        base = {key: value for key, value in base.items() if key in known}
+    return {**base, **changes}
+
+
+def _options_of(cls: type[Cache]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)} - {"roles"}

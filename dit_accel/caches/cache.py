@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel.caches.schedule import parse_schedule
 from dit_accel.errors import UsageError
+from dit_accel.roles import Own, check_roles, split_roles
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,6 +65,8 @@ class Cache(ABC):
     dry_run: bool = False  # compute every step, and note what reuse would have cost
     min_steps: int = 10  # off where the schedule has fewer steps: such models leave no step like the one before
     store_device: str = "auto"  # where memory is kept between steps: "auto", where it is made, or "cpu"
+    # by role: a transformer's own options, or False to compute it always (see `dit_accel.roles`)
+    roles: Mapping[str, Own] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         need(number(self.threshold) and self.threshold >= 0, "threshold", self.threshold, "a number from 0 on")
@@ -82,6 +86,7 @@ class Cache(ABC):
         need(self.store_device in DEVICES, "store_device", self.store_device, " or ".join(map(repr, DEVICES)))
         if self.schedule is not None and self.dry_run:
             raise UsageError("schedule and dry_run exclude each other: a dry run computes every step. Drop one.")
+        object.__setattr__(self, "roles", check_roles(self.roles, "cache", self.for_role))
 
     def _check_schedule(self) -> None:
         try:
@@ -100,7 +105,22 @@ class Cache(ABC):
 
     def to_mapping(self) -> dict[str, Any]:
         """The name and all options, as in a preset's `[cache]` table."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        own = dataclasses.asdict(self)
+        roles = own.pop("roles")
+        return {"name": self.name, **own, **roles}
+
+    def for_role(self, role: str) -> Cache | None:
+        """The cache of one transformer of the pipeline; None where it is to have none."""
+        from dit_accel.caches import load_cache, override_cache
+
+        own = self.roles.get(role, {})
+        if own is False:
+            return None
+        common, _ = split_roles(self.to_mapping())
+        if own.get("name", self.name) != self.name:  # another cache has defaults of its own
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            common = {key: value for key, value in common.items() if key == "name" or value != defaults[key]}
+        return load_cache(override_cache(common, own))
 
     @abstractmethod
     def judge(self, view: View, memory: dict[str, Any]) -> float:

@@ -17,6 +17,7 @@ from dit_accel.caches import walk
 from dit_accel.caches.boundaries import make_boundary
 from dit_accel.caches.cache import NEVER, Cache, Parts, View
 from dit_accel.caches.memory import Entry, Memory
+from dit_accel.caches.off import Off
 from dit_accel.caches.parts.measures import relative_l1, worst
 from dit_accel.caches.schedule import Decisions, parse_schedule
 from dit_accel.caches.trials import Trial
@@ -49,7 +50,7 @@ class CacheEngine:
 
     Args:
         transformer: of a known family.
-        cache: what is kept, and when it serves.
+        cache: what is kept, and when it serves; `Off` has forwards counted alone.
         trajectory: the clock; shared by the experts of one pipeline.
         tally: what ran; shared likewise.
         role: which transformer of the pipeline this is.
@@ -207,6 +208,8 @@ class CacheEngine:
 
     def _why_apart(self, call: Call) -> str | None:
         """Why this forward is computed and nothing of it kept, or None."""
+        if isinstance(self.cache, Off):
+            return f"the cache is off for {self.role}"
         steps = self.trajectory.n_steps()
         if steps is not None and steps < self.cache.min_steps:
             return f"fewer than {self.cache.min_steps} steps: too far apart to stand for one another"
@@ -302,7 +305,7 @@ class CacheEngine:
         self.count(call, parts is None, verdict.reason)
 
     def count(self, call: Call, reused: bool, reason: str) -> None:
-        self.tally.note_forward(reused, reason)
+        self.tally.note_forward(self.role, reused, reason)
         self.decisions.note(call.branch, call.step, not reused)
 
     def _begin(self) -> None:

@@ -46,14 +46,16 @@ class Decisions:
     def text(self) -> str:
         """The schedule that repeats them; empty before the first step.
 
-        Where branches agree, steps that none ran are reused ones (another transformer's). Of a branch by itself they
-        are computed ones: so is the first that comes after them.
+        Steps before the first that ran (another transformer's) are computed ones: a schedule begins with such. Others
+        that none ran are reused ones where branches agree; of a branch by itself they are computed ones: so is the
+        first that comes after them.
         """
         branches = self._computed.values()
         n = 1 + max((step for steps in branches for step in steps), default=-1)
+        first = min((step for steps in branches for step in steps), default=0)
         seen = [{steps[i] for steps in branches if i in steps} for i in range(n)]
         if all(len(found) < 2 for found in seen):
-            return "".join("01"[True in found] for found in seen)
+            return "".join("01"[i < first or True in found] for i, found in enumerate(seen))
         return "; ".join(
             f"{branch}={''.join('01'[steps.get(i, True)] for i in range(n))}"
             for branch, steps in self._computed.items()

@@ -10,6 +10,7 @@ import typer
 from dit_accel.cli.request import show as show_value
 from dit_accel.cli.terminal import tables
 from dit_accel.preset import load_preset, preset_names
+from dit_accel.roles import spread
 
 app = typer.Typer(help="List the presets, or show one with the source of each value.", no_args_is_help=True)
 
@@ -47,7 +48,7 @@ def show(
     for key in ("description", "pipeline", "model"):
         table.add_row(key, told[key], chosen.provenance.get(key, "default"))
     for group in ("generate", "sparse", "cache", "region"):
-        for key, value in (told[group] or {}).items():
+        for key, value in spread(told[group] or {}):
             name = f"{group}.{key}"
             table.add_row(name, show_value(value), chosen.provenance[name])
     tables().print(table)

@@ -16,6 +16,7 @@ from dit_accel.pipelines import recipe
 from dit_accel.pipelines.pictures import open_picture
 from dit_accel.pipelines.video import IMAGE_SUFFIXES, SUFFIXES, check_writable
 from dit_accel.preset import Preset, load_preset, parse_setting
+from dit_accel.roles import spread
 
 RECORD = "run.json"
 # What stands where nothing else is asked for.
@@ -81,7 +82,7 @@ class Request:
         if self.image is not None:
             rows.append(("image", "{} ({}x{})".format(self.image, *self.picture_size), "cli"))
         for group in ("generate", "sparse", "cache", "region"):
-            for key, value in (told[group] or {}).items():
+            for key, value in spread(told[group] or {}):
                 rows.append((f"{group}.{key}", show(value), self.preset.provenance[f"{group}.{key}"]))
         if told["sparse"] is None:
             rows.append(("sparse", "none: stock dense attention", "default"))

@@ -54,12 +54,20 @@ class BlockAttention:
         return self._blocks[1]
 
     def attend(
-        self, now: Forward, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+        self,
+        now: Forward,
+        seat: Seat,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        first_head: int,
     ) -> Tensor | None:
         """Attend by the blocks' rows of a plan; None, and the reason counted, where the call is to be dense.
 
         Args:
             query: `[N, K, H, D]` of the active tokens; key and value `[N, S, H, D]` of all.
+            first_head: the model's number of the first of these heads.
         """
         engine = self._engine()
         reason = engine.why_dense_part(seat, call)
@@ -69,7 +77,7 @@ class BlockAttention:
         joint = query.shape[1] > now.active.n_video_tokens
         text = now.text if joint else 0
         layout = engine.layouts.of_call(key, text, engine.layout, 0)
-        here = now.call.at(seat.layer)
+        here = now.call.at(seat.layer, first_head)
         if now.text and not joint:  # the text takes no part in this attention
             here = replace(here, segments=(("video", 0, layout.n_video_tokens),))
         blocks = repeat_rows(self._sampler.chosen_blocks().to(query.device), len(query)) + layout.video_blocks.start

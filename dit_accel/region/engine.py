@@ -88,7 +88,7 @@ class RegionEngine:
                 f"Region sampling is not proven for {name}: leave `region` out. It runs on "
                 f"{', '.join(region_classes())}."
             )
-        self.region, self.sampler, self._engine = sampler.region, sampler, weakref.ref(engine)
+        self.region, self.sampler, self._engine = sampler.region_of(engine.role), sampler, weakref.ref(engine)
         if (self.region.layers or 0) > engine.n_layers:
             raise UsageError(
                 f"region option layers={self.region.layers}, but {name} has {engine.n_layers} layers with "
@@ -119,7 +119,7 @@ class RegionEngine:
         return held + sum(kept.bytes_held() for kept in self._kept.values())
 
     def declare(self, rows: int, tokens: int, text: int, itemsize: int) -> int:
-        """Bytes that are kept of one branch.
+        """Bytes that are kept of one branch; by each process, where several share the work.
 
         Args:
             rows: of the batch, as the transformer sees it.
@@ -135,7 +135,8 @@ class RegionEngine:
         sees_text = getattr(adapter, "sees_text", lambda path: True)
         layers = [path for path, layer in adapter.self_attentions(transformer) if layer >= self._first_layer]
         keys = sum(tokens + text * sees_text(path) for path in layers)
-        return velocity + 2 * keys * rows * config.num_attention_heads * config.attention_head_dim * itemsize
+        heads = parallel.heads_here(transformer, config.num_attention_heads)
+        return velocity + 2 * keys * rows * heads * config.attention_head_dim * itemsize
 
     # -- around one forward
 
@@ -156,9 +157,9 @@ class RegionEngine:
             kept = self._kept.get(call.branch)
             if kept is None or kept.signature != signature:
                 kept = self._kept[call.branch] = Kept(signature)
-                self._check_memory(hidden, tokens, facts.text)
-            reason = self.sampler.why_whole(call.step, tokens) or self._why_lacking(kept)
-        stores = kept is not None and reason is not None and self.sampler.may_follow(call.step, tokens)
+                self._check_memory(call, hidden, tokens, facts.text)
+            reason = self.sampler.why_whole(call) or self._why_lacking(kept) or self._why_uneven()
+        stores = kept is not None and reason is not None and self.sampler.may_follow(call)
         now = Forward(call, kept, reason, stores, slice(first, first + tokens), facts.text)
         self._forward = now
         if reason is not None:
@@ -184,28 +185,42 @@ class RegionEngine:
         """One self-attention: the active queries', to all that is kept; None where every token is computed.
 
         Args:
-            query: `[N, S, H, D]`, post-RoPE; as are key and value.
+            query: `[N, K, H, D]`, post-RoPE; as are key and value. Under context parallelism the process's share of
+                these; keys and values are then kept of the heads that it attends with, of all tokens.
         """
         now, engine = self._forward, self._engine()
-        if now is None or now.kept is None:
+        if now is None or now.kept is None or now.active is None:
             return None
-        kept_here = self.region.keys == "cached" and seat.layer >= self._first_layer
-        if now.active is None:
-            if now.stores and kept_here:
-                self._store(now, seat.layer, key, value)
-            return None
-        if kept_here:
-            key, value = self._update(now, seat.layer, key, value)
-        if self._by_blocks is not None and kept_here:
-            out = self._by_blocks.attend(now, seat, query, key, value, call)
-            if out is not None:
-                return out
-        else:
-            engine.count_dense(_REASON, True, 1)
-        return engine.attending.attend_densely(seat, query, key, value, True, call)
+        kept_here = self._keeps_of(seat.layer)
 
-    def _store(self, now: Forward, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep a copy: what runs behind this may use the memory of its operands for something else."""
+        def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
+            if kept_here:
+                key, value = self._update(now, seat.layer, key, value)
+            if self._by_blocks is not None and kept_here:
+                out = self._by_blocks.attend(now, seat, query, key, value, call, first_head)
+                if out is not None:
+                    return out
+            else:
+                engine.count_dense(_REASON, True, 1)
+            return engine.attending.attend_densely(seat, query, key, value, True, call, whole=True)
+
+        return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
+
+    def keeps(self, layer: int) -> bool:
+        """Whether a self-attention of all tokens under way is to `store` its keys and values."""
+        now = self._forward
+        return now is not None and now.active is None and now.stores and self._keeps_of(layer)
+
+    def _keeps_of(self, layer: int) -> bool:
+        return self.region.keys == "cached" and layer >= self._first_layer
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep a copy: what runs behind this may use the memory of its operands for something else.
+
+        Args:
+            key: `[N, S, H, D]`, of all tokens; as is value.
+        """
+        now = self._forward
         now.kept.order = self._engine().order
         pair = now.kept.keys.get(layer)
         if pair is not None and pair[0].shape == key.shape and pair[0].dtype == key.dtype:
@@ -261,8 +276,9 @@ class RegionEngine:
             return "branch unknown"
         if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in module.parameters())):
             return "gradients are needed"
-        if parallel.config_of(module) is not None:
-            return "context parallelism"
+        why_split = parallel.why_dense(module, engine.adapter, facts.text)
+        if why_split is not None:
+            return why_split
         adapter = engine.adapter
         asked = (adapter.why_raster, getattr(adapter, "why_dense", None), getattr(adapter, "why_whole", None))
         for why in (lambda *_: facts.loose, *asked):
@@ -282,19 +298,29 @@ class RegionEngine:
             return "nothing is kept of this branch yet"
         return None
 
-    def _check_memory(self, hidden: Tensor, tokens: int, text: int) -> None:
+    def _why_uneven(self) -> str | None:
+        """Why the tokens that were chosen cannot be shared out among processes, or None."""
+        tokens, module = self.sampler.chosen().shape[1], self._engine()._module()
+        degree = parallel.shares_of(module, tokens)
+        return f"context parallelism: {tokens} tokens, which {degree} processes cannot share evenly" if degree else None
+
+    def _check_memory(self, call: Call, hidden: Tensor, tokens: int, text: int) -> None:
         """Before anything is kept of a branch.
 
         Raises:
             UsageError: all branches' memory is more than there is.
         """
-        if not self.sampler.leaves_out(tokens):
+        if not self.sampler.leaves_out(call):
             return
         one = self.declare(len(hidden), tokens, text, hidden.element_size())
         held = self.bytes_held()
         need = one * len(self._kept) - held
         free = self._free(hidden.device)
-        if free is None or need <= free - (held if self.region.memory is not None else 0):
+        if free is None:
+            return
+        spare = free - need - (held if self.region.memory is not None else 0)
+        # one process that ended here alone would leave the others waiting for it
+        if parallel.least(self._engine()._module(), spare, hidden.device) >= 0:
             return
         self._kept.clear()
         raise UsageError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.roles import ROLES, Own, check_roles, merge, split_roles
 
 SELECTORS = ("std", "l2", "change", "random", "mask")
 KEYS = ("cached", "drop")
@@ -43,6 +44,8 @@ class Region:
     seed: int = 0  # of selector "random"
     # with selector "mask": what is computed first, nonzero in [frames, rows, columns] tokens, or [B, ...] of these
     mask: Any = dataclasses.field(default=None, repr=False, compare=False)
+    # by role: a transformer's own options, or False to compute all of its tokens (see `dit_accel.roles`)
+    roles: Mapping[str, Own] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("sample_ratio",):
@@ -77,18 +80,30 @@ class Region:
             )
         if self.layers is not None and self.keys == "drop":
             raise UsageError("region option layers says where keys are kept, and keys='drop' keeps none. Drop one.")
+        object.__setattr__(self, "roles", check_roles(self.roles, "region", self.for_role))
 
     def to_mapping(self) -> dict[str, Any]:
         """All options by name, as in a preset's `[region]` table. JSON-able; a mask is left out."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "mask"}
-        return {**own, "error_reset": list(self.error_reset)}
+        own = self._said()
+        own.pop("mask")
+        return {**own, "error_reset": list(self.error_reset), **self.roles}
+
+    def for_role(self, role: str) -> Region:
+        """The options of one transformer of the pipeline. One that is left out computes every token."""
+        own = self.roles.get(role, {})
+        return Region(sample_ratio=1.0) if own is False else load_region({**self._said(), **own})
+
+    def _said(self) -> dict[str, Any]:
+        """What holds for all roles."""
+        return {name: getattr(self, name) for name in _options()}
 
 
 def load_region(given: Mapping[str, Any] | Region) -> Region:
     """Build the options.
 
     Args:
-        given: a mapping of options, as a preset's `[region]` table; or options.
+        given: a mapping of options, as a preset's `[region]` table, in which may be tables for single transformers
+            (see `dit_accel.roles`); or options.
 
     Raises:
         UnknownNameError: an option that there is not.
@@ -98,11 +113,20 @@ def load_region(given: Mapping[str, Any] | Region) -> Region:
         return given
     if not isinstance(given, Mapping):
         raise UsageError(f"region={given!r}: give a mapping of options, such as {{'sample_ratio': 0.5}}, or a Region")
-    known = {field.name for field in dataclasses.fields(Region)}
-    for key in given:
-        if key not in known:
-            raise unknown_name("option of region sampling", key, known)
-    return Region(**given)
+    common, roles = split_roles(given)
+    for key in common:
+        if key not in _options():
+            raise unknown_name("option of region sampling", key, {*_options(), *ROLES})
+    return Region(**common, roles=roles)
+
+
+def override_region(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping of options with values of another put over it."""
+    return merge(base, changes, lambda base, changes: {**base, **changes})
+
+
+def _options() -> list[str]:
+    return [field.name for field in dataclasses.fields(Region) if field.name != "roles"]
 
 
 def _need(holds: bool, name: str, value: Any, allowed: str) -> None:

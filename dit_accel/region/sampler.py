@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.adapters import parallel
 from dit_accel.errors import UsageError
 from dit_accel.region import choose
 from dit_accel.region.blocks import Blocks
 from dit_accel.region.options import Region
 from dit_accel.region.schedulers import Step, check_scheduler, mend_history, remove_step
 from dit_accel.region.steps import count_active, whole_steps
+from dit_accel.roles import ROLES
 from dit_accel.trajectory import Call, Trajectory
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Sampler:
                 "`accelerate` the whole pipeline."
             )
         check_scheduler(pipe.scheduler)
-        self.region, self._pipe = region, weakref.ref(pipe)
+        self._regions, self._pipe = {role: region.for_role(role) for role in ROLES}, weakref.ref(pipe)
         self._holder: Any = None
         self._begin()
         trajectory.on_new_run(self._begin)
@@ -67,6 +69,10 @@ class Sampler:
         held = (self._left_out, self._index, self._computed, self._seen, self._rate)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
+    def region_of(self, role: str) -> Region:
+        """What was asked for of one transformer."""
+        return self._regions[role]
+
     # -- seen from a transformer's forward
 
     def follow_scheduler(self) -> None:
@@ -84,19 +90,21 @@ class Sampler:
         self._stand = Step(scheduler, self)
         self._begin()
 
-    def why_whole(self, step: int, n_tokens: int) -> str | None:
-        """Why a step computes every token, or None: by plan, or because nothing was chosen for it."""
-        return self._why_planned(step, n_tokens) or (None if self._chosen_for == step else "no tokens were chosen")
+    def why_whole(self, call: Call) -> str | None:
+        """Why a forward computes every token, or None: by plan, or because nothing was chosen for its step."""
+        chosen = self._chosen_for == call.step
+        return self._why_planned(call, call.step) or (None if chosen else "no tokens were chosen")
 
-    def may_follow(self, step: int, n_tokens: int) -> bool:
-        """Whether the step behind this one may leave tokens out."""
-        return self._why_planned(step + 1, n_tokens) is None and step + 1 < self._steps()
+    def may_follow(self, call: Call) -> bool:
+        """Whether this transformer's next step may leave tokens out."""
+        return self._why_planned(call, call.step + 1) is None and call.step + 1 < self._steps()
 
-    def leaves_out(self, n_tokens: int) -> bool:
-        """Whether any step can leave tokens out."""
-        if self.region.unit == "block":
-            return self.region.sample_ratio < 1
-        return count_active(self.region, n_tokens) < n_tokens
+    def leaves_out(self, call: Call) -> bool:
+        """Whether any step of this transformer can leave tokens out."""
+        region, n_tokens = self._regions[call.role], math.prod(call.grid)
+        if region.unit == "block":
+            return region.sample_ratio < 1
+        return count_active(region, n_tokens) < n_tokens
 
     def hold(self, engine: RegionEngine) -> None:
         """Have one transformer's memory at a time: an expert that takes over has the one before forget."""
@@ -148,7 +156,7 @@ class Sampler:
         call = self._now
         if call is None:
             return
-        if not self.leaves_out(math.prod(call.grid)):
+        if not self.leaves_out(call) and not self._behind:  # where the expert before left some out, they come back now
             self._now = None  # nothing to count or to choose
             return
         adapter, transformer = self._host[0], self._host[1]()
@@ -164,7 +172,7 @@ class Sampler:
         if self._behind and (self._all or self._some):
             back = adapter.spread_tokens(transformer, fresh & (self._left_out > 0), call.grid)
             mend_history(self._stand.scheduler, back, velocity, sample)
-        if self.region.selector == "change":
+        if self._regions[call.role].selector == "change":
             self._watch(adapter.patch_velocity(transformer, velocity, call.grid).float(), fresh)
         self._left_out = torch.where(fresh, 0, self._left_out + 1)
         self._behind = not self._all
@@ -185,23 +193,26 @@ class Sampler:
         if call is None or self._left_out is None:
             return
         if self._first is None:  # image to image begins within the schedule, and not all pipelines say so before
-            self._first, self._plan = self._stand.scheduler.step_index - 1 - call.step, None
-        n_tokens = self._left_out.shape[1]
-        if self.may_follow(call.step, n_tokens):
-            if self.region.unit == "token":
-                self._index = self._choose(velocity, call, count_active(self.region, n_tokens), None)
+            self._first, self._plans = self._stand.scheduler.step_index - 1 - call.step, {}
+        region, n_tokens = self._regions[call.role], self._left_out.shape[1]
+        if self.may_follow(call):
+            if region.unit == "token":
+                self._index = self._choose(velocity, call, count_active(region, n_tokens), None)
             elif self._blocks is None:  # of a forward that no sparse attention laid out
                 return
             else:
                 blocks = self._blocks
-                count = blocks.count(self.region.sample_ratio)
+                count = blocks.count(region.sample_ratio)
                 self._computed = blocks.computed(self._choose(velocity, call, count, blocks))
                 self._index = blocks.tokens(self._computed)
-            self._chosen_for = call.step + 1
+            self._chosen_for = call.step + 1  # of this transformer: another has nothing kept yet, and computes all
 
     def _choose(self, velocity: Tensor, call: Call, count: int, blocks: Blocks | None) -> Tensor:
-        """So many tokens, or full blocks, int64 `[B, count]` ascending."""
-        region, left_out = self.region, self._left_out
+        """So many tokens, or full blocks, int64 `[B, count]` ascending; the same on all processes that share them."""
+        return parallel.as_first(self._host[1](), self._choose_here(velocity, call, count, blocks))
+
+    def _choose_here(self, velocity: Tensor, call: Call, count: int, blocks: Blocks | None) -> Tensor:
+        region, left_out = self._regions[call.role], self._left_out
         if blocks is not None:  # the tokens of a block are left out together
             left_out = blocks.means(left_out).round().int()
         if region.selector == "mask":
@@ -237,21 +248,21 @@ class Sampler:
         self._all = self._some = False  # whether a forward of it computed all tokens, or the chosen ones
         self._host: tuple[ModuleType, Any] | None = None
         self._first: int | None = None  # the scheduler's number for the run's first step
-        self._plan: dict[int, str] | None = None
+        self._plans: dict[str, dict[int, str]] = {}  # by role: the steps that compute every token, and why
 
     def _steps(self) -> int:
         scheduler = self._stand.scheduler
         first = self._first if self._first is not None else (getattr(scheduler, "begin_index", None) or 0)
         return len(scheduler.timesteps) - first
 
-    def _why_planned(self, step: int, n_tokens: int) -> str | None:
+    def _why_planned(self, call: Call, step: int) -> str | None:
         if self._stand is None:
             return "region sampling was removed"
-        if not self.leaves_out(n_tokens):
+        if not self.leaves_out(call):
             return "every token is asked for"
-        if self._plan is None:
-            self._plan = whole_steps(self.region, self._steps())
-        return self._plan.get(step)
+        if call.role not in self._plans:
+            self._plans[call.role] = whole_steps(self._regions[call.role], self._steps())
+        return self._plans[call.role].get(step)
 
     def __repr__(self) -> str:
-        return f"Sampler({self.region!r})"
+        return f"Sampler({self._regions!r})"

@@ -23,7 +23,9 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import dit_accel
 from dit_accel import SparseProcessor
+from dit_accel.adapters import parallel as exchange
 from dit_accel.errors import DitAccelError
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.budget import choose_blocks
@@ -31,6 +33,7 @@ from dit_accel.methods.parts.plans import plan_of
 from dit_accel.methods.parts.score import block_means, mean_scores
 from dit_accel.testing import (
     tiny_flux_inputs,
+    tiny_flux_pipeline,
     tiny_flux_transformer,
     tiny_wan_inputs,
     tiny_wan_pipeline,
@@ -181,6 +184,81 @@ def run_dense(
     return result | _error_of(transformer, inputs)
 
 
+REGION = {"sample_ratio": 0.5, "bucket": 8, "start": 2, "error_reset": ()}
+REGION_STEPS = 6  # of which the first two and the last compute every token
+
+
+def run_region(
+    parallel: bool,
+    *,
+    region: dict[str, Any],
+    per_token: bool = False,
+    experts: bool = False,
+    aborted: bool = False,
+    **sparse: Any,
+) -> dict[str, Any]:
+    """A pipeline's guided run under region sampling; perhaps behind one that broke off."""
+    pipe = tiny_wan_pipeline(two_experts=experts)
+    pipe.register_to_config(expand_timesteps=per_token)
+    handle = dit_accel.accelerate(pipe, region={**REGION, **region}, **sparse)
+    if parallel:
+        split(pipe.transformer)
+        if experts:
+            split(pipe.transformer_2)
+    chosen: list[torch.Tensor] = []
+
+    def look(pipe: Any, step: int, time: Any, given: dict) -> dict:
+        if handle._sampler._index is not None:
+            chosen.append(handle._sampler.chosen().clone())
+        return given
+
+    def stop(pipe: Any, step: int, time: Any, given: dict) -> dict:
+        if step == 2:
+            raise KeyboardInterrupt
+        return given
+
+    def run(seed: int, call: Callable) -> torch.Tensor:
+        return pipe(
+            "a red star", "blurry", 96, 128, num_frames=9, num_inference_steps=REGION_STEPS, output_type="latent",
+            generator=torch.Generator().manual_seed(seed), callback_on_step_end=call,
+        ).frames  # fmt: skip
+
+    if aborted:
+        try:
+            run(1, stop)
+        except KeyboardInterrupt:
+            handle.report(clear=True)
+    out, declared = run(0, look), handle._engines[0].region.declare(1, 144, 0, 4)
+    return {"out": out, "chosen": chosen, "report": handle.report().to_dict(), "declared": declared}
+
+
+def run_region_with_text(parallel: bool) -> dict[str, Any]:
+    """FLUX, whose self-attention sees text: under a split every token is computed."""
+    pipe = tiny_flux_pipeline()
+    handle = dit_accel.accelerate(pipe, region={**REGION, "sample_ratio": 1.0 if not parallel else 0.5})
+    if parallel:
+        split(pipe.transformer)
+    config, generator = pipe.transformer.config, torch.Generator().manual_seed(0)
+    text = torch.randn(1, 16, config.joint_attention_dim, generator=generator)
+    pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
+    out = pipe(
+        prompt_embeds=text, pooled_prompt_embeds=pooled, height=16, width=16, num_inference_steps=4,
+        output_type="latent", generator=generator,
+    ).images  # fmt: skip
+    return {"out": out, "report": handle.report().to_dict()}
+
+
+def run_agreed(parallel: bool) -> dict[str, Any]:
+    """What processes say that differ."""
+    transformer, _ = wan()
+    rank = 0
+    if parallel:
+        split(transformer)
+        rank = torch.distributed.get_rank()
+    chosen = exchange.as_first(transformer, torch.tensor([[3, 5]]) + rank)
+    return {"chosen": chosen, "least": exchange.least(transformer, 7 - rank, torch.device("cpu"))}
+
+
 def run_set_anew(parallel: bool) -> dict[str, Any]:
     """Processors that were set after the split know nothing of it."""
     transformer, inputs = wan()
@@ -222,6 +300,21 @@ DENSE = {
     ),
 }
 
+BY_BLOCKS = {"method": "pooled", "keep": 0.5, "order": "packed", "block": 16, "min_tokens": 0}
+REGIONS: dict[str, dict[str, Any]] = {
+    "tokens": {"region": {}},
+    "tokens behind a run that broke off": {"region": {}, "aborted": True},
+    "tokens, those left out dropped": {"region": {"keys": "drop"}},
+    "tokens, the last layer's keys": {"region": {"layers": 1, "selector": "change", "sample_ratio": 0.25}},
+    "tokens, a timestep each": {"region": {"selector": "random"}, "per_token": True},
+    "tokens, two experts": {"region": {"start": 1, "transformer": {"sample_ratio": 0.25}}, "experts": True},
+    "tokens beside sparse attention": {"region": {}, **BY_BLOCKS},
+    "tokens, kernels of our own": {"region": {}, **BY_BLOCKS, "dense_above": 0.0, "dense": "fastest"},
+    "blocks": {"region": {"unit": "block"}, **BY_BLOCKS, "share_plans": True},
+    "blocks by lot": {"region": {"unit": "block"}, **BY_BLOCKS, "method": "random"},
+}
+UNEVEN = {"sample_ratio": 71 / 144, "bucket": 1}  # 71 tokens
+
 Case = Callable[[bool], dict[str, Any]]
 CASES: dict[str, Case] = {
     **{f"stock {model.__name__}": partial(run_stock, model=model) for model in MODELS},
@@ -241,6 +334,10 @@ CASES: dict[str, Case] = {
     # Three heads cannot be shared out evenly. Nor could an odd number of tokens, but gloo gathers equal parts only.
     "sampled, three heads": partial(run_sampled, method=METHODS["random"], degrees=ANYTHING, heads=3),
     **{f"dense by {name}": case for name, (case, _) in DENSE.items()},
+    **{f"region by {name}": partial(run_region, **given) for name, given in REGIONS.items()},
+    "region, tokens that two cannot share": partial(run_region, region=UNEVEN),
+    "region, text among the tokens": run_region_with_text,
+    "agreed": run_agreed,
     "processors set anew": run_set_anew,
 }
 

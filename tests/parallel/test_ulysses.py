@@ -143,6 +143,58 @@ def test_where_it_is_not_exact_it_is_dense_with_a_reason(of_two: Results, name: 
         assert result["error"].startswith("FallbackError: strict=True") and reason in result["error"]
 
 
+@pytest.mark.parametrize("name", cases.REGIONS)
+def test_two_processes_compute_the_same_regions(of_two: Results, name: str) -> None:
+    """Guided runs in which a part of the tokens is computed at three of six steps, each branch with its own memory."""
+    one, two = cases.CASES[f"region by {name}"](False), of_two(f"region by {name}")
+    assert len(one["chosen"]) >= 3 and not torch.equal(*one["chosen"][:2])
+    for result in two:
+        close(result["out"], one["out"])
+        assert all(torch.equal(*pair) for pair in zip(result["chosen"], one["chosen"], strict=True))
+        for part in ("self_attention_calls", "regions", "whole_reasons", "dense_reasons", "token_order", "fallbacks"):
+            assert result["report"][part] == one["report"][part]
+        if "experts" not in name:
+            assert sorted(result["report"]["regions"].values()) == [6, 6]
+    assert torch.equal(two[0]["out"], two[1]["out"])  # what each shall choose by, to the bit
+    if name == "tokens":
+        # keys and values of half of the heads: of two branches, two layers, 144 tokens, one head of 12, in fp32
+        saved = 2 * 2 * 2 * 144 * 12 * 4
+        assert {one["report"]["bytes_region"] - result["report"]["bytes_region"] for result in two} == {saved}
+        assert {2 * (one["declared"] - result["declared"]) for result in two} == {saved}  # as was said before
+
+
+def test_regions_show() -> None:
+    """The samples above are not those of all tokens, nor of one another."""
+    names = ["tokens", "tokens, those left out dropped", "tokens, the last layer's keys", "blocks", "blocks by lot"]
+    outs = [cases.CASES[f"region by {name}"](False)["out"] for name in names]
+    whole = cases.run_region(False, region={"sample_ratio": 1.0})["out"]
+    for i, out in enumerate(outs):
+        for other in (whole, *outs[:i]):
+            assert float((out - other).norm() / other.norm()) > 1e-3
+
+
+def test_tokens_that_cannot_be_shared_are_all_computed(of_two: Results) -> None:
+    whole = cases.run_region(False, region={"sample_ratio": 1.0})["out"]
+    for result in of_two("region, tokens that two cannot share"):
+        close(result["out"], whole)
+        reason = "context parallelism: 71 tokens, which 2 processes cannot share evenly"
+        assert result["report"]["whole_reasons"][reason] == 6
+        assert result["report"]["regions"] == {"144 of 144 tokens": 12}
+
+
+def test_regions_beside_text_are_all_computed(of_two: Results) -> None:
+    one = cases.run_region_with_text(False)
+    for result in of_two("region, text among the tokens"):
+        close(result["out"], one["out"])
+        assert result["report"]["whole_reasons"] == {"context parallelism mixes text and video": 4}
+
+
+def test_processes_agree(of_two: Results) -> None:
+    for result in of_two("agreed"):
+        assert result["chosen"].tolist() == [[3, 5]] and result["least"] == 6
+    assert cases.run_agreed(False)["least"] == 7
+
+
 @pytest.mark.parametrize("degree", [2, 3, 8])
 @pytest.mark.parametrize("tokens", [105, 8, 9])
 def test_tokens_of_each_process_are_those_that_diffusers_gives_it(degree: int, tokens: int) -> None:
