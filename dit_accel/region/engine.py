@@ -196,6 +196,8 @@ class RegionEngine:
             return None
         if kept_here:
             key, value = self._update(now, seat.layer, key, value)
+        if engine.is_linear(seat.layer) and engine.why_dense_part(seat, call) is None:
+            return engine.attending.attend_linearly(query, key, value, now.call.at(seat.layer))
         if self._by_blocks is not None and kept_here:
             out = self._by_blocks.attend(now, seat, query, key, value, call)
             if out is not None:

@@ -97,7 +97,7 @@ def test_keeping_everything_is_stock_diffusers(of_two: Results, name: str) -> No
     for result in of_two(name):
         close(result["out"], stock(model))
         close(result["removed"], stock(model))
-        assert result["report"]["self_attention_calls"] == {"sparse": 2, "dense": 0}
+        assert result["report"]["self_attention_calls"] == {"sparse": 2, "linear": 0, "dense": 0}
         assert result["report"]["keep"]["achieved"] == 1 and result["report"]["token_order"] == {order: 1}
 
 
@@ -108,7 +108,7 @@ def test_two_processes_sample_what_one_does(of_two: Results, name: str) -> None:
     keeps = []
     for result in two:
         close(result["out"], one["out"])
-        assert result["report"]["self_attention_calls"] == {"sparse": 12, "dense": 0}
+        assert result["report"]["self_attention_calls"] == {"sparse": 12, "linear": 0, "dense": 0}
         for part in ("self_attention_calls", "token_order", "plans", "stateless", "runs"):
             assert result["report"][part] == one["report"][part]
         keeps.append(result["report"]["keep"]["achieved"])
@@ -139,7 +139,7 @@ def test_where_it_is_not_exact_it_is_dense_with_a_reason(of_two: Results, name: 
             close(result["out"], stock(model))
             layers = 3 if model is cases.flux else 2
             assert result["report"]["fallbacks"] == {reason: layers} and not result["report"]["token_order"]
-            assert result["report"]["self_attention_calls"] == {"sparse": 0, "dense": layers}
+            assert result["report"]["self_attention_calls"] == {"sparse": 0, "linear": 0, "dense": layers}
         assert result["error"].startswith("FallbackError: strict=True") and reason in result["error"]
 
 
