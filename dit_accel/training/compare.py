@@ -18,7 +18,7 @@ from dit_accel.report import Report, Tally
 from dit_accel.sla.spec import SlaSpec, file_for, read_spec
 from dit_accel.training.draws import spread_levels
 from dit_accel.training.samples import LatentFolder
-from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
+from dit_accel.training.velocity import VelocityError, make_cases, measure_aims
 from dit_accel.trajectory import Trajectory
 
 
@@ -99,10 +99,7 @@ def compare_ways(
         engine = Engine(transformer, sparse, method_of(sparse), trajectory, Tally.of(trajectory), role)
         try:
             set_processor(transformer, SparseProcessor.of(engine))
-            waiting = iter(aims)
-            error = measure_velocity(
-                cases(), velocity, lambda _, waiting=waiting: next(waiting).to(device), chosen, device=device
-            )
+            error = measure_aims(cases(), velocity, aims, chosen, device=device)
             found[name] = Compared(options, error, engine.report())
         finally:
             engine.remove()

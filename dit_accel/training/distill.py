@@ -80,7 +80,7 @@ class DistillOptions:
             raise unknown_name("precision", self.precision, PRECISIONS)
 
     def share_of_dense(self, step: int) -> float:
-        """How much of dense attention is in a linear layer's output at a step: falls evenly, and is 0 from `blend_steps` on.
+        """How much of dense attention is in a linear layer's output at a step: it falls evenly, to 0 at `blend_steps`.
 
         Source: the progressive transfer of LinVideo, arXiv:2510.08318, whose share is learned; this one is a function
         of the step, so that a run that is gone on with sees what an uninterrupted one would have.
