@@ -162,4 +162,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _layers_or_best(text: str) -> tuple[int, ...] | Best:
-    return Best(int(text.removeprefix("best:"))) if text.startswith("best:") else _numbers(text)
+    try:
+        return Best(int(text.removeprefix("best:"))) if text.startswith("best:") else _numbers(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of layers, 0,3,5, or best:N") from None

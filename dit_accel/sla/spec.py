@@ -129,6 +129,18 @@ def read_spec(path: str | Path) -> SlaSpec:
     return SlaSpec(max(found) + 1, size, variant="all", order="raster", block=64)
 
 
+def untrained_layers(path: str | Path) -> tuple[int, ...]:
+    """The layers that a side file has no weights of: they were dense in training and are to be dense in use.
+
+    Raises:
+        As `read_spec`.
+    """
+    spec = read_spec(path)
+    found = (PUBLISHED.search(name) for name in read_head(file_for(path, "transformer")))
+    trained = {int(match[1]) for match in found if match and match[2] == "weight"}
+    return tuple(sorted(set(range(spec.n_layers)) - trained))
+
+
 def file_for(path: str | Path, role: str) -> Path:
     """The side file of one transformer of a pipeline: the path itself or, in a folder, the file named by the role."""
     path = Path(path)

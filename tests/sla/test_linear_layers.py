@@ -169,7 +169,7 @@ def test_memory_is_what_the_report_declares(tmp_path, family, tokens):
     dense, _ = testing.peak_bytes(lambda: run(transformer, inputs))
     with accelerate(transformer, write(tmp_path / "x.safetensors", transformer, (0, 1))) as handle:
         run(transformer, inputs)
-        peak, largest = testing.peak_bytes(lambda: run(transformer, inputs))
+        peak, _ = testing.peak_bytes(lambda: run(transformer, inputs))
         report = handle.report()
     assert report.linear_calls == {0: 2, 1: 2}
     assert peak <= (dense + report.bytes_held + report.bytes_working) * 1.02
@@ -190,7 +190,7 @@ def test_region_sampling_gives_a_part_what_all_gave(tmp_path, unit):
     x, outs = inputs.pop("hidden_states"), []
     for step in range(2):
         with transformer.cache_context("cond"):
-            outs.append(run(transformer, {**inputs, "hidden_states": x + step * 1e-9}))
+            outs.append(run(transformer, {**inputs, "hidden_states": x}))
         if step == 0:
             pipe.scheduler.step(outs[0], pipe.scheduler.timesteps[0], x, return_dict=False)
     report = handle.report()

@@ -247,6 +247,8 @@ def test_going_on_in_the_midst_of_a_blend_equals_never_having_stopped(distil, tr
     assert again.losses == whole.losses and again.before == whole.before
     ours, theirs = (load_file(d.out.weights) for d in (whole, again))
     assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    reasons = whole.student.sla.report().dense_reasons
+    assert reasons["blended with a linear layer in training"] == HOW.blend_steps, "a forward in each of these steps"
     linear = distil(trains, "linear", blend_steps=0)
     linear.run({})
     assert linear.losses != whole.losses, "the blend makes a difference"
