@@ -137,7 +137,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made")
     parser.add_argument("--feature", default="softmax", help="softmax, elu or relu (softmax)")
     parser.add_argument("--count", type=int, default=2, help="last samples of the folder, to score on (2)")
-    parser.add_argument("--fit", type=int, default=2, help="samples before those, to fit projections on; 0: none (2)")
+    parser.add_argument("--fit", type=int, default=4, help="samples before those, to fit projections on; 0: none (4)")
     parser.add_argument("--levels", type=int, default=3, help="noise levels of the schedule (3)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="record; the projections go to "

@@ -59,8 +59,8 @@ def score_layers(
         transformer: dense; as it was afterwards.
         folder: latents of a model of the same class.
         count: the folder's last samples are scored, so many.
-        fit: on so many samples before those, each layer's projection is fitted (`fit_projections`); 0: it is the
-            identity.
+        fit: on so many samples before those, 2 or more, each layer's projection is fitted (`fit_projections`); 0: it is
+            the identity.
         levels: how many noise levels of the folder's schedule.
         seed: of the noise.
         feature: the feature map.
@@ -80,6 +80,8 @@ def score_layers(
     for what, value, least in (("count", count, 1), ("fit", fit, 0), ("levels", levels, 1)):
         if value < least:
             raise UsageError(f"{what} = {value}: at least {least} is needed")
+    if fit == 1:
+        raise UsageError("fit = 1: 2 samples or more are needed, each tried without itself; or 0, to fit none")
     need_samples(folder, count + fit, f"scoring {count} with projections fitted on {fit} others")
     device, chosen = next(transformer.parameters()).device, spread_levels(folder.index.part(role), levels)
     told = dict(device=device, dtype=transformer.dtype, seed=seed)
@@ -93,8 +95,10 @@ def score_layers(
 
     projections = None
     if fit:
-        runs = (case.inputs for case in make_cases(folder, range(last - fit, last), chosen, **told))
-        projections = fit_projections(transformer, runs, feature=feature, role=role)
+        samples = (
+            [case.inputs for case in make_cases(folder, [place], chosen, **told)] for place in range(last - fit, last)
+        )
+        projections = fit_projections(transformer, samples, feature=feature, role=role)
     aims = [velocity(case.inputs).cpu() for case in cases()]
     layers, errors = attention_shape(transformer).layers, {}
     for layer in layers:

@@ -111,13 +111,13 @@ def test_layers_are_scored_and_the_best_become_linear(run, model: Path, tmp_path
     made = ("latents", "--model", model, "--scenes", "rendered", *SIZE, "--count", 3, "--out", latents)
     assert run(*made)[0] == 0
     same = ("--model", model, "--latents", latents, "--device", "cpu")
-    code, table, err = run("score", *same, "--count", 1, "--fit", 1, "--levels", 2, "--out", scores)
+    code, table, err = run("score", *same, "--count", 1, "--fit", 2, "--levels", 2, "--out", scores)
     assert code == 0 and f"record: {scores}" in err
     told = json.loads(scores.read_text())
     ranking = [each["layer"] for each in told["layers"]]
     rows = [line.split("│")[1:4] for line in table.splitlines() if line.startswith("│")]
     assert [int(row[0]) for row in rows] == ranking, "best first"
-    assert told["fitted"] and told["samples"] == {"scored": 1, "fitted": 1} and told["chip"].startswith("CPU")
+    assert told["fitted"] and told["samples"] == {"scored": 1, "fitted": 2} and told["chip"].startswith("CPU")
     assert len(told["layers"][0]["error"]["levels"]) == 2 and scores.with_suffix(".safetensors").exists()
 
     train = ("train", *same, *HOW, "--out", out, "--scores", scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dit_accel.testing import (
     tiny_wan_inputs,
     tiny_wan_transformer,
 )
-from dit_accel.training.fit import fit_projections
+from dit_accel.training.fit import RIDGES, _solve, _Sums, fit_projections
 from dit_accel.training.samples import LatentFolder
 from dit_accel.training.score import best_layers, read_scores, score_layers, write_scores
 from dit_accel.training.sla import SlaOptions, make_trainable
@@ -42,7 +43,7 @@ def shaped(uniform: int, peaked: int):
 
 
 def score(transformer, folder: Path, **changed):
-    options = {"count": 1, "fit": 1, "levels": 2, "seed": 0, **changed}
+    options = {"count": 1, "fit": 2, "levels": 2, "seed": 0, **changed}
     return score_layers(transformer, LatentFolder(folder), **options)
 
 
@@ -69,18 +70,56 @@ def test_fitted_projections_are_those_of_least_squares():
     transformer = shaped(0, 1)
     with torch.no_grad():
         transformer.blocks[0].attn1.to_q.weight.normal_()
-    runs = [tiny_wan_inputs(transformer, grid) for grid in ((2, 4, 6), (3, 4, 4))]
-    fitted = fit_projections(transformer, [{**run, "return_dict": False} for run in runs])
-    collected = collect(transformer, runs)
-    for layer, (linear, dense) in collected.items():
-        rows = torch.cat((linear, torch.ones(len(linear), 1, dtype=torch.float64)), 1)
-        true = torch.linalg.lstsq(rows, dense).solution
-        found = fitted.layers[layer]
-        ours = linear @ found.weight.double().mT + found.bias.double()
-        best = rows @ true
-        error = [float((x - dense).square().mean()) for x in (ours, best, linear)]
-        assert error[0] <= 1.001 * error[1] + 1e-12, "no projection is nearer"
-        assert error[0] < 0.9 * error[2], "nearer than none"
+    grids = ((2, 4, 6), (3, 4, 4), (2, 5, 5))
+    samples = [[tiny_wan_inputs(transformer, grid, seed=n) for n in range(2)] for grid in grids]
+    fitted = fit_projections(transformer, [[{**run, "return_dict": False} for run in runs] for runs in samples])
+    collected = [collect(transformer, runs) for runs in samples]
+    for layer, found in fitted.layers.items():
+        of_layer = [sample[layer] for sample in collected]
+
+        def left_out(ridge, of_layer=of_layer):
+            rest = [(solve([*of_layer[:n], *of_layer[n + 1 :]], ridge), own) for n, own in enumerate(of_layer)]
+            return sum(distance(change, *own) for change, own in rest)
+
+        best = min(RIDGES, key=left_out)
+        change = solve(of_layer, best)
+        torch.testing.assert_close(found.weight.double() - torch.eye(12), change[:-1].mT, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.bias.double(), change[-1], rtol=0, atol=1e-3)
+        assert best < math.inf and distance(change, *of_layer[0]) < distance(0 * change, *of_layer[0])
+
+
+def solve(samples, ridge):
+    """The change from the identity, as least squares with rows for the ridge."""
+    linear, dense = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    size = linear.shape[1]
+    if ridge == math.inf:
+        return torch.zeros(size + 1, size, dtype=torch.float64)
+    rows = with_one(linear)
+    more = torch.eye(size + 1, dtype=torch.float64) * (ridge * linear.square().sum() / size).sqrt()
+    aims = torch.cat((dense - linear, more.new_zeros(size + 1, size)))
+    return torch.linalg.lstsq(torch.cat((rows, more)), aims).solution
+
+
+def with_one(linear):
+    return torch.cat((linear, linear.new_ones(len(linear), 1)), 1)
+
+
+def distance(change, linear, dense):
+    return float((linear + with_one(linear) @ change - dense).square().sum())
+
+
+def test_what_a_few_samples_do_not_tell_stays_the_identity():
+    """Two samples whose means lie in other directions: what the one says is of no use for the other."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(1, 4, 1, 12).expand(-1, -1, 30, -1) for _ in range(2))  # each head's mean
+    sums = [_Sums.of(x, x + torch.randn(1, 4, 1, 12) + 0.01 * torch.randn(1, 4, 30, 12)) for x in (first, second)]
+    far = _solve(sums)
+    assert float((far.weight - torch.eye(12)).abs().max()) < 0.3
+    near = _solve([_Sums.of(x, 2 * x + 1) for x in (torch.randn(1, 4, 30, 12), torch.randn(1, 4, 30, 12))])
+    torch.testing.assert_close(near.weight, 2 * torch.eye(12), rtol=0, atol=1e-3)
+    torch.testing.assert_close(near.bias, torch.ones(12), rtol=0, atol=1e-3)
+    with pytest.raises(UsageError, match="2 samples or more"):
+        _solve(sums[:1])
 
 
 def collect(transformer, runs):
@@ -110,12 +149,16 @@ def test_padding_takes_no_part():
     """Text that is padded is fitted on as the same text without padding."""
     transformer = tiny_hunyuan_video_transformer()
     padded = tiny_hunyuan_video_inputs(transformer, text=19, valid=11)
+    times = [torch.tensor([t]) for t in (900, 400)]
     plain = {**padded, **{name: padded[name][:, :11] for name in ("encoder_hidden_states", "encoder_attention_mask")}}
-    first, second = (fit_projections(transformer, [{**run, "return_dict": False}]) for run in (padded, plain))
+    first, second = (
+        fit_projections(transformer, [[{**run, "return_dict": False, "timestep": t}] for t in times])
+        for run in (padded, plain)
+    )
     assert first.spec.linear_layers == (0, 1)
     for layer, of in first.layers.items():
         torch.testing.assert_close(of.weight, second.layers[layer].weight, rtol=0, atol=1e-3)
-        assert float((of.weight - torch.eye(len(of.bias))).abs().max()) > 0.05
+        assert float((of.weight - torch.eye(len(of.bias))).abs().max()) > 0.01
 
 
 def test_scores_come_back(tiny_latents: Path, tmp_path: Path):
@@ -144,7 +187,8 @@ def test_the_best_are_chosen(tiny_latents: Path):
 
 def test_what_cannot_be_scored_is_refused(tiny_latents: Path, tmp_path: Path):
     transformer = tiny_wan_transformer()
-    for changed, words in (({"count": 0}, "count = 0"), ({"fit": -1}, "fit = -1"), ({"levels": 0}, "levels = 0")):
+    for changed in ({"count": 0}, {"fit": -1}, {"fit": 1}, {"levels": 0}):
+        words = " = ".join(map(str, *changed.items()))
         with pytest.raises(UsageError, match=words):
             score(transformer, tiny_latents, **changed)
     with pytest.raises(DitAccelError, match="holds 6 samples, and scoring 4 with projections fitted on 3 others"):
