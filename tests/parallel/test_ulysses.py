@@ -118,6 +118,13 @@ def test_two_processes_sample_what_one_does(of_two: Results, name: str) -> None:
         assert sum(r["report"]["bytes_held"] for r in two) >= one["report"]["bytes_held"]
 
 
+def test_linear_layers_read_the_whole_sequence(of_two: Results) -> None:
+    one = cases.CASES["linear layers"](False)
+    for result in of_two("linear layers"):
+        close(result["out"], one["out"])
+        assert result["report"]["self_attention_calls"] == {"sparse": 6, "linear": 6, "dense": 0}
+
+
 def test_what_is_left_out_shows() -> None:
     """The samples above are not those of dense attention, nor do all methods read the same."""
     names = ["sampled raster, split first", *(f"sampled by {name}" for name in cases.METHODS)]

@@ -198,6 +198,18 @@ def test_region_sampling_gives_a_part_what_all_gave(tmp_path, unit):
     assert report.linear_calls == {0: 2, 1: 2} and not report.dense_calls and len(report.regions) == 2
 
 
+def test_compiled_blocks_have_them_too(tmp_path):
+    torch._dynamo.reset()
+    transformer = testing.tiny_wan_transformer()
+    inputs = testing.tiny_wan_inputs(transformer)
+    path = write(tmp_path / "x.safetensors", transformer, (1,))
+    with accelerate(transformer, path) as handle:
+        eager = run(transformer, inputs)
+        transformer.compile_repeated_blocks(backend="aot_eager")
+        torch.testing.assert_close(run(transformer, inputs), eager, rtol=1e-4, atol=1e-5)
+        assert handle.report().linear_calls == {1: 2} and handle.report().sparse_calls == 2
+
+
 # -- the file
 
 
