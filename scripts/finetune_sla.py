@@ -152,6 +152,8 @@ def train(options: Any) -> int:
     accelerator = make_accelerator(precision, cpu=not on_gpu)
     dtype = torch.bfloat16 if precision == "bf16" and options.trains != "full" else torch.float32
     transformer = load_transformer(preset, dtype, options.expert).to(accelerator.device)
+    if scores is not None:
+        scores.check_fits(transformer)
     student = Student(transformer, sla, options.trains, options.rank)
     if options.start is not None:
         from dit_accel.sla.spec import file_for

@@ -39,6 +39,15 @@ class Scores:
         """Layers, the one whose replacement costs least first; of equals the lower number."""
         return tuple(sorted(self.errors, key=lambda layer: (self.errors[layer].overall, layer)))
 
+    def check_fits(self, transformer: nn.Module) -> None:
+        """Refuse, with UsageError, a transformer of another class or with other layers."""
+        name, layers = type(transformer).__name__, attention_shape(transformer).layers
+        if self.transformer != name or set(self.errors) != set(layers):
+            raise UsageError(
+                f"These scores are of {len(self.errors)} layers of a {self.transformer}, and this is a {name} of "
+                f"{len(layers)}: score this model."
+            )
+
 
 @torch.no_grad()
 def score_layers(

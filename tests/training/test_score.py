@@ -172,6 +172,9 @@ def test_scores_come_back(tiny_latents: Path, tmp_path: Path):
     trainable = make_trainable(tiny_wan_transformer(), SlaOptions(feature="elu", linear_layers=(1,)))
     trainable.load_linear(found.projections)
     assert torch.equal(trainable.layers.by_number["1"].proj_l.bias, scores.projections.layers[1].bias)
+    found.check_fits(trainable.transformer)
+    with pytest.raises(UsageError, match="of 2 layers of a WanTransformer3DModel, and this is a Wan.* of 3: score"):
+        found.check_fits(tiny_wan_transformer(num_layers=3))
     write_scores(tmp_path / "plain.json", replace(scores, projections=None), {})
     assert read_scores(tmp_path / "plain.json").projections is None
 
