@@ -236,6 +236,57 @@ class Attending:
             self._configs[kind] = found.config
         return self._configs[kind]
 
+    # -- linear
+
+    def attend_linearly(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        now: Call,
+        groups: tuple[RowGroup, ...] = (),
+        softmax: Tensor | None = None,
+    ) -> Tensor:
+        """Attend in a layer that trained weights have as linear attention alone.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE; key and value the same with their own S.
+            now: which call this is.
+            groups: as `Laid`.
+            softmax: dense attention to be blended with, which then is what counts.
+
+        Returns:
+            `[B, S, H, D]`; zeros where there is padding.
+        """
+        from dit_accel.kernels.linear_attention import choose
+
+        weights = self.weights
+        assert weights is not None
+        working = 0
+
+        def attend(*rows: Tensor | None) -> Tensor:
+            nonlocal working
+            *by_head, beside = (None if x is None else x.transpose(1, 2) for x in rows)
+            working = max(working, weights.bytes_working(by_head[0], None))
+            return weights.attend_linearly(*by_head, now, beside).transpose(1, 2)
+
+        given = (query, key, value, softmax)
+        whole = None if groups else attend(*given)
+        for group in groups:
+            taken = [None if x is None else group.take(x) for x in given]
+            out = attend(*taken)
+            if group.copies:
+                working += sum(x.numel() * x.element_size() for x in taken if x is not None)
+            if group.is_everything:
+                whole = out
+            else:
+                whole = out.new_zeros(query.shape) if whole is None else whole
+                group.put(out, whole)
+        self.tally.bytes_working = max(self.tally.bytes_working, working)
+        if softmax is None:
+            self.tally.note_linear(now, f"{choose(query.transpose(1, 2))}, linear attention alone")
+        return whole
+
     # -- dense
 
     def attend_densely(

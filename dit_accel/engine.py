@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 _MOMENT = ("call", "layout", "order", "text", "groups", "_dense_reason", "_counted")
+_BLENDED = "blended with a linear layer in training"
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
 
 
@@ -81,7 +82,7 @@ class Engine:
         self.trajectory, self.tally = trajectory, tally
         layers = dict(self.adapter.self_attentions(transformer))
         self.n_layers = len(layers)
-        self.dense_layers = _resolve_layers(options.dense_layers, self.n_layers)
+        self.dense_layers = resolve_layers("dense_layers", options.dense_layers, self.n_layers)
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.layouts = Layouts(arrange(method, options))
         sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
@@ -342,7 +343,8 @@ class Engine:
     # -- one attention
 
     def attend(self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        """Attend for one self-attention: sparse where nothing speaks against it, else as diffusers would.
+        """Attend for one self-attention: sparse, or linear in a linear layer, where nothing speaks against it; else as
+        diffusers would.
 
         Args:
             query: `[B, S, H, D]`, post-RoPE; as are key and value.
@@ -366,16 +368,27 @@ class Engine:
             if not keeps:
                 return self.attending.attend_densely(seat, query, key, value, reason[1], call)
 
+        linear, softmax = self.is_linear(seat.layer), None
+        if linear and self.weights.blends:
+            self.count_dense(_BLENDED, True, 1)
+            softmax = self.attending.attend_densely(seat, query, key, value, True, call)
+
         def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
             if keeps:
                 self.region.store(seat.layer, key, value)
             if reason is not None:
                 return self.attending.attend_densely(seat, query, key, value, reason[1], call, whole=True)
             now = self.call.at(seat.layer, first_head)
+            if linear:
+                return self.attending.attend_linearly(query, key, value, now, self.groups, softmax)
             laid = Laid(self.layout, self.groups, self.observer)
             return self.attending.attend_sparsely(query, key, value, call, now, laid)
 
         return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a self-attention is linear attention alone, as trained weights may have it."""
+        return self.weights is not None and layer in self.weights.linear_layers
 
     def _why_dense(
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
@@ -459,11 +472,19 @@ class Engine:
         return f"Engine({self.role}, {self.method!r}, {len(self.seating.seats)} attentions, {self.planner!r})"
 
 
-def _resolve_layers(layers: tuple[int, ...], n_layers: int) -> frozenset[int]:
+def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int) -> frozenset[int]:
+    """The numbers of layers, those that count from the last included.
+
+    Args:
+        name: what the option is called.
+
+    Raises:
+        UsageError: a layer that there is not.
+    """
     for layer in layers:
         if not -n_layers <= layer < n_layers:
             raise UsageError(
-                f"dense_layers names layer {layer}, but this transformer has {n_layers}: give 0 to "
+                f"{name} names layer {layer}, but this transformer has {n_layers}: give 0 to "
                 f"{n_layers - 1}, or -1 to {-n_layers} to count from the last."
             )
     return frozenset(layer % n_layers for layer in layers)

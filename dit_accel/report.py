@@ -18,6 +18,7 @@ class Report:
     """What ran since sparse attention was installed (or the report was last cleared)."""
 
     sparse_calls: int
+    linear_calls: dict[int, int]  # of layers that are linear attention alone and read no key block; by layer
     dense_calls: int
     cross_attention_calls: int
     dense_reasons: dict[str, int]  # planned and unplanned
@@ -49,7 +50,12 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
-            "self_attention_calls": {"sparse": self.sparse_calls, "dense": self.dense_calls},
+            "self_attention_calls": {
+                "sparse": self.sparse_calls,
+                "linear": sum(self.linear_calls.values()),
+                "dense": self.dense_calls,
+            },
+            "linear_calls_per_layer": {str(layer): calls for layer, calls in self.linear_calls.items()},
             "dense_reasons": dict(self.dense_reasons),
             "cross_attention_calls": self.cross_attention_calls,
             "keep": {
@@ -78,21 +84,26 @@ class Report:
         }
 
     @property
+    def calls(self) -> int:
+        """Self-attention calls of every kind."""
+        return self.sparse_calls + sum(self.linear_calls.values()) + self.dense_calls
+
+    @property
     def sparse_share(self) -> float:
         """Share of self-attention calls that ran sparse; 0 if there were none."""
-        calls = self.sparse_calls + self.dense_calls
-        return self.sparse_calls / calls if calls else 0.0
+        return self.sparse_calls / self.calls if self.calls else 0.0
 
     @property
     def closing_line(self) -> str:
         """The bargain in one line."""
-        calls = self.sparse_calls + self.dense_calls
-        if not calls:
+        if not self.calls:
             return self._forwards_line or "No self-attention has run yet."
-        line = f"{self.sparse_calls} of {calls} self-attention calls sparse ({self.sparse_share:.0%})"
+        line = f"{self.sparse_calls} of {self.calls} self-attention calls sparse ({self.sparse_share:.0%})"
         if self.keep_achieved is not None:
             asked = "" if self.keep_requested is None else f" (asked {self.keep_requested:.1%})"
             line += f", reading {self.keep_achieved:.1%} of the keys{asked}"
+        if self.linear_calls:
+            line += f", {sum(self.linear_calls.values())} linear"
         fallen = sum(self.fallbacks.values())
         line = f"{line}, {fallen or 'no'} fall-back{'' if fallen == 1 else 's'}."
         return f"{self._forwards_line} {line}" if self._forwards_line else line
@@ -120,6 +131,7 @@ class Report:
         lines = [self.closing_line]
         for title, table in (
             ("executor", self.executors),
+            ("linear attention alone in layer", self.linear_calls),
             ("dense kernel", self.dense_kernels),
             ("token order", self.token_orders),
             ("plan", self.plans),
@@ -152,6 +164,7 @@ class Tally:
     runs: int = 0
     bytes_working: int = 0  # the most of any call
     bytes_region: int = 0  # the most at any time
+    linear: Counter[int] = field(default_factory=Counter)  # by layer
     dense_reasons: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
@@ -186,6 +199,12 @@ class Tally:
         total, calls = self.kept.get(place, (None, 0))
         self.kept[place] = (read if total is None else total + read, calls + 1)
 
+    def note_linear(self, call: Call, executor: str) -> None:
+        """Count a call of a layer that is linear attention alone."""
+        assert call.layer is not None
+        self.linear[call.layer] += 1
+        self.executors[executor] += 1
+
     def note_dense(self, reason: str, planned: bool, calls: int = 1) -> None:
         self.dense += calls
         self.dense_reasons[reason] += calls
@@ -213,6 +232,7 @@ class Tally:
         kept = {place: (int(total) / place[3], calls) for place, (total, calls) in self.kept.items()}
         return Report(
             sparse_calls=self.sparse,
+            linear_calls=dict(sorted(self.linear.items())),
             dense_calls=self.dense,
             cross_attention_calls=self.cross,
             dense_reasons=dict(self.dense_reasons),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from dit_accel.cli.request import parse_size
@@ -12,11 +13,23 @@ from dit_accel.training.draws import NOISES
 from dit_accel.training.student import TRAINS
 
 
+@dataclass(frozen=True)
+class Best:
+    """So many layers, the best of a file of scores."""
+
+    count: int
+
+
 def read_options(about: str, words: list[str] | None = None) -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=plain)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{latents,train,evaluate}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{latents,score,train,evaluate}")
     add_latents(verbs.add_parser("latents", help="make training data", description=about, formatter_class=plain))
+    add_score(
+        verbs.add_parser(
+            "score", help="find layers that can be linear", description=about, formatter_class=plain
+        )
+    )
     add_train(verbs.add_parser("train", help="fine-tune", description=about, formatter_class=plain))
     add_evaluate(
         verbs.add_parser("evaluate", help="compare velocities with dense", description=about, formatter_class=plain)
@@ -80,6 +93,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     sla.add_argument("--order", help="order of the tokens (the method's)")
     sla.add_argument("--block", type=int, help="tokens in one block (the method's)")
     sla.add_argument("--dense-layers", type=_numbers, default=(), metavar="N,N", help="layers that stay dense")
+    sla.add_argument(
+        "--linear-layers", type=_layers_or_best, default=(), metavar="N,N|best:N", help="layers that become linear "
+        "attention alone; or the N best of --scores",
+    )  # fmt: skip
+    sla.add_argument("--scores", type=Path, metavar="FILE.json", help="what `score` wrote: which layers are best, and "
+                     "projections to start linear layers from")  # fmt: skip
     train = parser.add_argument_group("training")
     train.add_argument(
         "--trains", choices=TRAINS, default="lora", help="full: all weights; lora: a LoRA of the self-attentions; both "
@@ -97,6 +116,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("clip", "largest norm of a step's gradient"),
         ("batch", "samples in a forward, on each GPU"),
         ("accumulate", "forwards in a step"),
+        ("blend-steps", "steps over which linear layers lead over from dense attention"),
         ("ema", "decay of the averaged weights, which are those given out"),
         ("seed", "of everything that is drawn"),
         ("held-out", "last samples of the folder, for the velocity error"),
@@ -108,6 +128,20 @@ def add_train(parser: argparse.ArgumentParser) -> None:
                        "samples at, or log-normal as published (schedule)")  # fmt: skip
     train.add_argument("--precision", choices=PRECISIONS, help="autocast (bf16 on a GPU, else no)")
     train.add_argument("--checkpointing", action="store_true", help="less memory, about a third more time")
+
+
+def add_score(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_expert(parser)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
+    parser.add_argument("--latents", type=Path, required=True, help="folder that `latents` made")
+    parser.add_argument("--feature", default="softmax", help="softmax, elu or relu (softmax)")
+    parser.add_argument("--count", type=int, default=2, help="last samples of the folder, to score on (2)")
+    parser.add_argument("--fit", type=int, default=4, help="samples before those, to fit projections on; 0: none (4)")
+    parser.add_argument("--levels", type=int, default=3, help="noise levels of the schedule (3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="record; the projections go to "
+                        "FILE.safetensors")  # fmt: skip
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -125,3 +159,10 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _layers_or_best(text: str) -> tuple[int, ...] | Best:
+    try:
+        return Best(int(text.removeprefix("best:"))) if text.startswith("best:") else _numbers(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of layers, 0,3,5, or best:N") from None

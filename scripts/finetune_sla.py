@@ -11,6 +11,9 @@
         --trains full --checkpointing --minutes 50 --out sla
     python scripts/finetune_sla.py train ... --out sla --resume
 
+    python scripts/finetune_sla.py score --latents lat --out scores.json
+    python scripts/finetune_sla.py train --latents lat --steps 200 --linear-layers best:2 --scores scores.json --out sla
+
 Ctrl-C ends `train` behind the step under way, with a checkpoint, and exits 130; `latents` goes on where it was when it
 is called again. docs/sla.md says what to choose.
 """
@@ -24,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
-from _finetune_arguments import read_options
+from _finetune_arguments import Best, read_options
 
 from dit_accel.cli.terminal import complain, remark, tables
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
@@ -35,7 +38,7 @@ INTERRUPTED = 130  # exit code, as of a program that Ctrl-C ends
 
 def main() -> int:
     options = read_options(__doc__ or "")
-    verbs = {"latents": make_latents, "train": train, "evaluate": evaluate}
+    verbs = {"latents": make_latents, "score": score, "train": train, "evaluate": evaluate}
     try:
         return verbs[options.verb](options)
     except DitAccelError as error:
@@ -89,6 +92,42 @@ def source_of(options: Any) -> Any:
     return Prompts(read_prompts(None, options.prompts_file)) if options.prompts_file else Prompts()
 
 
+# -- score
+
+
+def score(options: Any) -> int:
+    from tqdm import tqdm
+
+    from dit_accel.pipelines.loading import pick_device, pick_dtype
+    from dit_accel.sla.shape import attention_shape
+    from dit_accel.training.samples import LatentFolder
+    from dit_accel.training.score import check_name, score_layers, write_scores
+
+    check_name(options.out)
+    preset, folder = preset_of(options), LatentFolder(options.latents)
+    device = pick_device(options.device)
+    transformer = load_transformer(preset, pick_dtype(options.dtype, device), options.expert).to(device)
+    with tqdm(desc="layers", unit="", total=len(attention_shape(transformer).layers)) as bar:
+        scores = score_layers(
+            transformer, folder, count=options.count, fit=options.fit, levels=options.levels, seed=options.seed,
+            feature=options.feature, role=options.expert, after=bar.update,
+        )  # fmt: skip
+    rows = [(str(layer), [], scores.errors[layer]) for layer in scores.ranking]
+    show_errors("relative squared error of the velocity with one layer linear, by noise level", ("layer",), rows)
+    told = {
+        **describe(device),
+        "preset": preset.name,
+        "model": preset.model,
+        "dtype": str(transformer.dtype),
+        "samples": {"scored": options.count, "fitted": options.fit},
+        "seed": options.seed,
+        "index": folder.index.to_dict(),
+    }
+    write_scores(options.out, scores, told)
+    remark(f"record: {options.out}")
+    return 0
+
+
 # -- train
 
 
@@ -108,16 +147,21 @@ def train(options: Any) -> int:
     names = DistillOptions.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in names}
     how = DistillOptions(**given | {"precision": precision})
-    folder, sla = LatentFolder(options.latents), sla_of(options)
+    scores = scores_of(options)
+    folder, sla = LatentFolder(options.latents), sla_of(options, scores)
     accelerator = make_accelerator(precision, cpu=not on_gpu)
     dtype = torch.bfloat16 if precision == "bf16" and options.trains != "full" else torch.float32
     transformer = load_transformer(preset, dtype, options.expert).to(accelerator.device)
+    if scores is not None:
+        scores.check_fits(transformer)
     student = Student(transformer, sla, options.trains, options.rank)
     if options.start is not None:
         from dit_accel.sla.spec import file_for
         from dit_accel.sla.weights import load_sla_weights
 
         student.start_from(load_sla_weights(file_for(options.start, options.expert)))
+    if scores is not None and scores.projections is not None:
+        student.start_linear_from(scores.projections)
     distiller = Distiller(student, folder, how, accelerator, options.out)
     if options.resume:
         distiller.resume()
@@ -146,14 +190,42 @@ def train(options: Any) -> int:
     return 0
 
 
-def sla_of(options: Any) -> Any:
+def scores_of(options: Any) -> Any:
+    """What `score` found, where --scores gives it.
+
+    Raises:
+        UsageError: scores without layers to use them for or the other way round, or of another transformer.
+    """
+    from dit_accel.training.score import read_scores
+
+    if options.scores is None:
+        if isinstance(options.linear_layers, Best):
+            raise UsageError("--linear-layers best:N chooses from scores: give --scores FILE.json")
+        return None
+    if not options.linear_layers:
+        raise UsageError("--scores is for linear layers: give --linear-layers best:N, or their numbers")
+    if options.start is not None:
+        raise UsageError("--scores and --from both say where linear layers start: give one of them")
+    scores = read_scores(options.scores)
+    if scores.role != options.expert:
+        raise UsageError(f"{options.scores} is of {scores.role}, and {options.expert} is to be trained: score that")
+    return scores
+
+
+def sla_of(options: Any, scores: Any = None) -> Any:
     """The options of SLA: as given, else as the weights to start from were trained, else the defaults."""
     from dit_accel.sla.spec import file_for, read_spec
+    from dit_accel.training.score import best_layers
     from dit_accel.training.sla import SlaOptions
 
     names = ("keep", "variant", "feature", "negligible", "order", "block")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given |= {"mix": options.mix, "dense_layers": options.dense_layers, "role": options.expert}
+    linear = options.linear_layers
+    if isinstance(linear, Best):
+        linear = best_layers(scores, linear.count, options.dense_layers)
+    if linear:
+        given["linear_layers"] = linear
     if options.start is None:
         return SlaOptions(**given)
     return SlaOptions.of(read_spec(file_for(options.start, options.expert)), **given)
@@ -205,20 +277,34 @@ def evaluate(options: Any) -> int:
 
 
 def show(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    first = next(iter(found.values()))
-    title = "relative squared error of the velocity against dense, by noise level"
-    table = Table("way", "keys read", "overall", title=title, title_justify="left")
-    for sigma, _ in first.error.levels:
-        table.add_column(f"{sigma:.3f}", justify="right")
+    rows = []
     for name, each in found.items():
-        errors = [f"{error:.3g}" for _, error in each.error.levels]
-        table.add_row(name, f"{each.report.keep_achieved:.1%}", f"{each.error.overall:.3g}", *errors)
-    tables().print(table)
+        keep = each.report.keep_achieved
+        rows.append((name, ["-" if keep is None else f"{keep:.1%}", str(len(each.report.linear_calls))], each.error))
+    if not any(each.report.linear_calls for each in found.values()):
+        rows = [(name, more[:1], error) for name, more, error in rows]
+    columns = ("way", "keys read", "linear layers")[: 1 + len(rows[0][1])]
+    show_errors("relative squared error of the velocity against dense, by noise level", columns, rows)
 
 
 # -- shared
+
+
+def show_errors(title: str, columns: tuple[str, ...], rows: list[tuple[str, list[str], Any]]) -> None:
+    """Print a table of velocity errors.
+
+    Args:
+        columns: what stands before the errors.
+        rows: the first column, those behind it, and the errors.
+    """
+    from rich.table import Table
+
+    table = Table(*columns, "overall", title=title, title_justify="left")
+    for sigma, _ in rows[0][2].levels:
+        table.add_column(f"{sigma:.3f}", justify="right")
+    for name, more, error in rows:
+        table.add_row(name, *more, f"{error.overall:.3g}", *(f"{each:.3g}" for _, each in error.levels))
+    tables().print(table)
 
 
 def preset_of(options: Any) -> Preset:

@@ -43,7 +43,7 @@ def test_one_line_on_a_pipeline():
     report = pipe.transformer.blocks[0].attn1.processor.report
     assert report.sparse_calls == 8 and report.cross_attention_calls == 8 and report.runs == 1
     assert "8 of 8 self-attention calls sparse (100%)" in str(report)
-    assert json.loads(json.dumps(report.to_dict()))["self_attention_calls"] == {"sparse": 8, "dense": 0}
+    assert json.loads(json.dumps(report.to_dict()))["self_attention_calls"] == {"sparse": 8, "linear": 0, "dense": 0}
 
 
 def test_sparse_differs_from_dense_and_keeps_what_it_says(transformer):

@@ -193,7 +193,8 @@ def _run(
             raise
         report = handle.report()
     if not recorder.seen:
-        reasons = ", ".join(report.dense_reasons) or "no self-attention ran"
+        linear = ["every layer is linear attention alone"] if report.linear_calls else []
+        reasons = ", ".join([*report.dense_reasons, *linear]) or "no self-attention ran"
         raise DitAccelError(f"nothing ran sparse, so there is nothing to show: {reasons}")
     record["seconds"] = seconds
     finish(report, frames)
@@ -304,8 +305,8 @@ def _draw(seen: Sequence[Any], keeper: _MaskKeeper) -> dict[str, Image.Image]:
     n_layers = max(n_layers, 1 + max(keeper.layers, default=0))
     pictures = {}
     for name, title, missing in (
-        ("keep", "keep: share of the keys that is read, %", "ran dense"),
-        ("recall", "recall: share of the true attention on the keys read, %", "ran dense, or not measured"),
+        ("keep", "keep: share of the keys that is read, %", "ran dense or linear"),
+        ("recall", "recall: share of the true attention on the keys read, %", "ran dense or linear, or not measured"),
     ):
         shares = _table(seen, name, (n_layers, keeper.steps))
         if shares is not None:

@@ -18,8 +18,9 @@ for post-RoPE query and key `[B, S, H, D]` in the layout's order. What it may al
 - `pv_threshold`, an option that the engine hands to the kernel as it is here: what the kernel may leave out of the plan
   (`kernels.block_sparse.block_sparse`). Not for methods that learn.
 - `weights_for(transformer, layers, arrangement, role) -> Weights | None`, if it has trained weights: asked once, when
-  it is installed, for the self-attentions that are to be sparse of the pipeline's transformer of that name. It touches
-  nothing and raises UsageError where they do not fit.
+  it is installed, for the self-attentions that are not to stay dense of the pipeline's transformer of that name. It
+  touches nothing and raises UsageError where they do not fit. The weights may name layers that are linear attention
+  alone; there is no plan for those.
 - `compensate(out, query, key, value, plan, call, weights) -> out`, if what is not read is given back by more than the
   plan can say: called behind the executor with `[B, H, S, D]` and those weights or None; it may write over `out` where
   nothing needs gradients. Options that `weights_for` reads stand in `fixed`, a class attribute: rules cannot change
@@ -55,6 +56,8 @@ class Weights(Protocol):
 
     title: str  # what they add, for the report
     trains: bool  # whether calls that need gradients are sparse too, for the weights' sake
+    linear_layers: frozenset[int]  # self-attentions that `attend_linearly` computes, without a plan
+    blends: bool  # whether dense attention is computed beside it now, as training may want
 
     def install(self) -> None:
         """Put in place what they change of the transformer."""
@@ -64,8 +67,13 @@ class Weights(Protocol):
 
     def bytes_held(self) -> int: ...
 
-    def bytes_working(self, query: Tensor, plan: BlockPlan) -> int:
-        """What `compensate` takes for a while in a call with query `[B, H, S, D]`."""
+    def attend_linearly(
+        self, query: Tensor, key: Tensor, value: Tensor, call: Call, softmax: Tensor | None
+    ) -> Tensor:
+        """Attend in a linear layer; all `[B, H, S, D]`, softmax being dense attention where `blends`."""
+
+    def bytes_working(self, query: Tensor, plan: BlockPlan | None) -> int:
+        """What `compensate`, or without a plan `attend_linearly`, takes for a while in a call, query `[B, H, S, D]`."""
 
 
 class Method(Protocol):

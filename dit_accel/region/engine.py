@@ -192,10 +192,13 @@ class RegionEngine:
         if now is None or now.kept is None or now.active is None:
             return None
         kept_here = self._keeps_of(seat.layer)
+        linear = engine.is_linear(seat.layer) and engine.why_dense_part(seat, call) is None
 
         def attend(query: Tensor, key: Tensor, value: Tensor, first_head: int) -> Tensor:
             if kept_here:
                 key, value = self._update(now, seat.layer, key, value)
+            if linear:
+                return engine.attending.attend_linearly(query, key, value, now.call.at(seat.layer))
             if self._by_blocks is not None and kept_here:
                 out = self._by_blocks.attend(now, seat, query, key, value, call, first_head)
                 if out is not None:

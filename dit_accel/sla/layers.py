@@ -1,15 +1,15 @@
-"""SlaLayers: the learned projections of a transformer's sparse layers, and how they join its attention."""
+"""SlaLayers: the learned projections of a transformer's sparse and linear layers, and how they join its attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dit_accel.plan import BlockPlan
+from dit_accel.sla.linear import LinearLayer, project
 from dit_accel.sla.weights import LayerWeights
 
 MIX_AT_FIRST = 4.0  # its sigmoid is 0.98: almost all of the sparse part
@@ -51,22 +51,21 @@ class SlaLayer(nn.Module):
         Returns:
             `[B, H, S, D]`, typed like `sparse`.
         """
-        exact = torch.promote_types(torch.promote_types(sparse.dtype, self.proj_l.weight.dtype), torch.float32)
-        with torch.autocast(sparse.device.type, enabled=False):
-            weight, bias = self.proj_l.weight.to(exact), self.proj_l.bias.to(exact)
-            projected = F.linear(linear.to(exact), weight, bias)
-            if self.mix is None:
-                return (sparse.to(exact) + projected).to(sparse.dtype)
-            here = self.mix[first_head : first_head + sparse.shape[1]].to(exact)
-            return torch.lerp(projected, sparse.to(exact), here.sigmoid()[:, None, None]).to(sparse.dtype)
+        projected = project(self.proj_l, linear)
+        exact = projected.dtype
+        if self.mix is None:
+            return (sparse.to(exact) + projected).to(sparse.dtype)
+        here = self.mix[first_head : first_head + sparse.shape[1]].to(exact)
+        return torch.lerp(projected, sparse.to(exact), here.sigmoid()[:, None, None]).to(sparse.dtype)
 
 
 class SlaLayers(nn.Module):
-    """`SlaLayer`s by the numbers of their self-attentions.
+    """`SlaLayer`s and `LinearLayer`s by the numbers of their self-attentions.
 
     Args:
         layers: those numbers.
         head_size, heads, device: as `SlaLayer`.
+        linear: which of them are linear attention alone.
     """
 
     def __init__(
@@ -75,16 +74,22 @@ class SlaLayers(nn.Module):
         head_size: int,
         heads: int | None = None,
         device: torch.device | str | None = None,
+        linear: Collection[int] = (),
     ) -> None:
         super().__init__()
-        self.by_number = nn.ModuleDict({str(layer): SlaLayer(head_size, heads, device) for layer in layers})
+        self.by_number = nn.ModuleDict(
+            {
+                str(layer): LinearLayer(head_size, device) if layer in linear else SlaLayer(head_size, heads, device)
+                for layer in layers
+            }
+        )
 
     @classmethod
-    def of(cls, weights: dict[int, LayerWeights]) -> SlaLayers:
+    def of(cls, weights: dict[int, LayerWeights], linear: Collection[int] = ()) -> SlaLayers:
         """With these values, not to be trained."""
-        first = next(iter(weights.values()))
-        heads = None if first.mix is None else len(first.mix)
-        new = cls(weights, len(first.bias), heads)
+        size = len(next(iter(weights.values())).bias)
+        heads = next((len(of.mix) for of in weights.values() if of.mix is not None), None)
+        new = cls(weights, size, heads, linear=linear)
         new.load(weights)
         return new.requires_grad_(False)
 
@@ -135,9 +140,7 @@ class SlaLayers(nn.Module):
         """
         from dit_accel.kernels.linear_attention import linear_attention
 
-        of = self.by_number[str(layer)]
-        if of.proj_l.weight.device != out.device:
-            of.to(out.device)  # once: offloading and device maps show a layer's device in its first call
+        of = self._at(layer, out.device)
         options: dict[str, Any] = {"feature": feature, "layout": "bhsd"}
         if variant == "complement":
             options |= {"plan": plan, "skipped": plan.skipped}
@@ -152,10 +155,25 @@ class SlaLayers(nn.Module):
                 weight, bias = (1 - sparse[..., None]) * weight, (1 - sparse) * bias
             return linear_attention(query, key, value, **options, projection=(weight, bias), into=out)
 
-    def bytes_working(self, query: Tensor, plan: BlockPlan) -> int:
-        """At most so many bytes are taken for the states of query and key blocks in a call, query `[B, H, S, D]`."""
-        from dit_accel.kernels.linear_attention import WORKSPACE
+    def attend_linearly(self, query: Tensor, key: Tensor, value: Tensor, layer: int, feature: str) -> Tensor:
+        """What a linear layer computes, `[B, H, S, D]` like query, key and value."""
+        return self._at(layer, query.device)(query, key, value, feature)
 
+    def _at(self, layer: int, device: torch.device) -> SlaLayer | LinearLayer:
+        of = self.by_number[str(layer)]
+        if of.proj_l.weight.device != device:
+            of.to(device)  # once: offloading and device maps show a layer's device in its first call
+        return of
+
+    def bytes_working(self, query: Tensor, plan: BlockPlan | None) -> int:
+        """At most so many bytes are taken for the states of query and key blocks in a call, query `[B, H, S, D]`.
+
+        Without a plan, in a linear layer, for all that linear attention works in.
+        """
+        from dit_accel.kernels.linear_attention import WORKSPACE, bytes_of_all_keys
+
+        if plan is None:
+            return bytes_of_all_keys(query)
         batch, heads, _, size = query.shape
         states = (max(plan.n_k, plan.n_q) + plan.n_q) * size * (size + 2) * 4
         return min(WORKSPACE, batch * heads * (states + plan.n_q * plan.n_k * 8))

@@ -4,11 +4,12 @@ A side file is safetensors. Ours holds, with D the head size and H the heads,
 
     layers.{i}.proj_l.weight   fp32 [D, D], of self-attention i
     layers.{i}.proj_l.bias     fp32 [D]
-    layers.{i}.mix             fp32 [H], where the two parts are mixed by a learned ratio
+    layers.{i}.mix             fp32 [H], where the two parts are mixed by a learned ratio; not in linear layers
     transformer.{name}         a parameter of the transformer as training left it, in any floating type
     lora.{name}.up, .down      [out, r], [r, in]: the parameter changed by up @ down
 
-and in its metadata `format` and `version`, and each field of `SlaSpec` as JSON.
+and in its metadata `format` and `version`, and each field of `SlaSpec` as JSON. Version 2 is a file with linear layers,
+which a program that knows version 1 alone would add to sparse attention.
 
 A file without that metadata is taken for a published one if it holds `proj_l`: TurboDiffusion's keys are
 `blocks.{i}.self_attn.attn_op.local_attn.proj_l.weight`, those of a module walked by thu-ml/SLA
@@ -30,7 +31,8 @@ from dit_accel.rules import check_share
 
 VARIANTS = ("complement", "all")  # the linear part is over the keys that are not read, or over all of them
 FEATURES = ("softmax", "elu", "relu")
-FORMAT, VERSION = "dit_accel sla", 1
+FORMAT = "dit_accel sla"
+VERSION, LINEAR_VERSION = "1", "2"  # without linear layers, with some
 PUBLISHED = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?proj_l\.(weight|bias)$")
 
 
@@ -42,7 +44,7 @@ class SlaSpec:
         UsageError: a value outside its range.
     """
 
-    n_layers: int  # self-attentions of the transformer, sparse or not
+    n_layers: int  # self-attentions of the transformer, whatever they are
     head_size: int
     transformer: str | None = None  # its class's name; none: the file does not say
     role: str | None = None  # which transformer of its pipeline ("transformer_2" ...); none: the file does not say
@@ -53,6 +55,7 @@ class SlaSpec:
     order: str = "packed"  # of the tokens
     block: int = 128  # most tokens in one block
     tile: tuple[int, int, int] | None = None  # with order "tiles", of exact edges
+    linear_layers: tuple[int, ...] = ()  # those that are linear attention alone
 
     def __post_init__(self) -> None:
         check_variant(self.variant, self.feature, self.negligible)
@@ -61,11 +64,18 @@ class SlaSpec:
             raise unknown_name("token order", self.order, ORDERS)
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(self.tile))
+        object.__setattr__(self, "linear_layers", tuple(sorted(set(self.linear_layers))))
+        for layer in self.linear_layers:
+            if not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+                raise UsageError(
+                    f"linear_layers names layer {layer!r}, of a transformer of {self.n_layers}: give 0 to "
+                    f"{self.n_layers - 1}."
+                )
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors keeps it: texts by name."""
         fields = {name: json.dumps(value) for name, value in dataclasses.asdict(self).items()}
-        return {"format": FORMAT, "version": str(VERSION), **fields}
+        return {"format": FORMAT, "version": LINEAR_VERSION if self.linear_layers else VERSION, **fields}
 
 
 def check_variant(variant: str, feature: str, negligible: float) -> None:
@@ -102,10 +112,10 @@ def read_spec(path: str | Path) -> SlaSpec:
     head = read_head(path)
     metadata = head.pop("__metadata__", {})
     if metadata.get("format") == FORMAT:
-        if metadata.get("version") != str(VERSION):
+        if metadata.get("version") not in (VERSION, LINEAR_VERSION):
             raise UsageError(
-                f"{path} is of version {metadata.get('version')!r} of its format, and this program reads {VERSION}: "
-                "use the version of the program that wrote it, or a later one."
+                f"{path} is of version {metadata.get('version')!r} of its format, and this program reads {VERSION} and "
+                f"{LINEAR_VERSION}: use the version of the program that wrote it, or a later one."
             )
         return _of_metadata(path, metadata)
     found = {int(match[1]): name for name in head if (match := PUBLISHED.search(name)) and match[2] == "weight"}
@@ -117,6 +127,18 @@ def read_spec(path: str | Path) -> SlaSpec:
         )
     size = head[found[min(found)]]["shape"][-1]
     return SlaSpec(max(found) + 1, size, variant="all", order="raster", block=64)
+
+
+def untrained_layers(path: str | Path) -> tuple[int, ...]:
+    """The layers that a side file has no weights of: they were dense in training and are to be dense in use.
+
+    Raises:
+        As `read_spec`.
+    """
+    spec = read_spec(path)
+    found = (PUBLISHED.search(name) for name in read_head(file_for(path, "transformer")))
+    trained = {int(match[1]) for match in found if match and match[2] == "weight"}
+    return tuple(sorted(set(range(spec.n_layers)) - trained))
 
 
 def file_for(path: str | Path, role: str) -> Path:

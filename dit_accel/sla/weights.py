@@ -26,7 +26,7 @@ class LayerWeights:
 
     weight: Tensor  # [D, D]
     bias: Tensor  # [D]
-    mix: Tensor | None = None  # [H], a logit for each head; None: the parts are added
+    mix: Tensor | None = None  # [H], a logit for each head; None: the parts are added, or the layer is linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,15 @@ class SlaWeights:
                     raise UsageError(f"layers.{layer}.proj_l.{name} must be {shape} for head size {size}, got {given}.")
             if of.mix is not None and of.mix.dim() != 1:
                 raise UsageError(f"layers.{layer}.mix must be [heads], got {tuple(of.mix.shape)}.")
-        if len({None if of.mix is None else of.mix.shape for of in self.layers.values()}) > 1:
-            raise UsageError("SLA weights must have a mix of equal size in every layer, or in none.")
+        linear = set(self.spec.linear_layers)
+        if any(of.mix is not None for layer, of in self.layers.items() if layer in linear):
+            raise UsageError("SLA weights have no mix in linear layers, which have one part alone.")
+        sparse = [of for layer, of in self.layers.items() if layer not in linear]
+        if len({None if of.mix is None else of.mix.shape for of in sparse}) > 1:
+            raise UsageError("SLA weights must have a mix of equal size in every sparse layer, or in none.")
+        missing = sorted(linear - set(self.layers))
+        if missing:
+            raise UsageError(f"SLA weights say that layer {missing[0]} is linear, and have no projection of it.")
         for name, (up, down) in self.lora.items():
             if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
                 raise UsageError(
@@ -65,7 +72,7 @@ class SlaWeights:
         """Refuse a transformer that these weights are not for.
 
         Args:
-            needed: its layers that are to be sparse.
+            needed: its layers that are not to stay dense.
 
         Raises:
             UsageError: another class, another size, or a layer without weights.

@@ -15,10 +15,10 @@ from dit_accel.handle import set_processor
 from dit_accel.options import SparseOptions
 from dit_accel.processor import SparseProcessor, method_of
 from dit_accel.report import Report, Tally
-from dit_accel.sla.spec import SlaSpec, file_for, read_spec
+from dit_accel.sla.spec import SlaSpec, file_for, read_spec, untrained_layers
 from dit_accel.training.draws import spread_levels
 from dit_accel.training.samples import LatentFolder
-from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
+from dit_accel.training.velocity import VelocityError, make_cases, measure_aims
 from dit_accel.trajectory import Trajectory
 
 
@@ -40,14 +40,16 @@ def ways_to_attend(keep: float, arrangement: Mapping[str, Any], file: Path | Non
     Args:
         keep: of the training-free ones; the trained one reads as many blocks as it was trained with.
         arrangement: order, block, tile.
-        file: a side file.
+        file: a side file. Layers that it has no weights of are dense in every way.
     """
+    dense = untrained_layers(file) if file is not None else ()
+    same = {"dense_layers": list(dense)} if dense else {}
     ways = {
-        "pooled": {"method": "pooled", "keep": keep, **arrangement},
-        "sla, untrained": {"method": "sla", "keep": keep, **arrangement},
+        "pooled": {"method": "pooled", "keep": keep, **arrangement, **same},
+        "sla, untrained": {"method": "sla", "keep": keep, **arrangement, **same},
     }
     if file is not None:
-        ways["sla, trained"] = {"method": "sla", "weights": str(file)}
+        ways["sla, trained"] = {"method": "sla", "weights": str(file), **same}
     return ways
 
 
@@ -99,10 +101,7 @@ def compare_ways(
         engine = Engine(transformer, sparse, method_of(sparse), trajectory, Tally.of(trajectory), role)
         try:
             set_processor(transformer, SparseProcessor.of(engine))
-            waiting = iter(aims)
-            error = measure_velocity(
-                cases(), velocity, lambda _, waiting=waiting: next(waiting).to(device), chosen, device=device
-            )
+            error = measure_aims(cases(), velocity, aims, chosen, device=device)
             found[name] = Compared(options, error, engine.report())
         finally:
             engine.remove()

@@ -51,6 +51,7 @@ class DistillOptions:
     clip: float = 1.0  # largest norm of a step's gradient
     batch: int = 1  # samples in one forward of each process
     accumulate: int = 1  # forwards in one step
+    blend_steps: int = 0  # steps over which linear layers lead over from dense attention; 0: linear from the first on
     noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
     ema: float = 0.99  # decay of the average of the weights; 0: none
     seed: int = 0
@@ -70,13 +71,21 @@ class DistillOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} = {value}: a positive number is needed")
-        for name in ("weight_decay", "warmup"):
+        for name in ("weight_decay", "warmup", "blend_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: a number from 0 is needed")
         if self.noise not in NOISES:
             raise unknown_name("distribution of noise levels", self.noise, NOISES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+
+    def share_of_dense(self, step: int) -> float:
+        """How much of dense attention is in a linear layer's output at a step: it falls evenly, to 0 at `blend_steps`.
+
+        Source: the progressive transfer of LinVideo, arXiv:2510.08318, whose share is learned; this one is a function
+        of the step, so that a run that is gone on with sees what an uninterrupted one would have.
+        """
+        return max(0.0, 1 - (step + 1) / (self.blend_steps + 1))
 
     def lasting(self) -> dict[str, Any]:
         """What must be equal for a run to be gone on with: all but how long it is, and how often it is saved."""
@@ -135,7 +144,8 @@ class Distiller:
         out: where the side file, the checkpoint and the record go.
 
     Raises:
-        UsageError: latents of another model's class, a student without anything to train.
+        UsageError: latents of another model's class, a student without anything to train, or one whose linear layers
+            would not be so by the end of the run.
         DitAccelError: too few samples.
     """
 
@@ -149,6 +159,13 @@ class Distiller:
                 "latents with this model"
             )
         need_samples(folder, options.held_out + 1, f"training with {options.held_out} held out")
+        if options.blend_steps and not student.sla.linear_layers:
+            raise UsageError(f"blend_steps = {options.blend_steps} leads over to linear layers, and there are none")
+        if options.steps is not None and options.steps < options.blend_steps:
+            raise UsageError(
+                f"steps = {options.steps} ends the run before its linear layers are linear, with step "
+                f"{options.blend_steps} (blend_steps); give more steps, or fewer of those"
+            )
         self.student, self.folder, self.options = student, folder, options
         self.accelerator, self.out = accelerator, Outcome(out, student.sla.options.role)
         self.dtype = student.transformer.dtype
@@ -259,7 +276,8 @@ class Distiller:
             # the teacher first: where both are one model, the backward is the student's forward's
             aim = self._velocity(self.student.teacher, inputs).float()
             waits = micro + 1 < options.accumulate
-            with accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
+            blended = self.student.sla.blended(options.share_of_dense(self.step))
+            with blended, accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
                 with accelerator.autocast():
                     given = self.wrapped(**inputs)
                 loss = (given.float() - aim).square().mean()

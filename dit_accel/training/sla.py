@@ -1,4 +1,4 @@
-"""make_trainable: a transformer whose self-attentions are SLA, with gradients to everything.
+"""make_trainable: a transformer whose self-attentions are SLA, or linear alone, with gradients to everything.
 
     trainable = make_trainable(pipe.transformer, SlaOptions(keep=0.1))
     optimizer = torch.optim.AdamW(trainable.parameters(), lr=1e-5)
@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.adapters import parallel
 from dit_accel.arrangement import Arrangement
-from dit_accel.engine import Engine
+from dit_accel.engine import Engine, resolve_layers
 from dit_accel.errors import UsageError
 from dit_accel.handle import set_processor
 from dit_accel.methods import sla
@@ -34,7 +35,7 @@ from dit_accel.sla.shape import attention_shape
 from dit_accel.sla.spec import SlaSpec
 from dit_accel.sla.weights import SlaWeights
 from dit_accel.training.checkpointing import Checkpointing
-from dit_accel.trajectory import Trajectory
+from dit_accel.trajectory import Call, Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class SlaOptions:
     block: int | None = None  # most tokens in one block
     tile: tuple[int, int, int] | None = None  # with order "tiles"
     dense_layers: tuple[int, ...] = ()  # layers that stay dense and learn nothing; negative ones count from the last
+    linear_layers: tuple[int, ...] = ()  # layers that become linear attention alone; counted likewise
     impl: str = "auto"  # executor of the sparse part
     role: str = "transformer"  # which transformer of the pipeline this is; Wan 2.2's second expert is "transformer_2"
 
@@ -64,7 +66,7 @@ class SlaOptions:
     @classmethod
     def of(cls, spec: SlaSpec, **others: Any) -> SlaOptions:
         """As some weights were trained, to train on from there."""
-        names = ("keep", "variant", "feature", "negligible", "order", "block", "tile")
+        names = ("keep", "variant", "feature", "negligible", "order", "block", "tile", "linear_layers")
         same = {name: getattr(spec, name) for name in names} | {"role": spec.role or cls.role}
         return cls(**{**same, **others})
 
@@ -87,6 +89,8 @@ class TrainableSla(nn.Module):
     is as before. Which of its own parameters learn is for the caller to say (`requires_grad_`, or an adapter of
     PEFT); the projections do. They are fp32 and are meant to stay so: cast the transformer, not the whole.
 
+    A linear layer is linear attention alone, but for what runs within `blended`.
+
     Attention without gradients, as in validation, runs as it will at inference. For gradient checkpointing call the
     transformer's own `enable_gradient_checkpointing()`.
     """
@@ -97,15 +101,22 @@ class TrainableSla(nn.Module):
         if parallel.config_of(transformer) is not None:
             raise UsageError("SLA cannot be trained under context parallelism: split batches over processes instead.")
         self.options, self._shape = options, shape
-        dense = {layer % len(shape.layers) for layer in options.dense_layers}
-        sparse = [layer for layer in shape.layers if layer not in dense]
-        if not sparse:
+        dense = resolve_layers("dense_layers", options.dense_layers, len(shape.layers))
+        linear = resolve_layers("linear_layers", options.linear_layers, len(shape.layers))
+        if dense & linear:
+            raise UsageError(
+                f"dense_layers and linear_layers both name layer {', '.join(map(str, sorted(dense & linear)))}: a "
+                "layer stays dense or becomes linear; take it out of one of them."
+            )
+        learning = [layer for layer in shape.layers if layer not in dense]
+        if not learning:
             raise UsageError("dense_layers names every layer, which leaves none to train: leave some out.")
         self.transformer = transformer
         device = next(transformer.parameters()).device
-        self.layers = SlaLayers(sparse, shape.head_size, shape.heads if options.mix else None, device)
+        heads = shape.heads if options.mix else None
+        self.layers = SlaLayers(learning, shape.head_size, heads, device, linear)
         trajectory = Trajectory()
-        learning = _Learning(self.layers, f"linear attention ({options.variant})")
+        self._learning = _Learning(self.layers, f"linear attention ({options.variant})", options.feature, linear)
         self._engine = Engine(
             transformer,
             options.sparse(),
@@ -113,7 +124,7 @@ class TrainableSla(nn.Module):
             trajectory,
             Tally.of(trajectory),
             options.role,
-            weights=learning,
+            weights=self._learning,
         )
         set_processor(transformer, SparseProcessor.of(self._engine))
         self._engine.settle()
@@ -136,6 +147,31 @@ class TrainableSla(nn.Module):
             yield
         finally:
             self._engine.why_dense_now = before
+
+    @property
+    def linear_layers(self) -> frozenset[int]:
+        """The layers that are linear attention alone."""
+        return self._learning.linear_layers
+
+    @contextmanager
+    def blended(self, share: float) -> Iterator[None]:
+        """Within it linear layers give `share * dense + (1 - share) * linear`, to lead over from one to the other.
+
+        The backward of what ran here belongs here too: gradient checkpointing computes it again.
+
+        Args:
+            share: 1 is dense attention as diffusers runs it, 0 the linear layer.
+
+        Raises:
+            UsageError: a share outside of 0 to 1.
+        """
+        if not 0 <= share <= 1:
+            raise UsageError(f"share = {share}: a number from 0 (linear) to 1 (dense) is needed")
+        before, self._learning.share = self._learning.share, share
+        try:
+            yield
+        finally:
+            self._learning.share = before
 
     def report(self) -> Report:
         """What ran; a part that gradient checkpointing computes again counts once."""
@@ -166,6 +202,7 @@ class TrainableSla(nn.Module):
             arrangement.order,
             arrangement.block,
             arrangement.tile,
+            tuple(self.linear_layers),
         )
 
     def weights(self) -> SlaWeights:
@@ -183,16 +220,11 @@ class TrainableSla(nn.Module):
         Low-rank changes are added to the parameters they change: not for adapters that are still there.
 
         Raises:
-            UsageError: weights of another variant or feature map, with a mix where there is none or the other way
-                round, or for another transformer. Nothing has been changed then.
+            UsageError: weights of another variant or feature map, of other linear layers, with a mix where there is
+                none or the other way round, or for another transformer. Nothing has been changed then.
         """
-        for name in ("variant", "feature"):
-            ours, theirs = getattr(self.options, name), getattr(weights.spec, name)
-            if ours != theirs:
-                raise UsageError(
-                    f"These SLA weights were trained with {name} {theirs!r}, and this is to be trained with {ours!r}: "
-                    f"give SlaOptions({name}={theirs!r}), or start anew."
-                )
+        for name in ("variant", "feature", "linear_layers"):
+            self._check_same(name, weights.spec)
         layers = {int(number): layer for number, layer in self.layers.by_number.items()}
         weights.check_fits(self.transformer, layers)
         for number, layer in layers.items():
@@ -201,6 +233,31 @@ class TrainableSla(nn.Module):
         changed = ChangedTensors(self.transformer, weights)
         self.layers.load({number: weights.layers[number] for number in layers})
         changed.put()
+
+    def load_linear(self, weights: SlaWeights) -> None:
+        """Take over the projections of the linear layers alone, say those that were fitted (`training.score`).
+
+        Raises:
+            UsageError: weights of another feature map, for another transformer, or without some of these layers as
+                linear ones. Nothing has been changed then.
+        """
+        self._check_same("feature", weights.spec)
+        weights.check_fits(self.transformer, self.linear_layers)
+        others = sorted(self.linear_layers - set(weights.spec.linear_layers))
+        if others:
+            raise UsageError(
+                f"These SLA weights have layer {', '.join(map(str, others))} sparse, and it is to be linear: its "
+                "projection is of no use there. Give those of linear layers."
+            )
+        self.layers.load({number: weights.layers[number] for number in self.linear_layers})
+
+    def _check_same(self, name: str, spec: SlaSpec) -> None:
+        ours, theirs = getattr(self.spec, name), getattr(spec, name)
+        if ours != theirs:
+            raise UsageError(
+                f"These SLA weights were trained with {name} {theirs!r}, and this is to be trained with {ours!r}: "
+                f"give SlaOptions({name}={theirs!r}), or start anew."
+            )
 
     def __repr__(self) -> str:
         return f"TrainableSla({self._engine!r})"
@@ -218,8 +275,8 @@ def make_trainable(transformer: nn.Module, options: SlaOptions | None = None) ->
 
     Raises:
         UnknownModelError: a transformer of no known family.
-        UsageError: a layer that does not exist, all of them dense, or a transformer that is split over processes by
-            context parallelism. The transformer is left as it was.
+        UsageError: a layer that does not exist or is to be both dense and linear, all of them dense, or a transformer
+            that is split over processes by context parallelism. The transformer is left as it was.
     """
     return TrainableSla(transformer, options or SlaOptions())
 
@@ -229,8 +286,13 @@ class _Learning:
 
     trains = True
 
-    def __init__(self, layers: SlaLayers, title: str) -> None:
-        self.layers, self.title = layers, title
+    def __init__(self, layers: SlaLayers, title: str, feature: str, linear_layers: frozenset[int]) -> None:
+        self.layers, self.title, self.feature, self.linear_layers = layers, title, feature, linear_layers
+        self.share = 0.0  # of dense attention in linear layers
+
+    @property
+    def blends(self) -> bool:
+        return self.share > 0
 
     def install(self) -> None:
         """The transformer's parameters are its own."""
@@ -241,7 +303,14 @@ class _Learning:
     def bytes_held(self) -> int:
         return self.layers.bytes_held()
 
-    def bytes_working(self, query: Tensor, plan: BlockPlan) -> int:
+    def attend_linearly(
+        self, query: Tensor, key: Tensor, value: Tensor, call: Call, softmax: Tensor | None
+    ) -> Tensor:
+        """A linear layer's output, and dense attention by its share."""
+        linear = self.layers.attend_linearly(query, key, value, call.layer, self.feature)
+        return linear if softmax is None else torch.lerp(linear, softmax, self.share)
+
+    def bytes_working(self, query: Tensor, plan: BlockPlan | None) -> int:
         return self.layers.bytes_working(query, plan)
 
 

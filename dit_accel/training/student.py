@@ -29,8 +29,8 @@ class Student(nn.Module):
         transformer: of a family that `make_trainable` takes; its weights are frozen unless everything trains, which
             brings them to fp32.
         options: of SLA.
-        trains: "full" (projections and the whole transformer), "lora" (projections and a LoRA of the sparse
-            self-attentions) or "projection" (projections alone).
+        trains: "full" (projections and the whole transformer), "lora" (projections and a LoRA of the self-attentions
+            that do not stay dense) or "projection" (projections alone).
         rank: of the LoRA.
 
     Raises:
@@ -71,6 +71,14 @@ class Student(nn.Module):
                 f"{self.trains!r} trains: start from weights of projections alone, or train 'full'."
             )
         self.sla.load(weights)
+
+    def start_linear_from(self, weights: SlaWeights) -> None:
+        """Take over the projections of the linear layers alone.
+
+        Raises:
+            UsageError: weights that are not for this student, or have not all of these layers as linear ones.
+        """
+        self.sla.load_linear(weights)
 
     def forward(self, **inputs: Any) -> Tensor:
         """The velocity with SLA."""

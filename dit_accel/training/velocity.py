@@ -87,3 +87,16 @@ def measure_velocity(
     share = [(error / norm).item() if norm > 0 else 0.0 for error, norm in sums]
     overall = (sums[:, 0].sum() / sums[:, 1].sum()).item() if sums[:, 1].sum() > 0 else 0.0
     return VelocityError(tuple((sigma, e) for (sigma, _), e in zip(levels, share, strict=True)), overall)
+
+
+def measure_aims(
+    cases: Iterable[Case],
+    student: Velocity,
+    aims: Iterable[Tensor],
+    levels: Sequence[tuple[float, float]],
+    *,
+    device: torch.device,
+) -> VelocityError:
+    """`measure_velocity` against velocities that are there already, one for each case in its order."""
+    waiting = iter(aims)
+    return measure_velocity(cases, student, lambda _: next(waiting).to(device), levels, device=device)

@@ -2,6 +2,6 @@
 
 from dit_accel.kernels.choice import IMPLEMENTATIONS
 
-from .api import FEATURES, WORKSPACE, choose, linear_attention, why_not
+from .api import FEATURES, WORKSPACE, bytes_of_all_keys, choose, linear_attention, why_not
 
-__all__ = ["FEATURES", "IMPLEMENTATIONS", "WORKSPACE", "choose", "linear_attention", "why_not"]
+__all__ = ["FEATURES", "IMPLEMENTATIONS", "WORKSPACE", "bytes_of_all_keys", "choose", "linear_attention", "why_not"]

@@ -156,6 +156,24 @@ def why_not(impl: str, q: Tensor) -> str | None:
     return _CHOICE.why_not(impl, q)
 
 
+def bytes_of_all_keys(q: Tensor, impl: str = "auto") -> int:
+    """At most so many bytes a call without a plan, gradients or `into` takes for a while beside its result.
+
+    Args:
+        q: `[B, H, S, D]`, k and v being like it.
+    """
+    batch, heads, tokens, dim = q.shape
+    wide = 8 if q.dtype == torch.float64 else 4
+    parts = -(-tokens // _PART)
+    taken = min(WORKSPACE, batch * heads * (parts + 3) * dim * (dim + 1) * wide)
+    if choose(q, impl) == "reference":
+        # keys, values and features in whole parts of a wider type, or queries and what comes out: four at a time, and
+        # half of one where a narrow type is brought to a wide one
+        copies = 4 if q.element_size() == wide else 4.5
+        taken += int(copies * batch * heads * parts * min(_PART, tokens) * dim * wide)
+    return taken
+
+
 def _steps(q: Tensor, impl: str) -> ModuleType:
     match choose(q, impl):
         case "reference":

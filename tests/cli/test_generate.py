@@ -35,7 +35,7 @@ def test_end_to_end(which: str, cli: Callable, tmp_path: Path, request: pytest.F
     (clip,) = record["clips"]
     calls = clip["report"]["self_attention_calls"]
     # 3 steps x 2 branches x 4 layers, of which the preset keeps the first two dense.
-    assert calls == {"sparse": 12, "dense": 12}
+    assert calls == {"sparse": 12, "linear": 0, "dense": 12}
     assert clip["report"]["dense_reasons"] == {"dense layer": 12} and clip["report"]["fallbacks"] == {}
     assert 0 < clip["report"]["keep"]["achieved"] < 1
     assert record["preset"]["sources"]["sparse.block"] == "cli"
@@ -57,7 +57,7 @@ def test_a_step_cache(cli: Callable, wan21_folder: Path, tmp_path: Path) -> None
     (clip,) = record["clips"]
     assert clip["report"]["forwards"] == {"computed": 6, "reused": 2}
     # 3 computed steps x 2 branches x 2 layers that are not dense
-    assert clip["report"]["self_attention_calls"] == {"sparse": 12, "dense": 12}
+    assert clip["report"]["self_attention_calls"] == {"sparse": 12, "linear": 0, "dense": 12}
     assert record["preset"]["cache"]["name"] == "easy" and record["preset"]["sources"]["cache.schedule"] == "cli"
     assert "2 of 8 forwards reused (25%)" in done.stderr
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dit_accel.kernels.linear_attention.op  # noqa: F401
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
-from dit_accel.kernels.linear_attention import FEATURES, linear_attention
+from dit_accel.kernels.linear_attention import FEATURES, bytes_of_all_keys, linear_attention
 from dit_accel.plan import BlockPlan, uniform_starts
 
 from .conftest import INTERPRETING
@@ -234,6 +234,18 @@ def test_heads_in_turns_change_nothing(impl, device, variant):
     for workspace in (2 * least, 7 * least):  # a head or two at a time: more than that of some backward
         for a, b in zip(run(workspace), run(2**28), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 1500, 32), (1, 4, 300, 64)], ids=str)
+def test_memory_without_a_plan_is_what_is_told(shape, dtype):
+    from dit_accel.testing import peak_bytes
+
+    q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
+    projection = torch.eye(shape[-1]), torch.zeros(shape[-1])
+    peak, _ = peak_bytes(lambda: linear_attention(q, k, v, projection=projection, impl="reference"))
+    taken, told = peak - q.numel() * q.element_size(), bytes_of_all_keys(q, "reference")
+    assert 0.8 * told <= taken <= told
 
 
 def test_as_operators(device):

@@ -27,10 +27,14 @@ import dit_accel
 from dit_accel import SparseProcessor
 from dit_accel.adapters import parallel as exchange
 from dit_accel.errors import DitAccelError
-from dit_accel.methods import load_method
+from dit_accel.methods import load_method, sla
 from dit_accel.methods.parts.budget import choose_blocks
 from dit_accel.methods.parts.plans import plan_of
 from dit_accel.methods.parts.score import block_means, mean_scores
+from dit_accel.sla.shape import attention_shape
+from dit_accel.sla.spec import SlaSpec
+from dit_accel.sla.trained import Trained
+from dit_accel.sla.weights import LayerWeights, SlaWeights
 from dit_accel.testing import (
     tiny_flux_inputs,
     tiny_flux_pipeline,
@@ -66,6 +70,19 @@ class Remember:
             scores = (scores + state["scores"]) / 2
         state["scores"] = scores
         return plan_of(*choose_blocks(scores, None, self.keep), layout)
+
+
+@dataclass(frozen=True)
+class LinearFirst(sla.Method):
+    """SLA with random projections, whose first layer is linear attention alone."""
+
+    def weights_for(self, transformer: nn.Module, layers: Any, arrangement: Any, role: str) -> Trained:
+        generator, shape = torch.Generator().manual_seed(0), attention_shape(transformer)
+        size = shape.head_size
+        spec = SlaSpec(len(shape.layers), size, keep=self.keep, linear_layers=(0,))
+        shapes = (size, size), (size,)
+        made = {n: LayerWeights(*(torch.randn(shape, generator=generator) for shape in shapes)) for n in layers}
+        return Trained(SlaWeights(spec, made), transformer, layers, "linear")
 
 
 def split(transformer: nn.Module, degrees: dict[str, Any] = ULYSSES, plan: Any = None) -> None:
@@ -333,6 +350,7 @@ CASES: dict[str, Case] = {
     "sampled, plans carried over": partial(run_sampled, method=REMEMBER, predict_every=2),
     # Three heads cannot be shared out evenly. Nor could an odd number of tokens, but gloo gathers equal parts only.
     "sampled, three heads": partial(run_sampled, method=METHODS["random"], degrees=ANYTHING, heads=3),
+    "linear layers": partial(run_sampled, method=partial(LinearFirst, 0.3), heads=4),
     **{f"dense by {name}": case for name, (case, _) in DENSE.items()},
     **{f"region by {name}": partial(run_region, **given) for name, given in REGIONS.items()},
     "region, tokens that two cannot share": partial(run_region, region=UNEVEN),

@@ -97,7 +97,7 @@ def test_keeping_everything_is_stock_diffusers(of_two: Results, name: str) -> No
     for result in of_two(name):
         close(result["out"], stock(model))
         close(result["removed"], stock(model))
-        assert result["report"]["self_attention_calls"] == {"sparse": 2, "dense": 0}
+        assert result["report"]["self_attention_calls"] == {"sparse": 2, "linear": 0, "dense": 0}
         assert result["report"]["keep"]["achieved"] == 1 and result["report"]["token_order"] == {order: 1}
 
 
@@ -108,7 +108,7 @@ def test_two_processes_sample_what_one_does(of_two: Results, name: str) -> None:
     keeps = []
     for result in two:
         close(result["out"], one["out"])
-        assert result["report"]["self_attention_calls"] == {"sparse": 12, "dense": 0}
+        assert result["report"]["self_attention_calls"] == {"sparse": 12, "linear": 0, "dense": 0}
         for part in ("self_attention_calls", "token_order", "plans", "stateless", "runs"):
             assert result["report"][part] == one["report"][part]
         keeps.append(result["report"]["keep"]["achieved"])
@@ -116,6 +116,13 @@ def test_two_processes_sample_what_one_does(of_two: Results, name: str) -> None:
     if "three" not in name:  # each process counts its own heads, which are as many here
         assert sum(keeps) / len(keeps) == pytest.approx(one["report"]["keep"]["achieved"])
         assert sum(r["report"]["bytes_held"] for r in two) >= one["report"]["bytes_held"]
+
+
+def test_linear_layers_read_the_whole_sequence(of_two: Results) -> None:
+    one = cases.CASES["linear layers"](False)
+    for result in of_two("linear layers"):
+        close(result["out"], one["out"])
+        assert result["report"]["self_attention_calls"] == {"sparse": 6, "linear": 6, "dense": 0}
 
 
 def test_what_is_left_out_shows() -> None:
@@ -139,7 +146,7 @@ def test_where_it_is_not_exact_it_is_dense_with_a_reason(of_two: Results, name: 
             close(result["out"], stock(model))
             layers = 3 if model is cases.flux else 2
             assert result["report"]["fallbacks"] == {reason: layers} and not result["report"]["token_order"]
-            assert result["report"]["self_attention_calls"] == {"sparse": 0, "dense": layers}
+            assert result["report"]["self_attention_calls"] == {"sparse": 0, "linear": 0, "dense": layers}
         assert result["error"].startswith("FallbackError: strict=True") and reason in result["error"]
 
 

@@ -106,6 +106,59 @@ def test_what_is_refused(run, model: Path, tmp_path: Path) -> None:
     assert code == 2 and "90" in err
 
 
+def test_layers_are_scored_and_the_best_become_linear(run, model: Path, tmp_path: Path) -> None:
+    latents, scores, out = tmp_path / "latents", tmp_path / "scores.json", tmp_path / "sla"
+    made = ("latents", "--model", model, "--scenes", "rendered", *SIZE, "--count", 3, "--out", latents)
+    assert run(*made)[0] == 0
+    same = ("--model", model, "--latents", latents, "--device", "cpu")
+    code, table, err = run("score", *same, "--count", 1, "--fit", 2, "--levels", 2, "--out", scores)
+    assert code == 0 and f"record: {scores}" in err
+    told = json.loads(scores.read_text())
+    ranking = [each["layer"] for each in told["layers"]]
+    rows = [line.split("│")[1:4] for line in table.splitlines() if line.startswith("│")]
+    assert [int(row[0]) for row in rows] == ranking, "best first"
+    assert told["fitted"] and told["samples"] == {"scored": 1, "fitted": 2} and told["chip"].startswith("CPU")
+    assert len(told["layers"][0]["error"]["levels"]) == 2 and scores.with_suffix(".safetensors").exists()
+
+    train = ("train", *same, *HOW, "--out", out, "--scores", scores)
+    code, _, err = run(*train, "--steps", 4, "--linear-layers", "best:1", "--blend-steps", 2)
+    assert code == 0, err
+    record = json.loads((out / "record-transformer.json").read_text())
+    assert record["options"]["sla"]["linear_layers"] == ranking[:1] and record["options"]["blend_steps"] == 2
+    words = ("--sla", out / "transformer.safetensors", "--count", 1, "--out", tmp_path / "e.json")
+    code, table, err = run("evaluate", *same, *words)
+    assert code == 0 and "linear layers" in table, err
+    way = json.loads((tmp_path / "e.json").read_text())["ways"]["sla, trained"]
+    assert list(way["report"]["linear_calls_per_layer"]) == [str(ranking[0])]
+
+    # fitted projections are what training starts from; a layer may be named, and one left dense
+    dense = ("--dense-layers", ranking[1], "--linear-layers", ranking[0], "--steps", 1)
+    starts = []
+    for name, more in (("fitted", ("--scores", scores)), ("plain", ())):
+        there = tmp_path / name
+        code, _, err = run("train", *same, *HOW, "--out", there, *dense, *more)
+        assert code == 0, err
+        starts.append(json.loads((there / "record-transformer.json").read_text())["velocity_error"]["before"])
+    assert starts[0] != starts[1]
+    code, table, err = run("evaluate", *same, "--sla", tmp_path / "fitted", "--count", 1)
+    assert code == 0 and "linear layers" in table and " - " in table, err  # nothing sparse is left
+
+    for more, told in (
+        (("--linear-layers", "best:1"), "give --scores"),
+        (("--scores", scores), "--scores is for linear layers"),
+        (("--scores", scores, "--linear-layers", "best:3"), "best:3 is not possible: 1 to 2"),
+        (("--scores", scores, "--linear-layers", "0", "--from", out), "give one of them"),
+        (("--scores", scores, "--linear-layers", "0", "--expert", "transformer_2"), "is of transformer, and"),
+        (("--scores", scores, "--linear-layers", "0", "--feature", "relu"), "trained with feature 'softmax'"),
+        (("--linear-layers", "0", "--dense-layers", "0"), "both name layer 0"),
+        (("--linear-layers", "best:x"), "'best:x': give numbers of layers, 0,3,5, or best:N"),
+    ):
+        code, _, err = run("train", *same, *HOW, "--out", tmp_path / "o", "--steps", 1, *more)
+        assert code == 2 and told in err, err
+    code, _, err = run("score", *same, "--out", tmp_path / "scores")
+    assert code == 2 and "must end in .json" in err
+
+
 def test_two_experts_share_latents_and_a_folder(run, model: Path, wan22_folder: Path, tmp_path: Path) -> None:
     import dit_accel
     from dit_accel.pipelines import wan
@@ -159,6 +212,6 @@ def test_an_interrupt_leaves_a_checkpoint_and_exits_130(run, model: Path, tmp_pa
 
 
 def test_the_help_shows_how(run) -> None:
-    for verb in ("latents", "train", "evaluate"):
+    for verb in ("latents", "score", "train", "evaluate"):
         code, told, _ = run(verb, "--help")
         assert code == 0 and "finetune_sla.py latents --scenes rendered" in told
