@@ -5,7 +5,8 @@
 Needs a GPU, torch, triton and numpy, and no installation. Forward: choosing the blocks (plan), the sparse part, the
 linear part over unread blocks (complement) and over all keys (all), each projected and added to the sparse part in one
 pass, and the whole layer with its plan, both ways. Backward: the forward and its gradients together, of each part and
-of the layer without its plan, which has none.
+of the layer, whose plan has none but is made; then again with a sink, a block of keys that every query reads.
+With `--peer` the SLA authors' own layer runs beside, if their package can be imported.
 Every timed output is first checked against float64 on two heads; what is wrong is not timed and the exit status is 1.
 """
 
@@ -20,6 +21,7 @@ import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
 import torch
 from _kernel_cases import environment, write_record
 from _linear_checks import compare, with_gradients
+from _sla_peer import BLOCKS, authors_layer
 from bench_kernels import Gauge, cut, dense_candidates, predict, random_plan, time_in_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,14 +109,34 @@ def candidates(
     return runs, problems
 
 
+def add_sink(plan: BlockPlan) -> BlockPlan:
+    """The plan with the first key block among what every query block reads, in the place of one that it read."""
+    mask = plan.to_mask()
+    last = mask.shape[3] - 1 - mask.flip(3).int().argmax(3, keepdim=True)
+    mask.scatter_(3, torch.where(mask[..., :1], 0, last), False)
+    mask[..., 0] = True
+    return BlockPlan.from_mask(
+        mask, plan.q_starts, plan.k_starts, n_q_tokens=plan.n_q_tokens, n_k_tokens=plan.n_k_tokens,
+        max_q_block=plan.max_q_block, max_k_block=plan.max_k_block,
+    )  # fmt: skip
+
+
 def trained_candidates(
-    tensors: list[Tensor], plan: BlockPlan, weight: Tensor, bias: Tensor
+    tensors: list[Tensor], plan: BlockPlan, keep: float | None, weight: Tensor, bias: Tensor
 ) -> tuple[dict[str, Callable], list[str]]:
-    """What is timed forward and backward, dense attention first; and what was wrong."""
+    """What is timed forward and backward, dense attention first; and what was wrong.
+
+    Args:
+        keep: of the plan that the whole layer makes; None: it takes the one given.
+    """
 
     def dense(*qkv: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(*qkv)
+
+    def choose(q: Tensor, k: Tensor) -> BlockPlan:
+        with torch.no_grad():
+            return plan if keep is None else predict(q.transpose(1, 2), k.transpose(1, 2), plan, keep)
 
     runs, problems = {"cudnn": lambda: with_gradients(dense, *tensors)}, []
     for variant in ("complement", "all"):
@@ -130,7 +152,7 @@ def trained_candidates(
             lambda *a: linear_attention(*a, rest), *tensors
         )
         runs[f"layer, {variant}"] = lambda variant=variant: with_gradients(
-            lambda *a: layer(*a, plan, weight, bias, variant, "auto", True, 2**28), *tensors
+            lambda *a: layer(*a, choose(*a[:2]), weight, bias, variant, "auto", True, 2**28), *tensors
         )
     return runs, problems
 
@@ -165,6 +187,7 @@ def main() -> int:
     parser.add_argument("--keep", type=float, default=0.05)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--peer", action="store_true", help="time the package sparse_linear_attention beside")
     parser.add_argument("--output", help="write a JSON record here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -184,10 +207,18 @@ def main() -> int:
     shape = f"N={options.tokens} H={options.heads} D={options.head} keep={options.keep} block={options.block}"
     print(f"{environment()['device']}, {dtype}, {shape}, {options.rounds} rounds, ms: median (quartiles)")
     table, problems = [], []
-    for title, (runs, wrong) in (
-        ("forward", candidates(tensors, plan, options.keep, weight, bias)),
-        ("forward + backward", trained_candidates(tensors, plan, weight, bias)),
-    ):
+    given = (weight, bias)
+    passes = {
+        "forward": candidates(tensors, plan, options.keep, *given),
+        "forward + backward": trained_candidates(tensors, plan, options.keep, *given),
+        "with a sink": trained_candidates(tensors, add_sink(plan), None, *given),
+    }
+    if options.peer:
+        theirs = authors_layer(*tensors[:3], options.keep, *given)
+        name = f"authors' all, {BLOCKS[0]}x{BLOCKS[1]}"
+        passes["forward"][0][name] = lambda: theirs(*tensors[:3])
+        passes["forward + backward"][0][name] = lambda: with_gradients(theirs, *tensors)
+    for title, (runs, wrong) in passes.items():
         problems += wrong
         table += report(title, runs, options)
     for problem in problems:
