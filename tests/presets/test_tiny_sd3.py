@@ -16,7 +16,8 @@ from dit_accel.quality.judge import judge_image, matches
 from dit_accel.quality.prompt_accuracy import held_out_still_prompts
 
 ROOT = Path(__file__).parents[2]
-RECORD = json.loads((ROOT / "scripts" / "results" / "tiny_sd3_quality_h200.json").read_text())
+RESULTS = ROOT / "scripts" / "results"
+RECORD = json.loads((RESULTS / "tiny_sd3_quality_h200.json").read_text())
 PAGE = (ROOT / "docs" / "tiny-sd3.md").read_text(encoding="utf-8")
 VARIANTS = {"dense": "tiny-sd3", "fast": "tiny-sd3-fast", "keep=0.5": "tiny-sd3-balanced"}
 
@@ -68,6 +69,13 @@ def test_the_page_tells_what_the_record_holds(variant: str) -> None:
     base = RECORD["summary"]["dense"]["seconds_per_prompt"]
     wanted.append(f"{base / figures['seconds_per_prompt']:.2f}x" if sparse else "")
     assert told == wanted
+
+
+def test_the_page_tells_the_time_on_a_cpu() -> None:
+    told = json.loads((RESULTS / "tiny_sd3_time_cpu.json").read_text())
+    assert told["preset"]["name"] == "tiny-sd3-fast" and told["machine"]["device"] == "cpu"
+    ratios = [clip["dense"]["time_ratio"] for clip in told["clips"]]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times as fast" in PAGE.replace("\n", " ")
 
 
 def test_it_shows_what_it_is_asked_for(one_thread: None) -> None:
