@@ -59,6 +59,11 @@ def ways_of_file(file: Path, role: str = "transformer") -> dict[str, dict[str, A
     return ways_to_attend(spec.keep, {"order": spec.order, "block": spec.block, "tile": spec.tile}, file)
 
 
+def share_plans(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same ways with one plan for both branches, the conditional one's."""
+    return {f"{name}, shared plans": {**options, "share_plans": True} for name, options in ways.items()}
+
+
 @torch.no_grad()
 def compare_ways(
     transformer: nn.Module,

@@ -6,6 +6,7 @@ theirs, 41 times at g = 5.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class Guidance:
 
     scale: float  # g
     conditional: int  # which of a sample's two conditions is the conditional branch's: 0 or 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise UsageError(f"guidance = {self.scale}: a positive number is needed")
 
     @property
     def parts(self) -> tuple[float, float]:
@@ -54,17 +59,22 @@ class Guidance:
 
 
 def why_no_guidance(folder: LatentFolder, role: str = "transformer", scale: float | None = None) -> str | None:
-    """Why there is no guidance to be had from a folder's samples, with what to do; None where there is."""
+    """Why there is no guidance to be had from a folder's samples; None where there is. As of `read_guidance`."""
     branches = count_branches(folder)
     if branches != 2:
         return (
             f"the samples of {folder.folder} have {branches} branch{'es' * (branches > 1)}, and guidance is of two: "
-            f"{folder.index.transformer} has its guidance built in, or ran with a scale of 1 or less; give --guided 0"
+            f"{folder.index.transformer} has it built in, or ran with a scale of 1 or less"
         )
     if scale is None and folder.index.guidance_of(role) is None:
         return (
-            f"{folder.folder} does not say with which guidance scale its samples were made: it is older than that "
-            "entry; give the pipeline's with --guidance G, or make the latents again"
+            f"{folder.folder} is older than the entry that says with which guidance scale its samples were made: give "
+            "the pipeline's with --guidance G, or make the latents again"
+        )
+    if _find_conditional(folder) is None:
+        return (
+            f"the samples of {folder.folder} do not tell which branch of guidance is the conditional one: two of "
+            "different captions are needed, and one negative prompt for all"
         )
     return None
 
@@ -86,10 +96,10 @@ def read_guidance(folder: LatentFolder, role: str = "transformer", scale: float 
     """
     why = why_no_guidance(folder, role, scale)
     if why is not None:
-        raise UsageError(why)
-    held = scale if scale is not None else folder.index.guidance_of(role)
-    assert held is not None
-    return Guidance(held, _find_conditional(folder))
+        raise UsageError(f"The guided velocity is not known: {why}. Or train without it: --guided 0.")
+    held, conditional = folder.index.guidance_of(role) if scale is None else scale, _find_conditional(folder)
+    assert held is not None and conditional is not None
+    return Guidance(held, conditional)
 
 
 def count_branches(folder: LatentFolder) -> int:
@@ -97,19 +107,15 @@ def count_branches(folder: LatentFolder) -> int:
     return len(folder.read(0).conditions)
 
 
-def _find_conditional(folder: LatentFolder) -> int:
+def _find_conditional(folder: LatentFolder) -> int | None:
     first = folder.read(0)
     others = (folder.read(place) for place in range(1, len(folder)))
     other = next((sample for sample in others if sample.caption != first.caption), None)
-    if other is not None:
-        changes = [_change(a, b) for a, b in zip(first.conditions, other.conditions, strict=True)]
-        largest = max(changes)
-        if min(changes) < _SAME * largest:
-            return changes.index(largest)
-    raise UsageError(
-        f"the samples of {folder.folder} do not tell which branch of guidance is the conditional one: two of different "
-        "captions are needed, and one negative prompt for all; make more with other captions, or give --guided 0"
-    )
+    if other is None:
+        return None
+    changes = [_change(a, b) for a, b in zip(first.conditions, other.conditions, strict=True)]
+    largest = max(changes)
+    return changes.index(largest) if min(changes) < _SAME * largest else None
 
 
 def _change(a: Condition, b: Condition) -> float:

@@ -252,14 +252,15 @@ def join_rows(rows: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, dict[st
                 shapes = sorted({str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values})
                 raise UsageError(
                     f"{name} has the shapes {' and '.join(shapes)} in one batch; give --batch 1, and --accumulate for "
-                    "more samples a step"
+                    "more samples a step (and --guided 0, if these are the branches of one sample)"
                 )
             joined[name] = torch.cat(values)
         elif all(_equal(v, value) for v in values):
             joined[name] = value
         else:
             raise UsageError(
-                f"{name} differs between the rows of a batch; give --batch 1, and --accumulate for more samples a step"
+                f"{name} differs between the rows of a batch; give --batch 1, and --accumulate for more samples a step "
+                "(and --guided 0, if these are the branches of one sample)"
             )
     return latents, joined
 
