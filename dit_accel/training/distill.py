@@ -188,7 +188,7 @@ class Distiller:
             self.guided = GUIDED if count_branches(folder) == 2 else 0.0
         asked = folder, self.out.role, options.guidance
         # without a weight it is measured all the same, where there is one
-        known = self.guided > 0 or why_no_guidance(*asked) is None
+        known = self.guided > 0 or options.guidance is not None or why_no_guidance(*asked) is None
         self.guidance = read_guidance(*asked) if known else None
         shared = dict(batch=options.batch, accumulate=options.accumulate, noise=options.noise, seed=options.seed)
         pairs = self.guidance if self.guided > 0 else None

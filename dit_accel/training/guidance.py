@@ -41,6 +41,11 @@ class Guidance:
 
     def pair(self, conditions: tuple[Condition, ...]) -> tuple[Condition, Condition]:
         """A sample's conditions, the conditional branch's first."""
+        if len(conditions) != 2:
+            raise UsageError(
+                f"a sample has {len(conditions)} branches where the folder's first has two: it was made with another "
+                "guidance scale; make the latents again, in another folder"
+            )
         first, second = conditions
         return (first, second) if self.conditional == 0 else (second, first)
 
@@ -96,7 +101,7 @@ def read_guidance(folder: LatentFolder, role: str = "transformer", scale: float 
     """
     why = why_no_guidance(folder, role, scale)
     if why is not None:
-        raise UsageError(f"The guided velocity is not known: {why}. Or train without it: --guided 0.")
+        raise UsageError(f"The guided velocity is not known: {why}. Or do without it: --guided 0, and no --guidance.")
     held, conditional = folder.index.guidance_of(role) if scale is None else scale, _find_conditional(folder)
     assert held is not None and conditional is not None
     return Guidance(held, conditional)

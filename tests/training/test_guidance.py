@@ -232,7 +232,11 @@ def test_a_model_of_one_branch_trains_without_unless_asked(accelerator, tmp_path
     student = Student(tiny_wan_transformer(seed=1), replace(SLA, block=8), "projection")
     with pytest.raises(UsageError, match="ran with a scale of 1 or less.*--guided 0"):
         Distiller(student, folder, replace(HOW, guided=0.5), accelerator, tmp_path / "o")
+    with pytest.raises(UsageError, match="no --guidance"):
+        Distiller(student, folder, replace(HOW, guidance=3.0), accelerator, tmp_path / "o")
     assert Distiller(student, folder, HOW, accelerator, tmp_path / "o").guided == 0
+    with pytest.raises(UsageError, match="has 1 branches where the folder's first has two"):
+        Guidance(3.0, 0).pair(folder.read(0).conditions)
 
 
 def test_samples_of_one_caption_do_not_tell_the_branches_apart(distil, tmp_path: Path) -> None:
