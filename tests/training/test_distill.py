@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
 from dit_accel.sla.weights import load_sla_weights
@@ -134,6 +135,19 @@ def test_a_checkpoint_of_other_options_or_damaged_is_refused(distil, tmp_path: P
         distil(steps=2).resume()
     (path.parent / "transformer.safetensors").rename(path)
     with pytest.raises(EnvironmentProblem, match="no checkpoint of a fine-tuning"):
+        distil(steps=2).resume()
+
+
+def test_a_checkpoint_that_does_not_know_an_option_is_refused(distil) -> None:
+    distiller = distil(steps=1)
+    distiller.run({})
+    path = distiller.out.checkpoint
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata["told"])
+    del told["options"]["guided"]
+    save_file(load_file(path), path, {**metadata, "told": json.dumps(told)})
+    with pytest.raises(UsageError, match="guided = None, and 1.0 is asked for"):
         distil(steps=2).resume()
 
 
