@@ -63,6 +63,12 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_guidance(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (that of the latents' making)")
+    parser.add_argument("--below", type=float, default=1.0, metavar="SIGMA", help="noise levels up to this one alone: "
+                        "the dense_above of the preset to be used (1)")  # fmt: skip
+
+
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_expert(parser)
@@ -115,12 +121,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
                        "samples at, or log-normal as published (schedule)")  # fmt: skip
     train.add_argument("--precision", choices=PRECISIONS, help="autocast (bf16 on a GPU, else no)")
     train.add_argument("--checkpointing", action="store_true", help="less memory, about a third more time")
-
-
-def add_guidance(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (that of the latents' making)")
-    parser.add_argument("--below", type=float, default=1.0, metavar="SIGMA", help="noise levels up to this one alone: "
-                        "the dense_above of the preset to be used (1)")  # fmt: skip
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -56,6 +56,7 @@ class DistillOptions:
     clip: float = 1.0  # largest norm of a step's gradient
     batch: int = 1  # samples in one forward of each process; two rows each where the guided velocity is trained
     accumulate: int = 1  # forwards in one step
+    noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
     # Weight of the error of v_u + g (v_c - v_u) beside that of v_u and v_c; 0: one branch is drawn for each sample.
     # None: 1 where the pipeline runs two branches, else 0. The guided error is divided by g^2 + (g-1)^2, so that at 1
     # it counts as much as the other where the branches' errors are independent, and next to nothing where they are
@@ -63,7 +64,6 @@ class DistillOptions:
     guided: float | None = None
     guidance: float | None = None  # g; None: the scale that the latents were made with
     below: float = 1.0  # the highest noise level to draw; a preset's dense_above: what is noisier stays dense in use
-    noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
     ema: float = 0.99  # decay of the average of the weights; 0: none
     seed: int = 0
     precision: str = "no"  # "bf16": autocast
@@ -96,6 +96,11 @@ class DistillOptions:
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
 
+    def lasting(self) -> dict[str, Any]:
+        """What must be equal for a run to be gone on with: all but how long it is, and how often it is saved."""
+        free = ("steps", "minutes", "save_minutes")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
     def share_of_rate(self, step: int, progress: float) -> float:
         """What the rates are multiplied by at a step, when this share of the run is done."""
         risen = min(1.0, (step + 1) / max(self.warmup, 1))
@@ -105,11 +110,6 @@ class DistillOptions:
         """The share of the run that is done, by steps or minutes, whichever is more; from 1 on it is over."""
         by_steps = 0.0 if self.steps is None else step / self.steps
         return max(by_steps, 0.0 if self.minutes is None else seconds / (60 * self.minutes))
-
-    def lasting(self) -> dict[str, Any]:
-        """What must be equal for a run to be gone on with: all but how long it is, and how often it is saved."""
-        free = ("steps", "minutes", "save_minutes")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
 
 def make_accelerator(precision: str, cpu: bool = False) -> Any:
@@ -163,9 +163,9 @@ class Distiller:
         out: where the side file, the checkpoint and the record go.
 
     Raises:
-        UsageError: latents of another model's class, a student without anything to train, guidance to train that the
-            latents do not have, or no noise level left to draw.
+        UsageError: latents of another model's class, a student without anything to train.
         DitAccelError: too few samples.
+        UsageError: as of `read_guidance`, where the guided velocity is trained, and of `Schedule.below`.
     """
 
     def __init__(
