@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dit_accel.cli.request import parse_size
 from dit_accel.errors import UsageError
-from dit_accel.training.distill import DECAYS, PRECISIONS, DistillOptions
+from dit_accel.training.distill import DECAYS, GUIDED, PRECISIONS, DistillOptions
 from dit_accel.training.draws import NOISES
 from dit_accel.training.student import TRAINS
 
@@ -114,7 +114,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
                        "minutes: half a cosine to 0, or none (cosine)")  # fmt: skip
     train.add_argument(
         "--guided", type=float, metavar="W", help="weight of the guided velocity's error beside the branches' own: a "
-        "sample is two rows of a forward then; 0: one drawn branch, one row (1 where the pipeline runs two branches)",
+        f"sample is two rows of a forward then; 0: one drawn branch, one row ({GUIDED:g} where the pipeline runs two)",
     )  # fmt: skip
     add_guidance(train)
     train.add_argument("--noise", choices=NOISES, default=default.noise, help="noise levels: those the pipeline "

@@ -34,7 +34,7 @@ from dit_accel.training.velocity import VelocityError, make_cases, measure_veloc
 PRECISIONS = ("no", "bf16")
 DECAYS = ("cosine", "none")
 LEVELS = 5  # noise levels at which velocities are compared
-GUIDED = 1.0  # weight of the guided error by itself: see DistillOptions
+GUIDED = 4.0  # weight of the guided error by itself: see DistillOptions
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class DistillOptions:
     accumulate: int = 1  # forwards in one step
     noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
     # Weight of the error of v_u + g (v_c - v_u) beside that of v_u and v_c; 0: one branch is drawn for each sample.
-    # None: 1 where the pipeline runs two branches, else 0. The guided error is divided by g^2 + (g-1)^2, so that at 1
+    # None: 4 where the pipeline runs two branches, else 0. The guided error is divided by g^2 + (g-1)^2, so that at 1
     # it counts as much as the other where the branches' errors are independent, and next to nothing where they are
-    # one. It is all that the sampler sees; the other keeps each branch at its place.
+    # one. It is all that the sampler sees, hence more than 1; the other keeps each branch at its place.
     guided: float | None = None
     guidance: float | None = None  # g; None: the scale that the latents were made with
     below: float = 1.0  # the highest noise level to draw; a preset's dense_above: what is noisier stays dense in use

@@ -75,7 +75,7 @@ def test_latents_training_and_comparison(run, model: Path, tmp_path: Path) -> No
     assert record["steps"] == len(record["losses"]) == 8
     before, after = (record["velocity_error"][when] for when in ("before", "after"))
     assert after["overall"] < before["overall"] and after["guided"]["overall"] < before["guided"]["overall"]
-    assert record["options"]["guided"] == 1 and record["options"]["guidance"] == 5.0
+    assert record["options"]["guided"] == 4 and record["options"]["guidance"] == 5.0
     assert record["chip"].startswith("CPU") and record["versions"]["accelerate"] and "--resume" in record["command"]
 
     code, table, _ = run(

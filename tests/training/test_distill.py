@@ -106,7 +106,7 @@ def test_going_on_equals_never_having_stopped(distil, trains: str) -> None:
 
     assert first.run({}, interrupt)["interrupted"]
     second = distil(trains, "parts", **how)
-    assert second.guided == 1 and second.options.decay == "cosine"
+    assert second.guided == 4 and second.options.decay == "cosine"
     second.resume()
     assert second.step == 2
     second.run({})
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_does_not_know_an_option_is_refused(distil) -> None:
     told = json.loads(metadata["told"])
     del told["options"]["guided"]
     save_file(load_file(path), path, {**metadata, "told": json.dumps(told)})
-    with pytest.raises(UsageError, match="guided = None, and 1.0 is asked for"):
+    with pytest.raises(UsageError, match="guided = None, and 4.0 is asked for"):
         distil(steps=2).resume()
 
 

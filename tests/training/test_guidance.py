@@ -145,7 +145,7 @@ def test_no_weight_is_the_plain_loss_of_drawn_branches_to_the_bit(distil, tiny_l
 
 def test_where_two_branches_run_they_are_trained_by_themselves(distil) -> None:
     record = distil().run({})
-    assert (record["options"]["guided"], record["options"]["guidance"]) == (1.0, 5.0)
+    assert (record["options"]["guided"], record["options"]["guidance"]) == (4.0, 5.0)
 
 
 def test_training_falls_in_guided_error(distil) -> None:
@@ -208,7 +208,7 @@ def test_an_older_folder_needs_the_scale_and_is_gone_on_with(distil, older: Path
         distil(older)
     assert distil(older, guided=0.0).guidance is None
     distiller = distil(older, guidance=4.0)
-    assert distiller.guidance == Guidance(4.0, 0) and distiller.guided == 1
+    assert distiller.guidance == Guidance(4.0, 0) and distiller.guided == 4
     folder = LatentFolder(older)
     size = replace(SMALL, width=96, height=96, frames=9, steps=6, guidance=5.0)
     from dit_accel.training.sources import Scenes
