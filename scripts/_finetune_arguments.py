@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dit_accel.cli.request import parse_size
 from dit_accel.errors import UsageError
-from dit_accel.training.distill import PRECISIONS, DistillOptions
+from dit_accel.training.distill import DECAYS, GUIDED, PRECISIONS, DistillOptions
 from dit_accel.training.draws import NOISES
 from dit_accel.training.student import TRAINS
 
@@ -76,6 +76,12 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_guidance(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (that of the latents' making)")
+    parser.add_argument("--below", type=float, default=1.0, metavar="SIGMA", help="noise levels up to this one alone: "
+                        "the dense_above of the preset to be used (1)")  # fmt: skip
+
+
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_expert(parser)
@@ -114,7 +120,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         ("weight-decay", "of AdamW"),
         ("warmup", "steps over which the rates rise"),
         ("clip", "largest norm of a step's gradient"),
-        ("batch", "samples in a forward, on each GPU"),
+        ("batch", "samples in a forward, on each GPU; with --guided two rows each"),
         ("accumulate", "forwards in a step"),
         ("blend-steps", "steps over which linear layers lead over from dense attention"),
         ("ema", "decay of the averaged weights, which are those given out"),
@@ -124,6 +130,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     ):
         value = getattr(default, name.replace("-", "_"))
         train.add_argument(f"--{name}", type=type(value), default=value, help=f"{help} ({value:g})")
+    train.add_argument("--decay", choices=DECAYS, default=default.decay, help="of the rates over the run's steps or "
+                       "minutes: half a cosine to 0, or none (cosine)")  # fmt: skip
+    train.add_argument(
+        "--guided", type=float, metavar="W", help="weight of the guided velocity's error beside the branches' own: a "
+        f"sample is two rows of a forward then; 0: one drawn branch, one row ({GUIDED:g} where the pipeline runs two)",
+    )  # fmt: skip
+    add_guidance(train)
     train.add_argument("--noise", choices=NOISES, default=default.noise, help="noise levels: those the pipeline "
                        "samples at, or log-normal as published (schedule)")  # fmt: skip
     train.add_argument("--precision", choices=PRECISIONS, help="autocast (bf16 on a GPU, else no)")
@@ -153,6 +166,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", type=float, default=0.1, help="share of key blocks where no --sla says it (0.1)")
     parser.add_argument("--count", type=int, default=4, help="last samples of the folder (4)")
     parser.add_argument("--levels", type=int, default=5, help="noise levels of the schedule (5)")
+    add_guidance(parser)
+    parser.add_argument("--shared-plans", action="store_true", help="every way once more with the conditional branch's "
+                        "plan for both (share_plans)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the record there")
 

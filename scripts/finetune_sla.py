@@ -181,10 +181,13 @@ def train(options: Any) -> int:
             complain(f"interrupted after step {record['steps']}: go on with the same command and --resume")
         return INTERRUPTED
     if first:
-        error = record["velocity_error"]
+        before, after = (record["velocity_error"][when] for when in ("before", "after"))
+        told = f"{before['overall']:.4g} before, {after['overall']:.4g} after"
+        if "guided" in before:
+            told += f"; guided {before['guided']['overall']:.4g} before, {after['guided']['overall']:.4g} after"
         remark(
             f"{record['steps']} steps in {record['seconds']:.0f} s; velocity error on {how.held_out} held-out samples "
-            f"{error['before']['overall']:.4g} before, {error['after']['overall']:.4g} after"
+            f"{told}"
         )
         print(distiller.out.weights)
     return 0
@@ -239,7 +242,8 @@ def evaluate(options: Any) -> int:
 
     from dit_accel.pipelines.loading import pick_device, pick_dtype
     from dit_accel.pipelines.staging import Stage
-    from dit_accel.training.compare import compare_ways, ways_of_file, ways_to_attend
+    from dit_accel.training.compare import compare_ways, share_plans, ways_of_file, ways_to_attend
+    from dit_accel.training.guidance import read_guidance, why_no_guidance
     from dit_accel.training.samples import LatentFolder, need_samples
 
     preset, folder = preset_of(options), LatentFolder(options.latents)
@@ -250,15 +254,26 @@ def evaluate(options: Any) -> int:
             known = [other for other, told in ways.items() if told == way]
             if not known:  # several files of one kind share the training-free rows
                 ways[name if name not in ways else f"{name} {file}"] = way
+    if options.shared_plans:
+        ways |= share_plans(ways)
+    asked = folder, options.expert, options.guidance
+    why = why_no_guidance(*asked)
+    if why is not None and options.guidance is not None:
+        raise UsageError(why)
+    guidance = None if why is not None else read_guidance(*asked)
     device = pick_device(options.device)
     transformer = load_transformer(preset, pick_dtype(options.dtype, device), options.expert).to(device)
     places = range(len(folder) - options.count, len(folder))
     with tqdm(desc="ways", unit="", total=len(ways) + 1) as bar:
         found = compare_ways(
             transformer, ways, folder, places, levels=options.levels, seed=options.seed, role=options.expert,
-            after=lambda _: bar.update(),
+            below=options.below, guidance=guidance, after=lambda _: bar.update(),
         )  # fmt: skip
     show(found)
+    if why is not None:
+        remark(f"no errors of the guided velocity: {why}")
+    else:
+        show_guided(found)
     if options.out is not None:
         record = {
             **describe(device),
@@ -267,6 +282,7 @@ def evaluate(options: Any) -> int:
             "dtype": str(transformer.dtype),
             "samples": options.count,
             "seed": options.seed,
+            "guidance": None if guidance is None else guidance.scale,
             "index": folder.index.to_dict(),
             "ways": {name: each.to_dict() for name, each in found.items()},
         }
@@ -285,6 +301,19 @@ def show(found: dict[str, Any]) -> None:
         rows = [(name, more[:1], error) for name, more, error in rows]
     columns = ("way", "keys read", "linear layers")[: 1 + len(rows[0][1])]
     show_errors("relative squared error of the velocity against dense, by noise level", columns, rows)
+
+
+def show_guided(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    first = next(iter(found.values()))
+    table = Table("way", "overall", title="the same of the guided velocity", title_justify="left")
+    for sigma, _ in first.error.levels:
+        table.add_column(f"{sigma:.3f}", justify="right")
+    for name, each in found.items():
+        guided = each.error.guided
+        table.add_row(name, f"{guided.overall:.3g}", *(f"{error:.3g}" for _, error in guided.levels))
+    tables().print(table)
 
 
 # -- shared

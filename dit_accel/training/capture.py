@@ -97,6 +97,8 @@ def run_captured(
     takes = inspect.signature(type(pipe).__call__).parameters
     if "num_frames" in takes:
         call["num_frames"] = options.frames
+    if "guidance_scale_2" in takes:
+        call["guidance_scale_2"] = options.guidance_2
     if "negative_prompt" in takes:
         call["negative_prompt"] = options.negative_prompt
     hook = transformer.register_forward_pre_hook(listener, with_kwargs=True)

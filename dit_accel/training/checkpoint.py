@@ -90,11 +90,12 @@ def load_checkpoint(
         raise EnvironmentProblem(f"{path} is no checkpoint of a fine-tuning, version {VERSION}")
     told = json.loads(metadata["told"])
     wanted = json.loads(json.dumps(dict(options)))
-    for key, value in told["options"].items():
-        if value != wanted.get(key):
+    for key in {**told["options"], **wanted}:  # an option that it does not know yet is another option
+        held, asked = told["options"].get(key), wanted.get(key)
+        if held != asked:
             raise UsageError(
-                f"{path} is of a run with {key} = {value!r}, and {wanted.get(key)!r} is asked for now; go on with the "
-                "same options, or start anew in another folder"
+                f"{path} is of a run with {key} = {held!r}, and {asked!r} is asked for now; go on with the same "
+                "options, or start anew in another folder"
             )
     _take_over(path, tensors, parameters, optimiser, average)
     return Progress(told["step"], told["seconds"], tuple(told["losses"]), told["before"])

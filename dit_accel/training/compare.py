@@ -17,6 +17,7 @@ from dit_accel.processor import SparseProcessor, method_of
 from dit_accel.report import Report, Tally
 from dit_accel.sla.spec import SlaSpec, file_for, read_spec, untrained_layers
 from dit_accel.training.draws import spread_levels
+from dit_accel.training.guidance import Guidance
 from dit_accel.training.samples import LatentFolder
 from dit_accel.training.velocity import VelocityError, make_cases, measure_aims
 from dit_accel.trajectory import Trajectory
@@ -60,6 +61,11 @@ def ways_of_file(file: Path, role: str = "transformer") -> dict[str, dict[str, A
     return ways_to_attend(spec.keep, {"order": spec.order, "block": spec.block, "tile": spec.tile}, file)
 
 
+def share_plans(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same ways with one plan for both branches, the conditional one's."""
+    return {f"{name}, shared plans": {**options, "share_plans": True} for name, options in ways.items()}
+
+
 @torch.no_grad()
 def compare_ways(
     transformer: nn.Module,
@@ -70,6 +76,8 @@ def compare_ways(
     levels: int,
     seed: int,
     role: str = "transformer",
+    below: float = 1.0,
+    guidance: Guidance | None = None,
     after: Callable[[str], None] | None = None,
 ) -> dict[str, Compared]:
     """Measure every way to attend on one transformer, which is as it was afterwards.
@@ -81,12 +89,19 @@ def compare_ways(
         places: of the folder's samples.
         levels: how many noise levels of the folder's schedule.
         role: which transformer of its pipeline it is.
+        below: the highest noise level to look at.
+        guidance: with it the guided velocity is compared, too.
         after: called with the name of each way that is measured, "dense" first.
     """
-    device, chosen = next(transformer.parameters()).device, spread_levels(folder.index.part(role), levels)
+    device, schedule = next(transformer.parameters()).device, folder.index.part(role).below(below)
+    chosen, trajectory = spread_levels(schedule, levels), Trajectory()  # each way has a clock of its own in its place
 
     def cases():
-        return make_cases(folder, places, chosen, device=device, dtype=transformer.dtype, seed=seed)
+        told = dict(device=device, dtype=transformer.dtype, seed=seed, guidance=guidance)
+        for case in make_cases(folder, places, chosen, **told):
+            if case.first:
+                trajectory.begin()  # a plan that branches share is of one x_t
+            yield case
 
     def velocity(inputs: dict[str, Any]) -> torch.Tensor:
         return transformer(**inputs)[0]

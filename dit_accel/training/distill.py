@@ -1,7 +1,8 @@
 """Self-distillation: a student with SLA learns the velocity of the dense model it is made of.
 
-Both see the same noisy latents; the loss is the mean square of what their velocities differ by. On several GPUs each
-process has a copy and draws rows of its own; gradients are averaged (accelerate).
+Both see the same noisy latents; the loss is the mean square of what their velocities differ by, and of what the guided
+velocities differ by that a sampler makes of two branches. On several GPUs each process has a copy and draws samples of
+its own; gradients are averaged (accelerate).
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from dit_accel.sla.weights import save_sla_weights
 from dit_accel.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from dit_accel.training.draws import NOISES, Draws, spread_levels
 from dit_accel.training.ema import Average
+from dit_accel.training.guidance import count_branches, read_guidance, why_no_guidance
 from dit_accel.training.interrupts import Interrupts
 from dit_accel.training.samples import LatentFolder, need_samples
 from dit_accel.training.student import Student
 from dit_accel.training.velocity import VelocityError, make_cases, measure_velocity
 
 PRECISIONS = ("no", "bf16")
+DECAYS = ("cosine", "none")
 LEVELS = 5  # noise levels at which velocities are compared
+GUIDED = 4.0  # weight of the guided error by itself: see DistillOptions
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,19 @@ class DistillOptions:
     mix_rate: float = 0.05  # learning rate of the mixes, which are logits and start where their slope is small
     weight_decay: float = 0.01
     warmup: int = 20  # steps over which the rates rise
+    decay: str = "cosine"  # the rates fall along half a cosine, to 0 at the end of the run; "none": they stay
     clip: float = 1.0  # largest norm of a step's gradient
-    batch: int = 1  # samples in one forward of each process
+    batch: int = 1  # samples in one forward of each process; two rows each where the guided velocity is trained
     accumulate: int = 1  # forwards in one step
     blend_steps: int = 0  # steps over which linear layers lead over from dense attention; 0: linear from the first on
     noise: str = "schedule"  # noise levels: "schedule", the pipeline's own; "lognormal", as published
+    # Weight of the error of v_u + g (v_c - v_u) beside that of v_u and v_c; 0: one branch is drawn for each sample.
+    # None: 4 where the pipeline runs two branches, else 0. The guided error is divided by g^2 + (g-1)^2, so that at 1
+    # it counts as much as the other where the branches' errors are independent, and next to nothing where they are
+    # one. It is all that the sampler sees, hence more than 1; the other keeps each branch at its place.
+    guided: float | None = None
+    guidance: float | None = None  # g; None: the scale that the latents were made with
+    below: float = 1.0  # the highest noise level to draw; a preset's dense_above: what is noisier stays dense in use
     ema: float = 0.99  # decay of the average of the weights; 0: none
     seed: int = 0
     precision: str = "no"  # "bf16": autocast
@@ -67,13 +79,19 @@ class DistillOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} = {value}: at least 1 is needed")
-        for name in ("minutes", "rate", "projection_rate", "mix_rate", "clip", "save_minutes"):
+        for name in ("minutes", "rate", "projection_rate", "mix_rate", "clip", "guidance", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} = {value}: a positive number is needed")
         for name in ("weight_decay", "warmup", "blend_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: a number from 0 is needed")
+        if self.guided is not None and not 0 <= self.guided < math.inf:
+            raise UsageError(f"guided = {self.guided}: a number from 0 is needed, or nothing for what the model allows")
+        if not 0 < self.below <= 1:
+            raise UsageError(f"below = {self.below}: a noise level above 0 and up to 1 is needed")
+        if self.decay not in DECAYS:
+            raise unknown_name("decay of the rates", self.decay, DECAYS)
         if self.noise not in NOISES:
             raise unknown_name("distribution of noise levels", self.noise, NOISES)
         if self.precision not in PRECISIONS:
@@ -91,6 +109,16 @@ class DistillOptions:
         """What must be equal for a run to be gone on with: all but how long it is, and how often it is saved."""
         free = ("steps", "minutes", "save_minutes")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+    def share_of_rate(self, step: int, progress: float) -> float:
+        """What the rates are multiplied by at a step, when this share of the run is done."""
+        risen = min(1.0, (step + 1) / max(self.warmup, 1))
+        return risen * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done, by steps or minutes, whichever is more; from 1 on it is over."""
+        by_steps = 0.0 if self.steps is None else step / self.steps
+        return max(by_steps, 0.0 if self.minutes is None else seconds / (60 * self.minutes))
 
 
 def make_accelerator(precision: str, cpu: bool = False) -> Any:
@@ -147,6 +175,7 @@ class Distiller:
         UsageError: latents of another model's class, a student without anything to train, or one whose linear layers
             would not be so by the end of the run.
         DitAccelError: too few samples.
+        UsageError: as of `read_guidance`, where the guided velocity is trained, and of `Schedule.below`.
     """
 
     def __init__(
@@ -171,8 +200,16 @@ class Distiller:
         self.dtype = student.transformer.dtype
         train = range(len(folder) - options.held_out)
         self.held_out = range(len(train), len(folder))
+        self.guided = options.guided
+        if self.guided is None:
+            self.guided = GUIDED if count_branches(folder) == 2 else 0.0
+        asked = folder, self.out.role, options.guidance
+        # without a weight it is measured all the same, where there is one
+        known = self.guided > 0 or options.guidance is not None or why_no_guidance(*asked) is None
+        self.guidance = read_guidance(*asked) if known else None
         shared = dict(batch=options.batch, accumulate=options.accumulate, noise=options.noise, seed=options.seed)
-        self.draws = Draws(folder, train, **shared, role=self.out.role)
+        pairs = self.guidance if self.guided > 0 else None
+        self.draws = Draws(folder, train, **shared, role=self.out.role, below=options.below, guidance=pairs)
         if options.checkpointing:
             student.transformer.enable_gradient_checkpointing()
         student.place(accelerator.device)
@@ -220,8 +257,8 @@ class Distiller:
         began, saved = time.monotonic() - self.seconds, time.monotonic()
         with Interrupts() as interrupts:
             interrupted = False
-            while not interrupted and not self._is_over(time.monotonic() - began):
-                loss, interrupted = self._take_step(interrupts.came)
+            while not interrupted and (progress_now := self._progress(time.monotonic() - began)) < 1:
+                loss, interrupted = self._take_step(progress_now, interrupts.came)
                 self.seconds = time.monotonic() - began
                 self.losses.append(loss)
                 if progress is not None:
@@ -249,7 +286,7 @@ class Distiller:
         """The velocity error on the held-out samples, each process its share of them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         levels = spread_levels(self.draws.schedule, LEVELS)
-        told = dict(device=self.accelerator.device, dtype=self.dtype, seed=self.options.seed)
+        told = dict(device=self.accelerator.device, dtype=self.dtype, seed=self.options.seed, guidance=self.guidance)
         return measure_velocity(
             make_cases(self.folder, self.held_out[rank::world], levels, **told),
             lambda inputs: self._velocity(self.student, inputs),
@@ -266,7 +303,7 @@ class Distiller:
             known = (self.parameters, self.optimiser, self.average, reached, self._lasting())
             save_checkpoint(self.out.checkpoint, *known)
 
-    def _take_step(self, wants_end: bool) -> tuple[float, bool]:
+    def _take_step(self, progress: float, wants_end: bool) -> tuple[float, bool]:
         """One step of the optimiser: its loss over all processes, and whether any of them wants an end."""
         options, accelerator = self.options, self.accelerator
         losses = []
@@ -280,7 +317,7 @@ class Distiller:
             with blended, accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
                 with accelerator.autocast():
                     given = self.wrapped(**inputs)
-                loss = (given.float() - aim).square().mean()
+                loss = self._loss(given.float() - aim)
                 accelerator.backward(loss / options.accumulate)
             losses.append(loss.detach())
         shared = torch.stack([torch.stack(losses).mean(), loss.new_tensor(float(wants_end))])
@@ -292,12 +329,20 @@ class Distiller:
             )
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["top"] * min(1.0, (self.step + 1) / max(options.warmup, 1))
+            group["lr"] = group["top"] * options.share_of_rate(self.step, progress)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
         return mean, ends > 0
+
+    def _loss(self, error: Tensor) -> Tensor:
+        """The loss of the velocities' errors `[B, ...]`, fp32: pairs of rows where the guided velocity counts."""
+        plain = error.square().mean()
+        if self.draws.guidance is None:
+            return plain
+        guidance = self.draws.guidance
+        return plain + self.guided * guidance.combine(error).square().mean() / guidance.growth
 
     def _group(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
         """Those of mixes, of projections and of the transformer, by name."""
@@ -311,21 +356,20 @@ class Distiller:
         with self.accelerator.autocast(), torch.no_grad():
             return model(**inputs)
 
-    def _is_over(self, seconds: float) -> bool:
-        options = self.options
-        if options.steps is not None and self.step >= options.steps:
-            return True
-        if options.minutes is None:
-            return False
+    def _progress(self, seconds: float) -> float:
+        progress = self.options.progress(self.step, seconds)
+        if self.options.minutes is None or self.accelerator.num_processes == 1:
+            return progress
         # the first process' clock counts: one that stopped alone would hang the others
-        over = torch.tensor(float(seconds >= 60 * options.minutes), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast(over, 0)
-        return bool(over)
+        shared = torch.tensor(progress, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.broadcast(shared, 0)
+        return shared.item()
 
     def _lasting(self) -> dict[str, Any]:
         return {
             **self.options.lasting(),
+            "guided": self.guided,
+            "guidance": None if self.guidance is None else self.guidance.scale,
             "trains": self.student.trains,
             "sla": asdict(self.student.sla.options),
             "processes": self.accelerator.num_processes,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import unknown_name
+from dit_accel.training.guidance import Guidance
 from dit_accel.training.samples import LatentFolder, Schedule, join_rows
 
 NOISES = ("schedule", "lognormal")
@@ -68,10 +69,16 @@ class Draws:
     Args:
         folder: the samples.
         places: those of its samples that are used, by place.
-        batch: rows on each rank.
+        batch: samples on each rank.
         accumulate: micro-batches of a step.
         noise: "schedule", where the pipeline samples; or "lognormal", as published.
         role: which of the pipeline's transformers; it is given its own noise levels alone.
+        below: the highest noise level to draw.
+        guidance: with it each sample is two rows, both branches at one x_t, the conditional one first; without, one
+            row of a branch that is drawn. Samples, noise and levels are the same.
+
+    Raises:
+        UsageError: no noise level is left.
     """
 
     def __init__(
@@ -84,12 +91,15 @@ class Draws:
         noise: str,
         seed: int,
         role: str = "transformer",
+        below: float = 1.0,
+        guidance: Guidance | None = None,
     ) -> None:
         if noise not in NOISES:
             raise unknown_name("distribution of noise levels", noise, NOISES)
         self.folder, self.places, self.batch, self.accumulate = folder, places, batch, accumulate
         self.noise, self.seed, self.role = noise, seed, role
-        self.schedule = folder.index.part(role)
+        self.below, self.guidance = below, guidance
+        self.schedule = folder.index.part(role).below(below)
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def draw(self, step: int, micro: int, rank: int, world: int) -> Batch:
@@ -100,9 +110,13 @@ class Draws:
             sample = self.folder.read(self._sample(place))
             chance = generator(self.seed, "row", place)
             branch = int(torch.randint(len(sample.conditions), (), generator=chance))
-            levels.append(self._level(chance))
-            noises.append(torch.randn(sample.latents.shape, generator=chance))
-            rows.append((sample.latents, sample.conditions[branch]))
+            level = self._level(chance)
+            noise = torch.randn(sample.latents.shape, generator=chance)
+            chosen = [sample.conditions[branch]] if self.guidance is None else self.guidance.pair(sample.conditions)
+            for condition in chosen:
+                levels.append(level)
+                noises.append(noise)
+                rows.append((sample.latents, condition))
         latents, arguments = join_rows(rows)
         sigma, timestep = (torch.tensor(values) for values in zip(*levels, strict=True))
         return Batch(latents, torch.cat(noises), sigma, timestep, arguments)
@@ -122,7 +136,7 @@ class Draws:
         while True:
             log = LOG_MEAN + LOG_DEVIATION * torch.randn((), generator=chance)
             sigma = float(torch.sigmoid(log))  # that of x_0 + s noise is s / (1 + s)
-            if self.folder.index.is_own(self.role, sigma * schedule.scale):
+            if sigma <= self.below and self.folder.index.is_own(self.role, sigma * schedule.scale):
                 return sigma, sigma * schedule.scale
 
 

@@ -59,6 +59,8 @@ def make_latents(
                 shape=tuple(clean.shape),
                 schedule=run.schedule,
                 boundary=read_boundary(pipe, run.schedule),
+                guidance=options.guidance,
+                guidance_2=options.guidance_2,
             )
             latents = LatentFolder(folder, index)
         latents.write(number, Sample(caption, clean, run.conditions))

@@ -40,6 +40,22 @@ class Schedule:
                 f"sigmas and {len(self.timesteps)} timesteps"
             )
 
+    def below(self, level: float) -> Schedule:
+        """The steps at or below a noise level, counted as `dense_above` counts: timestep / training timesteps.
+
+        Raises:
+            UsageError: none is left.
+        """
+        pairs = zip(self.sigmas, self.timesteps, strict=True)
+        left = [(sigma, timestep) for sigma, timestep in pairs if timestep / self.scale <= level]
+        if not left:
+            raise UsageError(
+                f"below = {level:g} leaves none of the {len(self.timesteps)} noise levels here, which end at "
+                f"{min(self.timesteps) / self.scale:.3f}; give at least that"
+            )
+        sigmas, timesteps = zip(*left, strict=True)
+        return Schedule(sigmas, timesteps, self.scale)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,6 +81,8 @@ class Index:
     shape: tuple[int, ...]  # of the latents
     schedule: Schedule
     boundary: float | None = None  # of two experts, the second one has the timesteps below it
+    guidance: float | None = None  # the scale of the pipeline's runs; None: a folder older than this entry
+    guidance_2: float | None = None  # the second expert's; None: as `guidance`
 
     def part(self, role: str) -> Schedule:
         """The steps of the schedule that one of the pipeline's transformers makes.
@@ -89,6 +107,11 @@ class Index:
     def is_own(self, role: str, timestep: float) -> bool:
         """Whether a timestep is that transformer's."""
         return self.boundary is None or (timestep >= self.boundary) == (role == "transformer")
+
+    def guidance_of(self, role: str) -> float | None:
+        """The guidance scale of one of the pipeline's transformers; None: not known."""
+        second = role != "transformer" and self.guidance_2 is not None
+        return self.guidance_2 if second else self.guidance
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -137,8 +160,10 @@ class LatentFolder:
             with Stage() as stage:
                 stage.write_text(self.folder / INDEX, json.dumps(index.to_dict(), indent=1) + "\n")
             return
-        there, wanted = Index.read(self.folder).to_dict(), index.to_dict()
-        for key, value in there.items():
+        held, wanted = Index.read(self.folder), index.to_dict()
+        if held.guidance is None:  # an older folder is gone on with as it is
+            wanted |= {"guidance": None, "guidance_2": None}
+        for key, value in held.to_dict().items():
             if json.dumps(value) != json.dumps(wanted[key]):
                 raise UsageError(
                     f"{self.folder} holds latents with {key} = {_shorten(value)}, and {_shorten(wanted[key])} is asked "
@@ -227,14 +252,15 @@ def join_rows(rows: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, dict[st
                 shapes = sorted({str(tuple(v.shape)) if isinstance(v, Tensor) else str(v) for v in values})
                 raise UsageError(
                     f"{name} has the shapes {' and '.join(shapes)} in one batch; give --batch 1, and --accumulate for "
-                    "more samples a step"
+                    "more samples a step (and --guided 0, if these are the branches of one sample)"
                 )
             joined[name] = torch.cat(values)
         elif all(_equal(v, value) for v in values):
             joined[name] = value
         else:
             raise UsageError(
-                f"{name} differs between the rows of a batch; give --batch 1, and --accumulate for more samples a step"
+                f"{name} differs between the rows of a batch; give --batch 1, and --accumulate for more samples a step "
+                "(and --guided 0, if these are the branches of one sample)"
             )
     return latents, joined
 

@@ -17,7 +17,8 @@ pytest.importorskip("accelerate")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SIZE = ("--size", "96x96", "--frames", "9", "--steps", "4")
-HOW = ("--trains", "projection", "--mix", "--mix-rate", "0.5", "--block", "16", "--held-out", "1", "--device", "cpu")
+HOW = ("--trains", "projection", "--mix", "--mix-rate", "0.5", "--block", "16", "--held-out", "1", "--device", "cpu",
+       "--warmup", "2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def test_latents_training_and_comparison(run, model: Path, tmp_path: Path) -> No
     assert run(*train, "--steps", 8, "--resume")[0] == 0
     record = json.loads((out / "record-transformer.json").read_text())
     assert record["steps"] == len(record["losses"]) == 8
-    assert record["velocity_error"]["after"]["overall"] < record["velocity_error"]["before"]["overall"]
+    before, after = (record["velocity_error"][when] for when in ("before", "after"))
+    assert after["overall"] < before["overall"] and after["guided"]["overall"] < before["guided"]["overall"]
+    assert record["options"]["guided"] == 4 and record["options"]["guidance"] == 5.0
     assert record["chip"].startswith("CPU") and record["versions"]["accelerate"] and "--resume" in record["command"]
 
     code, table, _ = run(
@@ -83,7 +86,20 @@ def test_latents_training_and_comparison(run, model: Path, tmp_path: Path) -> No
     ways = json.loads((tmp_path / "e.json").read_text())["ways"]
     errors = {name: way["error"]["overall"] for name, way in ways.items()}
     assert errors["sla, trained"] < min(errors["pooled"], errors["sla, untrained"])
+    guided = {name: way["error"]["guided"]["overall"] for name, way in ways.items()}
+    assert guided["sla, trained"] < min(guided["pooled"], guided["sla, untrained"])
+    assert "guided velocity" in table
     assert ways["sla, trained"]["options"] == {"method": "sla", "weights": str(out / "transformer.safetensors")}
+
+    levels = record["index"]["schedule"]["timesteps"]
+    code, table, _ = run(
+        "evaluate", "--model", model, "--latents", latents, "--count", 1, "--device", "cpu", "--shared-plans",
+        "--below", levels[1] / 1000, "--guidance", 2, "--out", tmp_path / "low.json",
+    )  # fmt: skip
+    low = json.loads((tmp_path / "low.json").read_text())
+    assert code == 0 and low["guidance"] == 2 and len(low["ways"]["pooled"]["error"]["levels"]) == len(levels) - 1
+    both = ("", ", shared plans")
+    assert list(low["ways"]) == [f"{way}{how}" for how in both for way in ("pooled", "sla, untrained")]
 
     more = tmp_path / "more"
     again = ("train", "--model", model, "--latents", latents, *HOW, "--out", more, "--from", out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError
 from dit_accel.sla.weights import load_sla_weights
@@ -93,12 +95,20 @@ def test_the_teacher_is_the_dense_model_all_along(distil, trains: str) -> None:
 
 @pytest.mark.parametrize("trains", ("lora", "full"))
 def test_going_on_equals_never_having_stopped(distil, trains: str) -> None:
-    whole, first = distil(trains, "whole", steps=3), distil(trains, "parts", steps=1)
+    """Guidance, accumulation and falling rates included: all of them are functions of the step."""
+    how = dict(steps=4, batch=1, accumulate=2, warmup=1)
+    whole, first = distil(trains, "whole", **how), distil(trains, "parts", **how)
     whole.run({})
-    first.run({})
-    second = distil(trains, "parts", steps=3)
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert first.run({}, interrupt)["interrupted"]
+    second = distil(trains, "parts", **how)
+    assert second.guided == 4 and second.options.decay == "cosine"
     second.resume()
-    assert second.step == 1
+    assert second.step == 2
     second.run({})
     assert second.losses == whole.losses and second.before == whole.before
     for name, parameter in whole.parameters.items():
@@ -125,6 +135,19 @@ def test_a_checkpoint_of_other_options_or_damaged_is_refused(distil, tmp_path: P
         distil(steps=2).resume()
     (path.parent / "transformer.safetensors").rename(path)
     with pytest.raises(EnvironmentProblem, match="no checkpoint of a fine-tuning"):
+        distil(steps=2).resume()
+
+
+def test_a_checkpoint_that_does_not_know_an_option_is_refused(distil) -> None:
+    distiller = distil(steps=1)
+    distiller.run({})
+    path = distiller.out.checkpoint
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata["told"])
+    del told["options"]["guided"]
+    save_file(load_file(path), path, {**metadata, "told": json.dumps(told)})
+    with pytest.raises(UsageError, match="guided = None, and 4.0 is asked for"):
         distil(steps=2).resume()
 
 
@@ -165,6 +188,41 @@ def test_the_minutes_end_a_run(distil) -> None:
     distiller = distil(steps=None, minutes=1e-9)
     record = distiller.run({})
     assert record["steps"] == 0 and record["velocity_error"]["before"] == record["velocity_error"]["after"]
+
+
+def test_the_rates_rise_and_fall_to_nothing(distil) -> None:
+    rates: dict[str, list[float]] = {}
+    for decay in ("cosine", "none"):
+        distiller = distil(name=decay, steps=8, warmup=2, decay=decay, batch=1)
+        group, rates[decay] = distiller.optimiser.param_groups[0], []
+
+        def note(step: int, loss: float, group=group, rates=rates[decay]) -> None:
+            rates.append(group["lr"] / group["top"])
+
+        distiller.run({}, note)
+    assert rates["none"] == [0.5, *[1.0] * 7]
+    expected = [risen * math.cos(math.pi * step / 16) ** 2 for step, risen in enumerate(rates["none"])]
+    assert rates["cosine"] == pytest.approx(expected)
+    how = replace(HOW, steps=None, minutes=2.0, warmup=0)
+    assert [how.share_of_rate(9, how.progress(9, seconds)) for seconds in (0, 60, 120)] == pytest.approx([1, 0.5, 0])
+    assert replace(how, steps=10).progress(9, 60.0) == 0.9  # what comes first ends the run
+
+
+def test_noise_levels_stop_where_a_preset_becomes_dense(distil) -> None:
+    for noise in ("schedule", "lognormal"):
+        distiller = distil(batch=32, below=0.8, noise=noise, guided=0.0)
+        levels = distiller.draws.draw(0, 0, 0, 1).timestep
+        assert levels.max() <= 800 and levels.unique().numel() > 2
+    schedule = distiller.folder.index.schedule
+    own = [sigma for sigma, t in zip(schedule.sigmas, schedule.timesteps, strict=True) if t <= 800]
+    assert 0 < len(own) < len(schedule.sigmas)
+    assert [sigma for sigma, _ in distiller.measure().levels] == own
+    stock, ways = tiny_wan_transformer(seed=1), {"pooled": {"method": "pooled", "keep": 0.3}}
+    found = compare_ways(stock, ways, distiller.folder, (0,), levels=9, seed=0, below=0.8)
+    assert [sigma for sigma, _ in found["pooled"].error.levels] == own
+    least = schedule.timesteps[-1] / schedule.scale
+    with pytest.raises(UsageError, match=f"below = 0.01 leaves none of the 6 .* end at {least:.3f}"):
+        distil(below=0.01)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(distil) -> None:

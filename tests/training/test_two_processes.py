@@ -76,6 +76,7 @@ def test_the_script_runs_under_torchrun(tiny_latents: Path, tmp_path: Path) -> N
     tiny_wan_pipeline().save_pretrained(tmp_path / "model")
     script, out = ROOT / "scripts" / "finetune_sla.py", tmp_path / "sla"
     words = ["train", "--model", tmp_path / "model", "--latents", tiny_latents, "--out", out, "--steps", "2"]
+    words += ["--minutes", "9"]  # the processes share a clock
     words += ["--block", "16", "--held-out", "1", "--precision", "bf16", "--checkpointing", "--device", "cpu"]
     told = launch(script, *words, cwd=tmp_path)
     assert told.split() == [str(out / "transformer.safetensors")]
