@@ -52,8 +52,8 @@ def test_a_preset_has_it_by_setting():
     key, value = parse_setting("region.sample_ratio=.25")
     preset = load_preset("tiny-wan").with_values({key: value, "region.selector": "l2"}, "cli")
     assert preset.region == Region(sample_ratio=0.25, selector="l2") and not preset.is_stock
-    assert preset.to_dict()["region"]["selector"] == "l2" and preset.provenance["region.sample_ratio"] == "cli"
-    assert preset.provenance["region.start"] == "default"
+    assert preset.to_dict()["region"]["selector"] == "l2" and preset.sources["region.sample_ratio"] == "cli"
+    assert preset.sources["region.start"] == "default"
     assert load_preset("tiny-wan").region is None
     with pytest.raises(UnknownNameError, match="preset 'tiny-wan'.*sample_ratio"):
         load_preset("tiny-wan").with_values({"region.sample_rati": 1}, "cli")
