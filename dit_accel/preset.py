@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.caches import Cache, load_cache, override_cache
-from dit_accel.errors import UsageError, one_line, unknown_name
+from dit_accel.errors import DitAccelError, UsageError, one_line, unknown_name
 from dit_accel.methods import load_method, method_names, method_options
 from dit_accel.options import SparseOptions, override
 from dit_accel.pipelines import RECIPES
@@ -36,7 +36,7 @@ from dit_accel.preset_files import PresetFile, Shelf, Tables, read_preset_file, 
 from dit_accel.provenance import Provenance, read_provenance
 from dit_accel.region.options import Region, load_region, override_region
 from dit_accel.roles import ROLES, nest, spread
-from dit_accel.typed import check_type
+from dit_accel.typed import check_finite, check_type
 
 STATUSES = ("measured", "provisional")
 LEVELS = ("exact", "balanced", "fast", "turbo")  # from what diffusers computes to what is farthest from it
@@ -180,19 +180,20 @@ def resolve(name: str, file: PresetFile, shipped: Tables) -> Preset:
 
     Raises:
         UsageError: a mistake in its table or in one that it extends, told in one line.
+        EnvironmentProblem: trained weights that it names cannot be read.
     """
     try:
         return _resolve(name, _lineage(name, {**shipped, **file.tables}), file.origin)
-    except UsageError as error:
+    except DitAccelError as error:
         raise type(error)(one_line(str(error))) from None
 
 
-def resolve_all(file: PresetFile, shipped: Tables) -> Iterator[tuple[str, Preset | UsageError]]:
+def resolve_all(file: PresetFile, shipped: Tables) -> Iterator[tuple[str, Preset | DitAccelError]]:
     """Every preset of a file by name, or what is wrong with it."""
     for name in file.tables:
         try:
             yield name, resolve(name, file, shipped)
-        except UsageError as error:
+        except DitAccelError as error:
             yield name, error
 
 
@@ -252,6 +253,7 @@ def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[
         seen.append(name)
         table = dict(tables[name])
         parent = table.pop("extends", None)
+        check_finite(table, f"preset {name!r}: value")
         layers.insert(0, (f"preset {name}", table))
         if parent is None:
             return tuple(layers)

@@ -11,7 +11,7 @@ import typer
 
 from dit_accel.cli.request import show as show_value
 from dit_accel.cli.terminal import complain, remark, tables
-from dit_accel.errors import UsageError
+from dit_accel.errors import DitAccelError, UsageError
 from dit_accel.preset import Preset, load_preset, resolve, resolve_all
 from dit_accel.preset_files import SHIPPED, PresetFile, read_preset_file, read_shelf, read_shipped
 
@@ -47,7 +47,7 @@ def _read_all() -> tuple[list[Preset], list[str]]:
         for name, found in resolve_all(file, shelf.shipped):
             if name in shelf.clashes or shelf.holder(name) is not file:
                 continue  # told above, or a copy of one that is listed
-            if isinstance(found, UsageError):
+            if isinstance(found, DitAccelError):
                 problems.append(f"{file.origin}#{name}: {found}")
             else:
                 presets.append(found)
@@ -157,6 +157,6 @@ def _check(path: Path, shipped: Any) -> list[dict[str, str | None]]:
         return [{"file": str(path), "preset": None, "error": f"preset file {path} holds no preset; write one: [NAME]"}]
     found = resolve_all(file, shipped)
     return [
-        {"file": str(path), "preset": name, "error": str(verdict) if isinstance(verdict, UsageError) else None}
+        {"file": str(path), "preset": name, "error": str(verdict) if isinstance(verdict, DitAccelError) else None}
         for name, verdict in found
     ]

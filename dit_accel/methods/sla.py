@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,7 +50,7 @@ class Method:
     feature: str | None = None  # "softmax", "elu" or "relu"; else as the file says, or "softmax"
     negligible: float | None = None  # share of key blocks in neither part; else as the file says, or 0
     # a side file (dit_accel.sla.spec), or a folder of them named by a pipeline's transformers; none: no linear part
-    weights: str | None = None
+    weights: str | os.PathLike | None = None
     as_trained: bool = True  # refuse another order or block than the weights were trained with
     neighbours: int | None = None  # also read blocks so near; 0 is the own block, none forces nothing
     first_frame: bool = False  # also read every block of the first frame
