@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAKES = "image"
 find = Models("sd3", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)).find
 _PATCH = 2  # SD3Transformer2DModel's own default
+_TEXT = 256  # tokens that StableDiffusion3Pipeline pads a prompt to for the T5, unless told otherwise
 
 
 def start_image(folder: Path) -> str:
@@ -75,5 +76,13 @@ def generate(
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     refuse_second_guidance(options)
-    negative = options.negative_prompt
-    return run_stock(pipe, options, prompt, seed=seed, callback=callback, negative_prompt=negative)
+    more = {"negative_prompt": options.negative_prompt, "max_sequence_length": text_tokens(pipe)}
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, **more)
+
+
+def text_tokens(pipe: Any) -> int:
+    """Tokens that a prompt is padded to for the T5: the pipeline's own number, or fewer for a model made for fewer.
+
+    Padding is read like words, so a small model is given what it was trained with, which its tokenizer says.
+    """
+    return _TEXT if pipe.tokenizer_3 is None else min(_TEXT, pipe.tokenizer_3.model_max_length)

@@ -31,7 +31,7 @@ from rich.table import Table
 from dit_accel.preset import load_preset
 
 VARIANTS = (
-    "dense", "steps=14", "steps=10", "steps=7", "steps=5",
+    "dense", "dense,compile=true", "steps=14", "steps=10", "steps=7", "steps=5",
     "dense,cache=easy,cache.threshold=0.05", "dense,cache=easy,cache.threshold=0.1",
     "dense,cache=latent,cache.threshold=0.05", "dense,cache=latent,cache.threshold=0.1",
     "dense,cache=latent,cache.threshold=0.1,cache.order=2",

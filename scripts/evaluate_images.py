@@ -26,6 +26,7 @@ from evaluate_quality import (
     finish,
     measure_variants,
     parse_variant,
+    pipelines_for,
     run_batch,
     write_pictures,
 )
@@ -156,11 +157,13 @@ def evaluate(
     }
     prompts = held_out_still_prompts(options.prompts, options.seed)[shard[0] :: shard[1]]
 
+    pipes = pipelines_for(variants, pipe)
+
     def run(variant: Variant, batch: list[Prompt], **more: Any):
         # FLUX wants one negative prompt for each prompt.
         own = {**call, "num_inference_steps": variant.steps, **more}
         own["negative_prompt"] = [sampling.negative_prompt] * len(batch)
-        images, *rest = run_batch(pipe, variant, batch, own, guidance=guidance, shift="shift")
+        images, *rest = run_batch(pipes[variant.compiled], variant, batch, own, guidance=guidance, shift="shift")
         return images[:, None], *rest  # clips of one frame
 
     shown = measure_variants(run, variants, prompts, record, options, device)

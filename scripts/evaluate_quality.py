@@ -11,8 +11,9 @@ A variant is a comma-separated list. Its first word says what runs: `dense` (sto
 sparse attention), `random` (the same options with blocks drawn by lot). Then `key=value` changes a sparse option
 (`keep=0.5`), the number of steps (`steps=12`), the guidance scale (`guidance=3`), the shift of the noise schedule
 (`shift=5`), the kernel of dense attention (`kernel=math`: the noise floor of PSNR), or puts a step cache on it
-(`cache=easy,cache.threshold=0.1`), or computes a part of the tokens (`region=0.5,region.selector=random`). Without a
-first word a variant is `fast`, or `dense` if it names no sparse option.
+(`cache=easy,cache.threshold=0.1`), or computes a part of the tokens (`region=0.5,region.selector=random`), or compiles
+the transformer's blocks (`compile=true`: how fast dense can be at no loss). Without a first word a variant is `fast`,
+or `dense` if it names no sparse option.
 Every variant starts a prompt from the same noise. Figures from random weights say nothing about quality.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -74,6 +76,7 @@ class Variant:
     shift: float | None = None  # of the noise schedule; None: the preset's
     cache: Cache | None = None  # None: every step is computed
     region: Region | None = None  # None: every token is computed
+    compiled: bool = False  # whether torch.compile has the transformer's blocks
 
     @property
     def options(self) -> dict[str, Any] | None:
@@ -160,6 +163,9 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
         settings[key] = parse_value(value)
     steps, kernel = settings.pop("steps", steps), settings.pop("kernel", None)
     guidance, shift = settings.pop("guidance", None), settings.pop("shift", None)
+    compiled = settings.pop("compile", False)
+    if not isinstance(compiled, bool):
+        raise SystemExit(f"variant {text!r}: compile is true or false, not {compiled!r}")
     cache, region = pop_cache(settings), pop_region(settings)
     head = head or ("fast" if settings else "dense")
     if head not in ("dense", "fast", "random"):
@@ -169,7 +175,7 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
     if head == "dense":
         if settings:
             raise SystemExit(f"variant {text!r}: dense has no sparse option {', '.join(settings)}")
-        return Variant(text, None, steps, kernel, guidance, shift, cache, region)
+        return Variant(text, None, steps, kernel, guidance, shift, cache, region, compiled)
     if preset.sparse is None:
         raise SystemExit(
             f"variant {text!r}: preset {preset.name} is dense; give --preset one with sparse options"
@@ -181,7 +187,8 @@ def parse_variant(text: str, preset: Preset, steps: int) -> Variant:
             **{name: preset.sparse.method_options[name] for name in shared},
             **settings,
         }
-    return Variant(text, preset.sparse.merged(nest(settings)), steps, None, guidance, shift, cache, region)
+    sparse = preset.sparse.merged(nest(settings))
+    return Variant(text, sparse, steps, None, guidance, shift, cache, region, compiled)
 
 
 def pop_cache(settings: dict[str, Any]) -> Cache | None:
@@ -258,12 +265,25 @@ def evaluate(
     }
     prompts = held_out_prompts(options.prompts, options.seed)[shard[0] :: shard[1]]
 
+    pipes = pipelines_for(variants, pipe)
+
     def run(variant: Variant, batch: list[Prompt], **more: Any):
-        return run_batch(pipe, variant, batch, {**call, **more}, shift=own.shift)
+        return run_batch(pipes[variant.compiled], variant, batch, {**call, **more}, shift=own.shift)
 
     shown = measure_variants(run, variants, prompts, record, options, device)
     write_pictures(shown, prompts, preset.generate.fps, out, f"{shard[0]}of{shard[1]}")
     return record
+
+
+def pipelines_for(variants: list[Variant], pipe: Any) -> dict[bool, Any]:
+    """The pipeline as it is (False) and, if a variant wants it, one whose transformer's blocks are compiled (True)."""
+    if not any(variant.compiled for variant in variants):
+        return {False: pipe}
+    transformer = copy.deepcopy(pipe.transformer)
+    transformer.compile_repeated_blocks(fullgraph=True)
+    other = type(pipe)(**{**pipe.components, "transformer": transformer})
+    other.set_progress_bar_config(disable=True)
+    return {False: pipe, True: other}
 
 
 def measure_variants(
@@ -277,8 +297,8 @@ def measure_variants(
     Returns:
         The first `options.show` clips of each variant.
     """
-    if device.type == "cuda":
-        for variant in variants:  # compile and tune kernels outside the timing
+    for variant in variants:  # compile and tune kernels outside the timing
+        if device.type == "cuda" or variant.compiled:
             run(variant, prompts[: options.batch], num_inference_steps=2)
     shown: dict[str, list[np.ndarray]] = {v.name: [] for v in variants}
     with open_judges(options.judges) as judges:

@@ -102,6 +102,9 @@ def _add_image(commands: Any) -> None:
         type=Path,
         help="folder with the text encoder, without --resume (the tiny-wan that ships)",
     )
+    command.add_argument(
+        "--graphed", action="store_true", help="replay steps as CUDA graphs: small models wait for the host"
+    )
 
     help = (
         "Write an image model as a bf16 folder that a stock FluxPipeline or StableDiffusion3Pipeline loads."
@@ -186,7 +189,7 @@ def _add_dit(
         default=True,
         help="compile the transformer's blocks",
     )
-    command.set_defaults(usual_mix=mix, mix_of=mix_of)
+    command.set_defaults(usual_mix=mix, mix_of=mix_of, graphed=False)
 
 
 def _add_export(commands: Any, name: str, run: Run, help: str) -> argparse.ArgumentParser:
@@ -239,7 +242,11 @@ def _mix(options: argparse.Namespace) -> tuple[Any, ...]:
 def _pace(options: argparse.Namespace) -> Any:
     from tiny_models.training import Pace
 
-    return Pace(options.minutes, options.rate, options.final, options.compiled, options.seed)
+    if options.graphed and not options.device.startswith("cuda"):
+        options.refuse(f"--graphed is for GPUs, not for --device {options.device}")
+    return Pace(
+        options.minutes, options.rate, options.final, options.compiled, options.seed, options.graphed
+    )
 
 
 def _text_pace(options: argparse.Namespace) -> Any:

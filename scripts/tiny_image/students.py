@@ -41,6 +41,7 @@ class FluxStudent(ImageStudent):
         self.text_encoder = encoder
         self.clip = nn.ModuleList([make_clip(encoder.config.vocab_size, projected=False)])
         self.transformer = make_flux_transformer()
+        self._known_places: dict[tuple[int, int], Tensor] = {}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -55,12 +56,17 @@ class FluxStudent(ImageStudent):
             pooled_projections=self.clip[0](drawn.ids).pooler_output,
             encoder_hidden_states=self.words,
             txt_ids=latents.new_zeros(drawn.ids.shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, latents.device, latents.dtype
-            ),
+            img_ids=self._places(batch, height // 2, width // 2, latents),
             return_dict=False,
         )[0]
         return FluxPipeline._unpack_latents(velocity, FACTOR * height, FACTOR * width, FACTOR)
+
+    def _places(self, batch: int, height: int, width: int, like: Tensor) -> Tensor:
+        """The places of an image's tokens, made once: the pipeline makes them on the host, and a step would wait."""
+        size = height, width
+        if size not in self._known_places:
+            self._known_places[size] = FluxPipeline._prepare_latent_image_ids(batch, *size, like.device, like.dtype)
+        return self._known_places[size]
 
     def make_pipeline(self, vae: nn.Module) -> FluxPipeline:
         tokenizer = load_tokenizer()

@@ -108,9 +108,19 @@ class Learner:
         rate: peak learning rate of AdamW.
         final: learning rate at the end, as a share of the peak.
         shift: of the noise schedule that the model's pipeline samples with.
+        graphed: whether steps are to be captured: what `set_pace` sets is on the device then.
     """
 
-    def __init__(self, student: Student, heads: Heads, rate: float, final: float, shift: float, ranks: Ranks):
+    def __init__(
+        self,
+        student: Student,
+        heads: Heads,
+        rate: float,
+        final: float,
+        shift: float,
+        ranks: Ranks,
+        graphed: bool = False,
+    ):
         self.student, self.heads, self.ranks = student, heads, ranks
         self.rate, self.final, self.shift = rate, final, shift
         self.parameters = [*student.parameters(), *heads.modules.parameters()]
@@ -121,14 +131,30 @@ class Learner:
             {"params": [p for p in outer if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [p for p in outer if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        self.share = torch.ones((), device=outer[0].device)  # of the weight of the heads
+        rates = [torch.zeros_like(self.share) if graphed else rate for _ in range(2)]
         self.optimisers = [
-            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=outer[0].is_cuda),
-            BatchedMuon(inner, lr=rate, weight_decay=WEIGHT_DECAY),
+            torch.optim.AdamW(
+                groups, lr=rates[0], betas=(0.9, 0.98), fused=outer[0].is_cuda, capturable=graphed
+            ),
+            BatchedMuon(inner, lr=rates[1], weight_decay=WEIGHT_DECAY),
         ]
 
-    def take_step(self, drawn: Drawn, progress: float, step: int) -> Tensor:
-        """Losses `[3]`: of the velocity (unweighted mean square), of reading tokens, and of reading words."""
+    def set_pace(self, progress: float, step: int) -> None:
+        """Set what the next step's rates and the heads' weight are."""
         share = cosine(progress, self.final)
+        self.share.fill_(share)
+        for optimiser in self.optimisers:
+            rate = self.rate * (MUON_RATE if isinstance(optimiser, BatchedMuon) else 1.0)
+            rate *= share * min(1.0, (step + 1) / 200)
+            for group in optimiser.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    def take_step(self, drawn: Drawn) -> Tensor:
+        """Losses `[3]`: of the velocity (unweighted mean square), of reading tokens, and of reading words."""
         latents = drawn.latents
         noise = torch.randn_like(latents)
         sigma = draw_sigma(len(latents), latents.device, self.shift)
@@ -143,13 +169,10 @@ class Learner:
         # Which latents show an object is known only once the noise is low: weighting them earlier would bias the mean.
         weight = 1 + OBJECT_WEIGHT * (1 - blend) * drawn.objects
         loss = (error * weight).sum() / (weight.sum() * error.shape[1])
-        loss = loss + self.heads.weight * share * (tokens + words)
+        loss = loss + self.heads.weight * self.share * (tokens + words)
         loss.backward()
         self._average_and_clip()
         for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                rate = self.rate * (MUON_RATE if isinstance(optimiser, BatchedMuon) else 1.0)
-                group["lr"] = rate * share * min(1.0, (step + 1) / 200)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return torch.stack([error.detach().mean(), tokens.detach(), words.detach()])

@@ -20,7 +20,7 @@ class BatchedMuon(torch.optim.Optimizer):
     """`torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")` over stacks of matrices of one shape."""
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+        self, matrices: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float, momentum: float = 0.95
     ):
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
@@ -39,8 +39,8 @@ class BatchedMuon(torch.optim.Optimizer):
             update = orthogonalise(gradient.lerp_(speed, group["momentum"]))
             rows, columns = matrices[0].shape
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            step = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-            torch._foreach_add_(matrices, list(update.to(gradient.dtype).unbind()), alpha=-step)
+            update = update.to(gradient.dtype) * (group["lr"] * -0.2 * max(rows, columns) ** 0.5)
+            torch._foreach_add_(matrices, list(update.unbind()))
 
 
 def orthogonalise(stack: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from .attention import prefer_fastest
+from .graphs import GraphedStep
 from .learner import Heads, Learner, Student
 from .pool import ScenePool
 from .ranks import Ranks
@@ -41,6 +42,7 @@ class Pace:
     final: float
     compiled: bool
     seed: int
+    graphed: bool = False
 
 
 def train(
@@ -77,13 +79,22 @@ def train(
     if pace.compiled:
         student.compile_parts()
     torch.manual_seed(pace.seed * 1000 + ranks.rank + 1)
-    learner = Learner(student, heads, pace.rate, pace.final, shift, ranks)
+    learner = Learner(student, heads, pace.rate, pace.final, shift, ranks, pace.graphed)
+
+    def step_of(pool: ScenePool, kind: Kind) -> Callable[[], torch.Tensor]:
+        def take() -> torch.Tensor:
+            return learner.take_step(pool.draw(kind.batch))
+
+        return GraphedStep(take) if pace.graphed else take
+
+    steps = [step_of(pool, kind) for pool, kind in zip(pools, mix, strict=True)]
     order = random.Random(pace.seed)  # the same kinds of batches in the same order on every rank
     history, losses, step, progress, saved, best = [], [[] for _ in pools], 0, 0.0, time.time(), math.inf
     with attention:
         while progress < 1:
             kind = order.choices(range(len(pools)), [each.share for each in mix])[0]
-            losses[kind].append(learner.take_step(pools[kind].draw(mix[kind].batch), progress, step))
+            learner.set_pace(progress, step)
+            losses[kind].append(steps[kind]())
             step += 1
             decay = min(0.999, step / (step + 30))
             with torch.no_grad():
@@ -113,7 +124,7 @@ def train(
     return {
         "steps": step,
         "mix": [asdict(each) for each in mix],
-        **{name: getattr(pace, name) for name in ("minutes", "rate", "final", "seed")},
+        **{name: getattr(pace, name) for name in ("minutes", "rate", "final", "seed", "graphed")},
         "reading": heads.weight,
         "gpus": ranks.world,
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",

@@ -71,6 +71,24 @@ def test_images_of_several_prompts_and_seeds(cli: Callable, flux_folder: Path, t
     assert np.array_equal(alone, read_clip(tmp_path / "out" / "flux-fast-8-0002-dense.png")[0])
 
 
+def test_the_shipped_image_model(cli: Callable, tmp_path: Path) -> None:
+    """tiny-sd3-fast as it is but for the steps: two of the twenty, of which the noisiest is dense."""
+    words = ("--prompt", "a red ring and a blue square over a striped background", "--steps", "2", "--seed", "7")
+    done = cli(
+        "generate", "--preset", "tiny-sd3-fast", *words, "--compare-dense", "--strict", "-o", "a.png", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a.png\n" and "provisional" not in done.stderr
+    assert "preset tiny-sd3-fast · tiny-sd3 · seed 7" in done.stderr and "s dense (" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-dense.png", "a.png", "run.json"]
+    fast, dense = (read_clip(tmp_path / name)[0] for name in ("a.png", "a-dense.png"))
+    assert fast.shape == dense.shape == (1, 256, 256, 3) and not np.array_equal(fast, dense)
+    (clip,) = json.loads((tmp_path / "run.json").read_text())["clips"]
+    # one step of five layers each, both branches of guidance in one batch
+    assert clip["report"]["self_attention_calls"] == {"sparse": 5, "dense": 5}
+    assert 0.3 < clip["report"]["keep"]["achieved"] < 0.5 and clip["report"]["fallbacks"] == {}
+
+
 def test_a_video_from_a_picture(cli: Callable, wan22_i2v_folder: Path, first: Path, tmp_path: Path) -> None:
     model = ("--model", wan22_i2v_folder, "--image", "first.png")
     done = cli(*I2V, *SPARSE, *model, "--size", "64x48", "-o", "a.png", cwd=tmp_path)

@@ -77,6 +77,14 @@ def test_the_wheel_holds_every_module_preset_and_model_file(wheel: Path) -> None
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
+def test_the_wheel_and_the_models_in_it_stay_small(wheel: Path) -> None:
+    models = [i for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith("dit_accel/presets/models/")]
+    folders = {info.filename.split("/")[3] for info in models}
+    assert {"tiny-wan", "tiny-sd3"} <= folders
+    assert sum(info.file_size for info in models) <= 48e6
+    assert wheel.stat().st_size <= 60e6
+
+
 def test_the_version_is_one() -> None:
     assert project()["project"]["version"] == dit_accel.__version__
     changes = (ROOT / "CHANGELOG.md").read_text()

@@ -50,12 +50,22 @@ def wan_22_from_image() -> Any:
     return WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
 
 
+def sd3_of_short_prompts() -> Any:
+    """As tiny-sd3: its T5 was trained with captions of at most so many tokens."""
+    pipe = testing.tiny_sd3_with_text()
+    pipe.tokenizer_3.model_max_length = 24
+    return pipe
+
+
 NEGATIVE = {"negative_prompt": ""}
 CASES = {
     "flux dev": Case("flux", lambda: testing.tiny_flux_with_text(guidance_embeds=True), IMAGE, {}),
     "flux schnell": Case("flux", testing.tiny_flux_with_text, IMAGE, {"max_sequence_length": 256}),
     "sd3.5": Case("sd3", testing.tiny_sd3_with_text, IMAGE, NEGATIVE),
     "sd3.5 without T5": Case("sd3", lambda: testing.tiny_sd3_with_text(t5=False), IMAGE, NEGATIVE),
+    "sd3 of short prompts": Case(
+        "sd3", sd3_of_short_prompts, IMAGE, {**NEGATIVE, "max_sequence_length": 24}
+    ),
     "hunyuanvideo": Case("hunyuan_video", testing.tiny_hunyuan_video_with_text, VIDEO, {}),
     "hunyuanvideo i2v": Case("hunyuan_video", testing.tiny_hunyuan_video_from_image, VIDEO, {}, "always"),
     "wan 2.1 i2v": Case("wan", lambda: testing.tiny_wan_pipeline(i2v=True), VIDEO, NEGATIVE, "always"),

@@ -107,7 +107,9 @@ def test_a_lost_shard_is_noticed(tmp_path):
     assert "exactly once" in done.stderr
 
 
-@pytest.mark.parametrize("variant", ["dence", "dense,keep=0.5", "fast,keeep=0.5", "fast,kernel=math"])
+@pytest.mark.parametrize(
+    "variant", ["dence", "dense,keep=0.5", "fast,keeep=0.5", "fast,kernel=math", "dense,compile=2"]
+)
 def test_unknown_variants_are_refused(variant, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--model", "none", "--variants", variant, "--out", "."],
@@ -117,3 +119,26 @@ def test_unknown_variants_are_refused(variant, tmp_path):
     )
     assert done.returncode != 0
     assert "keeep" in done.stderr or "variant" in done.stderr
+
+
+def test_a_compiled_variant_has_a_pipeline_of_its_own(model, monkeypatch):
+    import torch
+    from diffusers import WanPipeline
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from evaluate_quality import parse_variant, pipelines_for
+
+    from dit_accel.preset import load_preset
+
+    pipe = WanPipeline.from_pretrained(model, dtype=torch.float32)
+    plain, compiled = (
+        parse_variant(text, load_preset("tiny-wan-fast"), 2) for text in ("dense", "dense,compile=true")
+    )
+    assert (plain.compiled, compiled.compiled) == (False, True)
+    assert pipelines_for([plain], pipe) == {False: pipe}
+    both = pipelines_for([plain, compiled], pipe)
+    assert both[False] is pipe and both[True].vae is pipe.vae
+    assert [block._compiled_call_impl is None for block in pipe.transformer.blocks] == [True] * len(
+        pipe.transformer.blocks
+    )
+    assert all(block._compiled_call_impl is not None for block in both[True].transformer.blocks)

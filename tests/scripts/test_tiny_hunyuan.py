@@ -180,7 +180,8 @@ def test_it_learns_what_it_is_shown(pool, make_student, taught):
     student.tap(student.tapped)
     learner = Learner(student, Heads.make(student, None, None), 3e-3, 0.1, 5.0, Ranks(1, 0, "cpu"))
     drawn = pool.draw(8)
-    losses = torch.stack([learner.take_step(drawn, 0.0, 200) for _ in range(12)])
+    learner.set_pace(0.0, 200)
+    losses = torch.stack([learner.take_step(drawn) for _ in range(12)])
     assert student.hidden.shape == (8, 48, 128), "3 x 4 x 4 tokens of video"
     first, last = losses[:3].mean(0), losses[-3:].mean(0)
     assert (last < 0.9 * first).all(), (first, last)

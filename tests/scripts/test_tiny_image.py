@@ -137,7 +137,7 @@ def test_the_text_stage_teaches_the_encoder(tmp_path):
 
     train_text(tmp_path, model_path("tiny-wan"), TextPace(0.05, 8, 2e-3, 0, "cpu"))
     history = json.loads((tmp_path / "text.json").read_text())["history"]
-    assert history[-1]["step"] > 5 and history[-1]["read"] < 8  # 12 is a guess
+    assert history[-1]["step"] > 5 and history[-1]["read"] < 10  # 12 is a guess
     student = make_student("flux", tmp_path)
     assert not torch.equal(
         student.text_encoder.shared.weight, make_student("flux").text_encoder.shared.weight
@@ -153,10 +153,51 @@ def test_it_learns_what_it_is_shown(family, pool):
     student.tap(student.tapped)
     learner = Learner(student, Heads.make(student, None, None), 3e-3, 0.1, 3.0, Ranks(1, 0, "cpu"))
     drawn = pool.draw(8)
-    losses = torch.stack([learner.take_step(drawn, 0.0, 200) for _ in range(10)])
+    learner.set_pace(0.0, 200)
+    losses = torch.stack([learner.take_step(drawn) for _ in range(10)])
     assert student.hidden.shape == (8, 64, 128)
     first, last = losses[:3].mean(0), losses[-3:].mean(0)
     assert (last < 0.9 * first).all(), (first, last)
+
+
+def test_a_step_neither_waits_for_the_device_nor_copies_to_it(family, pool, monkeypatch):
+    """So that it can be replayed as a CUDA graph. Tensors without data cannot be read; none may come from the host."""
+    import contextlib
+    import dataclasses
+
+    from tiny_models.learner import Heads, Learner
+    from tiny_models.ranks import Ranks
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Crossings(TorchDispatchMode):
+        found: tuple = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                self.found = (*self.found, str(function))
+            return out
+
+    def away(labels):
+        fields = (getattr(labels, field.name).to("meta") for field in dataclasses.fields(labels))
+        return type(labels)(*fields)
+
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # there is none of such tensors
+    student = make_student(family)
+    heads = Heads.make(student, None, None)
+    student.to("meta")
+    heads.modules.to("meta")
+    drawn = pool.draw(2)
+    given = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
+    drawn = type(drawn)(**{k: v.to("meta") if isinstance(v, torch.Tensor) else away(v) for k, v in given.items()})
+    student.tap(student.tapped)
+    learner = Learner(student, heads, 3e-3, 0.1, 3.0, Ranks(1, 0, "meta"))
+    learner.optimisers[0].step = lambda: None  # torch's own, which says itself what it can capture
+    learner.take_step(drawn)  # what is made once is made here
+    with Crossings() as crossings:
+        learner.take_step(drawn)
+    assert crossings.found == ()
 
 
 def test_training_exports_what_the_stock_pipeline_loads_without_a_word(family, vae, tmp_path):
