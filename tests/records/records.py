@@ -52,6 +52,10 @@ def claimable(record: Any, unit: str) -> list[float]:
     if unit == "dB":
         return [value for key, value in numbers(record) if "psnr" in key]
     found = [value for key, value in numbers(record) if "ratio" in key or "times_as_fast" in key]
+    summary = record.get("summary", {}) if isinstance(record, dict) else {}
+    for name in (f"{name}_per_prompt" for name in SECONDS):
+        dense = summary.get("dense", {}).get(name)
+        found += [dense / of[name] for of in summary.values() if dense and of.get(name)]
     rows = record.get("rows", {}) if isinstance(record, dict) else {}
     for name in SECONDS if isinstance(rows, dict) and "dense" in rows else ():
         for middle in (mean, median):
