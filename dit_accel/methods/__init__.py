@@ -129,8 +129,13 @@ def load_method(name: str, **options: Any) -> Method:
     ]
     if missing:
         raise UsageError(f"Method {name!r} needs {', '.join(missing)}: give {missing[0]}=...")
+    try:
+        method = cls(**given)
+    except TypeError:  # it compared what cannot be compared; the check says of which option
+        check_fields(cls, given, f"method {name!r}")
+        raise
     check_fields(cls, given, f"method {name!r}")
-    return cls(**given)
+    return method
 
 
 def method_class(name: str) -> type:

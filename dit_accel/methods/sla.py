@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import UsageError
 from dit_accel.sla.spec import SlaSpec, check_variant, file_for, read_spec
+from dit_accel.typed import check_type
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -57,6 +58,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.weights is not None:
+            check_type(self.weights, str | os.PathLike, "weights", "method 'sla'")
             object.__setattr__(self, "weights", str(self.weights))
         trained = self.trained
         for name in ("variant", "feature"):
