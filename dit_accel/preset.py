@@ -17,6 +17,7 @@ not inherited, and stands as it was beside values that are replaced.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -43,6 +44,8 @@ LEVELS = ("exact", "balanced", "fast", "turbo")  # from what diffusers computes 
 _HEAD = {"description": str, "pipeline": str, "model": str}
 _CLAIMS = {"status": STATUSES, "level": LEVELS}  # of a preset as it is written; not inherited
 _GROUPS = ("generate", "sparse", "cache", "region")
+
+Layers = tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Preset:
     provenance: Provenance | None  # what a measured one rests on
     origin: str  # "shipped", or the file it is in
     sources: Mapping[str, str]  # "generate.steps" -> "preset tiny-wan" | "default" | "cli"
-    layers: tuple[tuple[str, Mapping[str, Any]], ...]  # (source, table), the weakest first
+    layers: Layers  # the weakest first
 
     @property
     def is_stock(self) -> bool:
@@ -182,19 +185,19 @@ def resolve(name: str, file: PresetFile, shipped: Tables) -> Preset:
         UsageError: a mistake in its table or in one that it extends, told in one line.
         EnvironmentProblem: trained weights that it names cannot be read.
     """
+    preset, mistakes = examine(name, file, shipped)
+    if preset is None:
+        raise mistakes[0]
+    return preset
+
+
+def examine(name: str, file: PresetFile, shipped: Tables) -> tuple[Preset | None, list[DitAccelError]]:
+    """A preset of a file, or else what is wrong with it: each unknown key, and the first mistake of each part."""
     try:
-        return _resolve(name, _lineage(name, {**shipped, **file.tables}), file.origin)
+        preset, mistakes = _examine(name, _lineage(name, {**shipped, **file.tables}), file.origin)
     except DitAccelError as error:
-        raise type(error)(one_line(str(error))) from None
-
-
-def resolve_all(file: PresetFile, shipped: Tables) -> Iterator[tuple[str, Preset | DitAccelError]]:
-    """Every preset of a file by name, or what is wrong with it."""
-    for name in file.tables:
-        try:
-            yield name, resolve(name, file, shipped)
-        except DitAccelError as error:
-            yield name, error
+        preset, mistakes = None, [error]
+    return preset, [type(error)(one_line(str(error))) for error in mistakes]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -241,7 +244,7 @@ def _full_key(key: str) -> str:
     raise unknown_name("setting", key, [f"generate.{name}" for name in generate])
 
 
-def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+def _lineage(name: str, tables: Tables) -> Layers:
     """The preset's table and those it extends, the oldest ancestor first."""
     layers: list[tuple[str, Mapping[str, Any]]] = []
     seen: list[str] = []
@@ -262,47 +265,73 @@ def _lineage(name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[
         name = parent
 
 
-def _resolve(name: str, layers: tuple[tuple[str, Mapping[str, Any]], ...], origin: str) -> Preset:
+def _resolve(name: str, layers: Layers, origin: str) -> Preset:
+    preset, mistakes = _examine(name, layers, origin)
+    if preset is None:
+        raise mistakes[0]
+    return preset
+
+
+def _examine(name: str, layers: Layers, origin: str) -> tuple[Preset | None, list[DitAccelError]]:
+    mistakes: list[DitAccelError] = []
     head: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     sources: dict[str, str] = {}
     for source, table in layers:
         where = source if source.startswith("preset") else f"{source} setting"
         for key, value in table.items():
-            if key in groups:
-                if not isinstance(value, Mapping):
-                    raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
-                groups[key] = _OVERRIDES[key](groups[key], value)
-                sources |= {f"{key}.{option}": source for option, _ in spread(value)}
-            elif key in _HEAD:
-                head[key] = check_type(value, _HEAD[key], key, where)
-                sources[key] = source
-            elif key not in (*_CLAIMS, "provenance") or not source.startswith("preset "):
-                raise unknown_name(f"key of {where}", key, [*_HEAD, *_CLAIMS, *groups, "provenance", "extends"])
+            with _noting(mistakes):
+                if key in groups:
+                    if not isinstance(value, Mapping):
+                        raise UsageError(f"{where}: {key} must be a table of options, got {value!r}")
+                    groups[key] = _OVERRIDES[key](groups[key], value)
+                    sources |= {f"{key}.{option}": source for option, _ in spread(value)}
+                elif key in _HEAD:
+                    head[key] = check_type(value, _HEAD[key], key, where)
+                    sources[key] = source
+                elif key not in (*_CLAIMS, "provenance") or not source.startswith("preset "):
+                    raise unknown_name(f"key of {where}", key, [*_HEAD, *_CLAIMS, *groups, "provenance", "extends"])
     where = f"preset {name!r}"
+    with _noting(mistakes):
+        _check_head(head, where)
+    head.setdefault("description", "")
+    kept = {f"{group}.{option}" for group, table in groups.items() for option, _ in spread(table)}
+    sources = {name: source for name, source in sources.items() if "." not in name or name in kept}
+    parts: dict[str, Any] = dict.fromkeys(_GROUPS)
+    for group, build in _BUILDERS.items():
+        if groups[group] or group == "generate":
+            with _noting(mistakes):
+                parts[group] = build(groups[group], where)
+    own = dict(layers)[f"preset {name}"]
+    written = all(source.startswith("preset ") for source, _ in layers)
+    with _noting(mistakes):
+        is_stock = not any(groups[group] for group in _GROUPS[1:])
+        claims = _claims(name, own, is_stock=is_stock, written=written)
+    if mistakes:
+        return None, mistakes
+    values = {group: part.to_mapping() for group, part in parts.items() if part and group != "generate"}
+    for group, options in (("generate", dataclasses.asdict(parts["generate"])), *values.items()):
+        for option, _ in spread(options):
+            sources.setdefault(f"{group}.{option}", "default")
+    sources |= {key: f"preset {name}" if key in own else "default" for key in _CLAIMS}
+    return Preset(name, **head, **claims, **parts, origin=origin, sources=sources, layers=layers), []
+
+
+@contextlib.contextmanager
+def _noting(mistakes: list[DitAccelError]) -> Iterator[None]:
+    """Keep an error for later, so that others are found too."""
+    try:
+        yield
+    except DitAccelError as error:
+        mistakes.append(error)
+
+
+def _check_head(head: Mapping[str, Any], where: str) -> None:
     for key in ("pipeline", "model"):
         if key not in head:
             raise UsageError(f"{where}: {key} is missing; add {key} = ... or extend a preset that has it")
     if head["pipeline"] not in pipeline_names():
         raise unknown_name(f"pipeline of {where}", head["pipeline"], pipeline_names())
-    head.setdefault("description", "")
-    kept = {f"{group}.{option}" for group, table in groups.items() for option, _ in spread(table)}
-    sources = {name: source for name, source in sources.items() if "." not in name or name in kept}
-    parts = {
-        "generate": _generate_options(groups["generate"], where),
-        "sparse": _sparse_options(groups["sparse"], where) if groups["sparse"] else None,
-        "cache": _cache(groups["cache"], where) if groups["cache"] else None,
-        "region": _region(groups["region"], where) if groups["region"] else None,
-    }
-    values = {group: part.to_mapping() for group, part in parts.items() if part and group != "generate"}
-    for group, options in (("generate", dataclasses.asdict(parts["generate"])), *values.items()):
-        for option, _ in spread(options):
-            sources.setdefault(f"{group}.{option}", "default")
-    own = dict(layers)[f"preset {name}"]
-    written = all(source.startswith("preset ") for source, _ in layers)
-    claims = _claims(name, own, is_stock=not values, written=written)
-    sources |= {key: f"preset {name}" if key in own else "default" for key in _CLAIMS}
-    return Preset(name, **head, **claims, **parts, origin=origin, sources=sources, layers=layers)
 
 
 def _claims(name: str, own: Mapping[str, Any], *, is_stock: bool, written: bool) -> dict[str, Any]:
@@ -377,6 +406,7 @@ def _region(values: Mapping[str, Any], where: str) -> Region:
         raise type(error)(f"{where}: {error}") from None
 
 
+_BUILDERS = {"generate": _generate_options, "sparse": _sparse_options, "cache": _cache, "region": _region}
 _OVERRIDES = {
     "generate": lambda base, changes: {**base, **changes},
     "sparse": override,

@@ -11,8 +11,8 @@ import typer
 
 from dit_accel.cli.request import show as show_value
 from dit_accel.cli.terminal import complain, remark, tables
-from dit_accel.errors import DitAccelError, UsageError
-from dit_accel.preset import Preset, load_preset, resolve, resolve_all
+from dit_accel.errors import UsageError
+from dit_accel.preset import Preset, examine, load_preset, resolve
 from dit_accel.preset_files import SHIPPED, PresetFile, read_preset_file, read_shelf, read_shipped
 
 app = typer.Typer(help="List the presets, show one, tell two apart, or check a file of them.", no_args_is_help=True)
@@ -44,13 +44,14 @@ def _read_all() -> tuple[list[Preset], list[str]]:
     presets = [resolve(name, PresetFile(SHIPPED, shelf.shipped), shelf.shipped) for name in sorted(shelf.shipped)]
     problems = [*map(str, shelf.unread), *map(str, shelf.clashes.values())]
     for file in shelf.users:
-        for name, found in resolve_all(file, shelf.shipped):
+        for name in file.tables:
             if name in shelf.clashes or shelf.holder(name) is not file:
                 continue  # told above, or a copy of one that is listed
-            if isinstance(found, DitAccelError):
-                problems.append(f"{file.origin}#{name}: {found}")
+            preset, mistakes = examine(name, file, shelf.shipped)
+            if preset is None:
+                problems.append(f"{file.origin}#{name}: {mistakes[0]}")
             else:
-                presets.append(found)
+                presets.append(preset)
     return presets, problems
 
 
@@ -134,7 +135,7 @@ def _print(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | Non
 def validate(
     files: Annotated[list[Path], typer.Argument(help="TOML files of presets.")], as_json: AsJson = False
 ) -> int:
-    """Read every preset of every file; one line on stderr for each that is not sound, and exit code 2 then."""
+    """Read every preset of every file; a line on stderr for each mistake, and exit code 2 then."""
     shipped = read_shipped()
     verdicts = [verdict for file in files for verdict in _check(file.expanduser(), shipped)]
     if as_json:
@@ -155,8 +156,9 @@ def _check(path: Path, shipped: Any) -> list[dict[str, str | None]]:
         return [{"file": str(path), "preset": None, "error": str(error)}]
     if not file.tables:
         return [{"file": str(path), "preset": None, "error": f"preset file {path} holds no preset; write one: [NAME]"}]
-    found = resolve_all(file, shipped)
+    mistakes = {name: examine(name, file, shipped)[1] for name in file.tables}
     return [
-        {"file": str(path), "preset": name, "error": str(verdict) if isinstance(verdict, DitAccelError) else None}
-        for name, verdict in found
+        {"file": str(path), "preset": name, "error": None if error is None else str(error)}
+        for name, errors in mistakes.items()
+        for error in errors or [None]
     ]

@@ -81,6 +81,20 @@ def test_validate_reads_every_table_of_every_file(cli: Callable, folder: Path) -
     assert done.returncode == 0 and done.stderr == "" and done.stdout == "good.toml#mine: sound\n"
 
 
+def test_validate_tells_every_mistake_of_a_table(cli: Callable, folder: Path) -> None:
+    (folder / "bad.toml").write_text(
+        'version = 1\n[a]\nextends = "tiny-wan"\nmodle = "x"\nlevle = "fast"\nstatus = "good"\n'
+        "[a.generate]\nstep = 3\n[a.sparse]\nkeep = 2\n[a.cache]\nname = 'esay'\n[a.region]\nselector = 'x'\n"
+    )
+    done = run(cli, folder, "validate", "bad.toml")
+    lines = done.stderr.splitlines()
+    told = ("'modle'", "'levle'", "'step'", "keep=2", "'esay'", "selector", "'good'")
+    assert done.returncode == 2 and len(lines) == len(told)
+    assert all(word in line for word, line in zip(told, lines, strict=True))
+    shown = run(cli, folder, "show", "bad.toml")
+    assert shown.returncode == 2 and shown.stderr.splitlines() == [lines[0].replace("bad.toml#a: ", "")]
+
+
 def test_validate_refuses_a_file_without_presets(cli: Callable, folder: Path) -> None:
     (folder / "empty.toml").write_text("version = 1\n")
     done = run(cli, folder, "validate", "empty.toml")

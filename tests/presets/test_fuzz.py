@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_accel.errors import UnknownNameError, UsageError
-from dit_accel.preset import Preset, load_preset, resolve_all
+from dit_accel.preset import Preset, examine, load_preset
 from dit_accel.preset_files import parse_presets, read_shipped
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,9 +22,13 @@ PARTS, EACH = 8, 1250
 def judge(text: str, shipped: dict) -> list[str]:
     """The word "sound" or the error's kind, for each preset of a file. Any error that we do not mean comes through."""
     try:
-        found = [verdict for _, verdict in resolve_all(parse_presets(text, "my.toml"), shipped)]
+        file = parse_presets(text, "my.toml")
     except UsageError as error:
         found = [error]
+    else:
+        looked = [examine(name, file, shipped) for name in file.tables]
+        assert all((preset is None) == bool(mistakes) for preset, mistakes in looked)
+        found = [verdict for preset, mistakes in looked for verdict in mistakes or [preset]]
     for verdict in found:
         if isinstance(verdict, Preset):
             json.dumps(verdict.to_dict(), allow_nan=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dit_accel.pipelines import RECIPES
-from dit_accel.preset import LEVELS, STATUSES, GenerateOptions, Preset, load_preset, resolve_all
+from dit_accel.preset import LEVELS, STATUSES, GenerateOptions, load_preset, resolve
 from dit_accel.preset_files import FOLDER_VARIABLE, SCHEMA, parse_presets, read_shipped
 from dit_accel.provenance import Provenance
 
@@ -20,8 +20,9 @@ EXAMPLES = re.findall(r"```toml\n(.+?)```", PAGE + (DOCS / "cli.md").read_text(e
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_are_presets(example: str) -> None:
-    (found,) = resolve_all(parse_presets(example, "docs"), read_shipped())
-    assert isinstance(found[1], Preset), found[1]
+    file = parse_presets(example, "docs")
+    (name,) = file.tables
+    assert resolve(name, file, read_shipped()).name == "mine"
 
 
 def test_there_are_examples() -> None:
