@@ -12,9 +12,10 @@ import dit_accel
 from dit_accel.caches import load_cache, override_cache
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions, override
-from dit_accel.preset import Preset, load_preset, parse_setting
+from dit_accel.preset import Preset, load_preset
 from dit_accel.region import load_region
 from dit_accel.roles import nest
+from dit_accel.settings import parse_setting
 from dit_accel.testing import tiny_wan_pipeline, tiny_wan_transformer
 
 TEXT = """

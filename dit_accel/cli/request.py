@@ -15,8 +15,9 @@ from dit_accel.errors import EnvironmentProblem, UsageError
 from dit_accel.pipelines import recipe
 from dit_accel.pipelines.pictures import open_picture
 from dit_accel.pipelines.video import IMAGE_SUFFIXES, SUFFIXES, check_writable
-from dit_accel.preset import Preset, load_preset, parse_setting
+from dit_accel.preset import Preset, load_preset
 from dit_accel.roles import spread
+from dit_accel.settings import parse_setting
 
 RECORD = "run.json"
 # What stands where nothing else is asked for.

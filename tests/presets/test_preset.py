@@ -10,8 +10,9 @@ import pytest
 
 from dit_accel.errors import UnknownNameError, UsageError
 from dit_accel.methods import method_names
-from dit_accel.preset import load_preset, parse_setting, preset_names
+from dit_accel.preset import load_preset, preset_names
 from dit_accel.presets import shipped_models
+from dit_accel.settings import parse_setting
 
 BASE = """
 [slow]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dit_accel.errors import UnknownNameError, UsageError
-from dit_accel.preset import load_preset, parse_setting
+from dit_accel.preset import load_preset
 from dit_accel.region import Region, load_region
+from dit_accel.settings import parse_setting
 
 
 @pytest.mark.parametrize(
