@@ -73,3 +73,8 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UnknownNameEr
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UnknownNameError(f"Unknown {kind} {given!r}.{hint} Allowed: {', '.join(names) or 'none'}.")
+
+
+def one_line(text: str) -> str:
+    """The text in one line that a terminal can show: no line breaks, no control characters."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))

@@ -5,7 +5,7 @@ Importing this module imports no torch, so that presets can be listed and dry ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -58,6 +58,10 @@ class SparseOptions:
     roles: Mapping[str, Own] = field(default_factory=dict)  # by role: a transformer's own options, or False for dense
 
     def __post_init__(self) -> None:
+        for name in ("dense_layers", "tile"):
+            value = getattr(self, name)
+            listed = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+            _need(listed or (name == "tile" and value is None), name, value, "a list of whole numbers")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "method_options", dict(self.method_options))
         _need(isinstance(self.method, str), "method", self.method, "a method's name")

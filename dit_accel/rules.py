@@ -12,7 +12,7 @@ Later rules win. A rule may also say `dense = true`. Importing this module impor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,9 @@ class Rule:
                     f"A rule's {name}={value!r} is not possible: {name} is a noise level from 0 to 1."
                 )
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in self.layers):
+            listed = isinstance(self.layers, Iterable) and not isinstance(self.layers, str | Mapping)
+            object.__setattr__(self, "layers", tuple(self.layers) if listed else self.layers)
+            if not listed or not all(isinstance(at, int) and not isinstance(at, bool) for at in self.layers):
                 raise UsageError(
                     f"A rule's layers={self.layers!r} is not possible: layers is a list of whole numbers."
                 )

@@ -108,7 +108,10 @@ def read_preset(options: argparse.Namespace) -> Preset:
         sparse=SparseOptions.from_mapping(SPARSE),
         cache=None,
         region=None,
-        provenance={},
+        level=None,
+        provenance=None,
+        origin="scripts/evaluate_images.py",
+        sources={},
         layers=(),
     )
 

@@ -12,9 +12,10 @@ import dit_accel
 from dit_accel.caches import load_cache, override_cache
 from dit_accel.errors import UsageError
 from dit_accel.options import SparseOptions, override
-from dit_accel.preset import Preset, load_preset, parse_setting
+from dit_accel.preset import Preset, load_preset
 from dit_accel.region import load_region
 from dit_accel.roles import nest
+from dit_accel.settings import parse_setting
 from dit_accel.testing import tiny_wan_pipeline, tiny_wan_transformer
 
 TEXT = """
@@ -114,9 +115,9 @@ def test_presets_inherit_role_by_role(tmp_path):
     assert (own.keep, own.dense_layers) == (0.4, (0,))
     # easy has no order; a role's own threshold wins over a common one that was said later
     assert second.cache.roles == {"transformer": {"threshold": 0.05}} and second.cache.threshold == 0.2
-    assert second.provenance["cache.transformer.threshold"] == "preset a"
-    assert second.provenance["sparse.transformer.keep"] == "preset b"
-    assert "cache.transformer.order" not in second.provenance and "sparse.transformer" not in second.provenance
+    assert second.sources["cache.transformer.threshold"] == "preset a"
+    assert second.sources["sparse.transformer.keep"] == "preset b"
+    assert "cache.transformer.order" not in second.sources and "sparse.transformer" not in second.sources
     assert second.to_dict()["region"]["transformer_2"] == {"sample_ratio": 0.25}
 
 
@@ -126,7 +127,7 @@ def test_settings_by_dotted_name(tmp_path):
     assert changed.cache.roles == {"transformer": {"threshold": 0.05, "order": 2}, "transformer_2": {"threshold": 0.4}}
     assert changed.sparse.roles["transformer"] == {"keep": 0.7}
     assert changed.region.roles == {"transformer_2": {"sample_ratio": 0.25}, "transformer": False}
-    assert changed.provenance["cache.transformer_2.threshold"] == "cli"
+    assert changed.sources["cache.transformer_2.threshold"] == "cli"
     assert nest({"a.b.c": 1, "a.d": 2, "e": 3}) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
     for order in (1, -1):
         twice = {"cache.transformer": False, "cache.transformer.warmup": 2}

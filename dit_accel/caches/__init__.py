@@ -20,6 +20,7 @@ branches. Cache files import torch only inside their functions, so that options 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -34,11 +35,13 @@ _NO_CACHES = {"cache", "engine", "memory", "off", "schedule", "trials", "walk"}
 
 def cache_names() -> list[str]:
     """Every step cache there is, by file name."""
-    return sorted(
-        module.name
-        for module in pkgutil.iter_modules(__path__)
-        if not module.ispkg and module.name not in _NO_CACHES
-    )
+    return list(_files())
+
+
+@functools.cache  # reading presets asks often, and the package's files stay what they are
+def _files() -> tuple[str, ...]:
+    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return tuple(sorted(name for name in modules if name not in _NO_CACHES))
 
 
 def cache_class(name: str) -> type[Cache]:

@@ -167,7 +167,7 @@ def number(value: Any) -> bool:
 
 def check_order(order: int, over: str) -> None:
     """Raises UsageError for options out of range."""
-    need(order in (0, 1, 2), "order", order, "0, 1 or 2")
+    need(whole(order) and order in (0, 1, 2), "order", order, "0, 1 or 2")
     need(over in OVER, "over", over, " or ".join(map(repr, OVER)))
 
 

@@ -15,8 +15,9 @@ from dit_accel.errors import EnvironmentProblem, UsageError
 from dit_accel.pipelines import recipe
 from dit_accel.pipelines.pictures import open_picture
 from dit_accel.pipelines.video import IMAGE_SUFFIXES, SUFFIXES, check_writable
-from dit_accel.preset import Preset, load_preset, parse_setting
+from dit_accel.preset import Preset, load_preset
 from dit_accel.roles import spread
+from dit_accel.settings import parse_setting
 
 RECORD = "run.json"
 # What stands where nothing else is asked for.
@@ -68,9 +69,9 @@ class Request:
         told = self.preset.to_dict()
         rows = [
             ("preset", self.preset.name, self.sources["preset"]),
-            ("status", told["status"], self.preset.provenance.get("status", "default")),
+            ("status", told["status"], self.preset.sources.get("status", "default")),
         ]
-        rows += [(key, told[key], self.preset.provenance[key]) for key in ("pipeline", "model")]
+        rows += [(key, told[key], self.preset.sources[key]) for key in ("pipeline", "model")]
         first = (
             self.prompts[0]
             if len(self.prompts) == 1
@@ -83,7 +84,7 @@ class Request:
             rows.append(("image", "{} ({}x{})".format(self.image, *self.picture_size), "cli"))
         for group in ("generate", "sparse", "cache", "region"):
             for key, value in spread(told[group] or {}):
-                rows.append((f"{group}.{key}", show(value), self.preset.provenance[f"{group}.{key}"]))
+                rows.append((f"{group}.{key}", show(value), self.preset.sources[f"{group}.{key}"]))
         if told["sparse"] is None:
             rows.append(("sparse", "none: stock dense attention", "default"))
         rows += [(key, show(value), self.sources[key]) for key, value in self.machine.items()]
@@ -298,7 +299,7 @@ def settle(request: Request, *, download: bool) -> tuple[Request, Path]:
     if request.image is None and begins == "always":
         raise UsageError(f"{request.preset.model} makes videos that begin at a picture; give --image FILE")
     rule, options = recipe.size_rule(folder), request.preset.generate
-    asked = {request.preset.provenance[f"generate.{side}"] for side in ("width", "height")}
+    asked = {request.preset.sources[f"generate.{side}"] for side in ("width", "height")}
     if request.image is not None and "cli" not in asked:
         width, height = rule.in_shape(*request.picture_size, options.width * options.height)
         values = {"generate.width": width, "generate.height": height}

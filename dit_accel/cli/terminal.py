@@ -6,13 +6,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from dit_accel.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def complain(message: str) -> None:
     """Print an error as one line on stderr."""
-    line = " ".join(message.split())
+    line = one_line(message)
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     print(f"\x1b[1;31merror:\x1b[0m {line}" if coloured else f"error: {line}", file=sys.stderr)
 

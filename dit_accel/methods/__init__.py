@@ -36,12 +36,14 @@ Method files import torch only inside their functions, so that options can be ch
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dit_accel.errors import UsageError, unknown_name
+from dit_accel.typed import check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +88,12 @@ class Method(Protocol):
 
 def method_names() -> list[str]:
     """Every method there is, by file name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return list(_files())
+
+
+@functools.cache  # reading presets asks often, and the package's files stay what they are
+def _files() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 
 
 def method_options(name: str) -> set[str]:
@@ -122,7 +129,13 @@ def load_method(name: str, **options: Any) -> Method:
     ]
     if missing:
         raise UsageError(f"Method {name!r} needs {', '.join(missing)}: give {missing[0]}=...")
-    return cls(**given)
+    try:
+        method = cls(**given)
+    except TypeError:  # it compared what cannot be compared; the check says of which option
+        check_fields(cls, given, f"method {name!r}")
+        raise
+    check_fields(cls, given, f"method {name!r}")
+    return method
 
 
 def method_class(name: str) -> type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dit_accel.arrangement import Arrangement
 from dit_accel.errors import UsageError
 from dit_accel.sla.spec import SlaSpec, check_variant, file_for, read_spec
+from dit_accel.typed import check_type
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,13 +51,14 @@ class Method:
     feature: str | None = None  # "softmax", "elu" or "relu"; else as the file says, or "softmax"
     negligible: float | None = None  # share of key blocks in neither part; else as the file says, or 0
     # a side file (dit_accel.sla.spec), or a folder of them named by a pipeline's transformers; none: no linear part
-    weights: str | None = None
+    weights: str | os.PathLike | None = None
     as_trained: bool = True  # refuse another order or block than the weights were trained with
     neighbours: int | None = None  # also read blocks so near; 0 is the own block, none forces nothing
     first_frame: bool = False  # also read every block of the first frame
 
     def __post_init__(self) -> None:
         if self.weights is not None:
+            check_type(self.weights, str | os.PathLike, "weights", "method 'sla'")
             object.__setattr__(self, "weights", str(self.weights))
         trained = self.trained
         for name in ("variant", "feature"):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def untrained_layers(path: str | Path) -> tuple[int, ...]:
 def file_for(path: str | Path, role: str) -> Path:
     """The side file of one transformer of a pipeline: the path itself or, in a folder, the file named by the role."""
     path = Path(path)
-    return path / f"{role}.safetensors" if path.is_dir() else path
+    return path / f"{role}.safetensors" if os.path.isdir(path) else path
 
 
 def read_head(path: str | Path) -> dict[str, Any]:

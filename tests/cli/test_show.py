@@ -99,7 +99,7 @@ def test_presets(cli: Callable, tmp_path: Path) -> None:
     assert {"tiny-wan", "tiny-wan-fast", "wan21-fast", "wan21-balanced"} <= {
         preset["name"] for preset in listed
     }
-    table = cli("presets", "list", cwd=tmp_path, COLUMNS="200").stdout
+    table = cli("presets", "list", cwd=tmp_path, COLUMNS="240").stdout
     assert all(preset["name"] in table and preset["description"] in table for preset in listed)
     shown = cli("presets", "show", "wan21-fast", cwd=tmp_path).stdout
     assert "provisional" in shown and "sparse.keep" in shown and "preset wan21-dense" in shown

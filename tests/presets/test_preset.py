@@ -10,8 +10,9 @@ import pytest
 
 from dit_accel.errors import UnknownNameError, UsageError
 from dit_accel.methods import method_names
-from dit_accel.preset import load_preset, parse_setting, preset_names
+from dit_accel.preset import load_preset, preset_names
 from dit_accel.presets import shipped_models
+from dit_accel.settings import parse_setting
 
 BASE = """
 [slow]
@@ -41,7 +42,7 @@ def test_shipped_presets_load_and_know_every_source(name: str) -> None:
     assert preset.description
     for group in ("generate", "sparse"):
         for key in told[group] or {}:
-            source = preset.provenance[f"{group}.{key}"]
+            source = preset.sources[f"{group}.{key}"]
             assert source == "default" or source.startswith("preset "), (key, source)
     if preset.sparse:
         assert preset.sparse.method in method_names()
@@ -66,9 +67,9 @@ def test_no_two_files_define_the_same_preset() -> None:
 
     import dit_accel.presets
 
-    names = [
-        name for file in dit_accel.presets.FOLDER.glob("*.toml") for name in tomllib.loads(file.read_text())
-    ]
+    read = [tomllib.loads(file.read_text()) for file in dit_accel.presets.FOLDER.glob("*.toml")]
+    assert all(tables.pop("version") == 1 for tables in read)
+    names = [name for tables in read for name in tables]
     assert sorted(names) == sorted(set(names)) == list(preset_names())
 
 
@@ -76,9 +77,9 @@ def test_a_user_file_extends_in_itself_and_beyond(tmp_path: Path) -> None:
     path = write(tmp_path, BASE + CHILD + '[mine]\nextends = "tiny-wan-fast"\n[mine.generate]\nframes = 5\n')
     quick = load_preset(f"{path}#quick")
     assert (quick.generate.steps, quick.sparse.keep, quick.model) == (7, 0.5, "tiny-wan")
-    assert quick.provenance["generate.steps"] == "preset slow"
-    assert quick.provenance["sparse.keep"] == "preset quick"
-    assert quick.provenance["generate.width"] == "default"
+    assert quick.sources["generate.steps"] == "preset slow"
+    assert quick.sources["sparse.keep"] == "preset quick"
+    assert quick.sources["generate.width"] == "default"
     mine = load_preset(f"{path}#mine")
     assert mine.generate.frames == 5 and mine.sparse == load_preset("tiny-wan-fast").sparse
 
@@ -90,7 +91,7 @@ def test_a_file_with_one_preset_needs_no_name(tmp_path: Path) -> None:
 def test_settings_win_over_the_preset_and_say_so() -> None:
     preset = load_preset("tiny-wan-fast").with_values({"sparse.keep": 0.75, "generate.steps": 3}, "cli")
     assert (preset.sparse.keep, preset.generate.steps) == (0.75, 3)
-    assert preset.provenance["sparse.keep"] == preset.provenance["generate.steps"] == "cli"
+    assert preset.sources["sparse.keep"] == preset.sources["generate.steps"] == "cli"
     assert preset.sparse.order == load_preset("tiny-wan-fast").sparse.order
 
 
@@ -114,10 +115,24 @@ def test_settings_win_over_the_preset_and_say_so() -> None:
         ("[a]\nextends = 'tiny-wan'\n[a.generate]\nsteps = true\n", "a whole number is needed"),
         ("[a]\nextends = 'tiny-wan'\n[a.generate]\nsteps = 0\n", "at least 1"),
         ("[a]\nextends = 'tiny-wan'\n[a.generate]\nfps = -1\n", "positive"),
-        ("[a]\nextends = 'tiny-wan'\n[a.generate]\nfps = inf\n", "positive"),
+        ("[a]\nextends = 'tiny-wan'\n[a.generate]\nfps = inf\n", "finite"),
         ("[a]\nextends = 'tiny-wan'\n[a.sparse]\nkep = 0.5\n", "Did you mean 'keep'"),
         ("[a]\nextends = 'tiny-wan'\n[a.sparse]\nkeep = 1.5\n", "keep"),
         ("[a]\nextends = 'tiny-wan'\n[a.sparse]\nkeep = 0.5\nmethod = 'poolet'\n", "Did you mean 'pooled'"),
+        ("[a]\nextends = 'tiny-wan'\n[a.sparse]\nkeep = nan\n", "sparse.keep = nan"),
+        ("[a]\nextends = 'tiny-wan-fast'\n[a.sparse]\nneighbours = 0.5\n", "neighbours = 0.5: a whole number"),
+        ("[a]\nextends = 'tiny-wan-fast'\n[a.sparse]\nfirst_frame = 'no'\n", "first_frame = 'no': true or false"),
+        ("[a]\nextends = 'tiny-wan-sla'\n[a.sparse]\nweights = 0\n", "weights = 0: a text is needed"),
+        ("[a]\nextends = 'tiny-wan-fast'\n[a.sparse]\ndense_layers = 3\n", "a list of whole numbers"),
+        ("[a]\nextends = 'tiny-wan-fast'\n[a.sparse]\ndense_layers = ''\n", "a list of whole numbers"),
+        ("[a]\nextends = 'tiny-wan-fast'\n[[a.sparse.rules]]\nlayers = 3\nkeep = 1\n", "a list of whole numbers"),
+        ("[a]\nextends = 'tiny-wan-turbo'\n[a.cache]\norder = 1.0\n", "0, 1 or 2"),
+        ("[a]\nextends = 'tiny-wan'\n[a.generate]\nguidance = 1" + "0" * 400 + "\n", "too large"),
+        ("version = 2\n[a]\nextends = 'tiny-wan'\n", "is of version 2, and dit-accel 0.1.0 reads version 1: upgrade"),
+        ("version = '1'\n[a]\nextends = 'tiny-wan'\n", "write version = 1, or nothing"),
+        ("[a]\nextends = 'tiny-wan'\nlevel = 'fats'\n", "Did you mean 'fast'"),
+        ("[a]\nextends = 'tiny-wan-fast'\nlevel = 'exact'\n", "say one of balanced, fast, turbo"),
+        ("[a]\nextends = 'tiny-wan'\nstatus = 'measured'\n", "needs a [provenance] table"),
         ("x = 1\n", "outside a table"),
         ("[a\n", "not valid TOML"),
     ],

@@ -34,8 +34,8 @@ def test_another_cache_keeps_what_both_know(tmp_path: Path) -> None:
     first, second = preset(tmp_path, "a"), preset(tmp_path, "b")
     assert (first.cache.name, first.cache.order, first.cache.warmup) == ("latent", 2, 3)
     assert (second.cache.name, second.cache.threshold, second.cache.warmup) == ("easy", 0.1, 3)
-    assert second.provenance["cache.warmup"] == "preset a" and second.provenance["cache.name"] == "preset b"
-    assert "cache.order" not in second.provenance and second.provenance["cache.max_reused"] == "default"
+    assert second.sources["cache.warmup"] == "preset a" and second.sources["cache.name"] == "preset b"
+    assert "cache.order" not in second.sources and second.sources["cache.max_reused"] == "default"
     assert second.to_dict()["cache"]["name"] == "easy" and not second.is_stock and second.sparse is None
 
 

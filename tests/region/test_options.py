@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dit_accel.errors import UnknownNameError, UsageError
-from dit_accel.preset import load_preset, parse_setting
+from dit_accel.preset import load_preset
 from dit_accel.region import Region, load_region
+from dit_accel.settings import parse_setting
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_a_preset_has_it_by_setting():
     key, value = parse_setting("region.sample_ratio=.25")
     preset = load_preset("tiny-wan").with_values({key: value, "region.selector": "l2"}, "cli")
     assert preset.region == Region(sample_ratio=0.25, selector="l2") and not preset.is_stock
-    assert preset.to_dict()["region"]["selector"] == "l2" and preset.provenance["region.sample_ratio"] == "cli"
-    assert preset.provenance["region.start"] == "default"
+    assert preset.to_dict()["region"]["selector"] == "l2" and preset.sources["region.sample_ratio"] == "cli"
+    assert preset.sources["region.start"] == "default"
     assert load_preset("tiny-wan").region is None
     with pytest.raises(UnknownNameError, match="preset 'tiny-wan'.*sample_ratio"):
         load_preset("tiny-wan").with_values({"region.sample_rati": 1}, "cli")
