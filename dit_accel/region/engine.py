@@ -198,7 +198,7 @@ class RegionEngine:
             if kept_here:
                 key, value = self._update(now, seat.layer, key, value)
             if linear:
-                return engine.attending.attend_linearly(query, key, value, now.call.at(seat.layer))
+                return engine.attending.attend_linearly(query, key, value, call, now.call.at(seat.layer), seat)
             if self._by_blocks is not None and kept_here:
                 out = self._by_blocks.attend(now, seat, query, key, value, call, first_head)
                 if out is not None:
