@@ -93,8 +93,8 @@ class SparseOptions:
         _need(fits, "drift_limit", self.drift_limit, "a relative error above 0, say 0.2")
         if (self.drift_every is None) != (self.drift_limit is None):
             raise UsageError(
-                f"drift_every={self.drift_every!r} and drift_limit={self.drift_limit!r} go together: say in one "
-                "step of how many to look and how far apart is too far (drift_every=4, drift_limit=0.2), or leave both out."
+                f"drift_every={self.drift_every!r} and drift_limit={self.drift_limit!r} go together: one says in which "
+                "steps to look, the other how far apart is too far. Give both (say 4 and 0.2), or neither."
             )
         for name in ("strict", "tune", "share_plans"):
             _need(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
