@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,9 +43,10 @@ class Drift:
     def __init__(self, options: SparseOptions, planner: Planner) -> None:
         self._every, self._limit, self._planner = options.drift_every, options.drift_limit, planner
         if getattr(planner.method, "keep", None) is None:
-            fit = [name for name in method_names() if hasattr(method_class(name), "keep")]
+            given = type(planner.method).__module__.rpartition(".")[2]
+            fit = [name for name in method_names() if "keep" in {f.name for f in fields(method_class(name))}]
             raise UsageError(
-                f"drift_every={self._every} raises keep where attention drifts, and method {options.method!r} has none "
+                f"drift_every={self._every} raises keep where attention drifts, and method {given!r} has none "
                 f"here: give keep= to one of {', '.join(fit)}, or leave drift_every and drift_limit out."
             )
 
