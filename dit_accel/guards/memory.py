@@ -20,7 +20,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_words(error: BaseException) -> str:
     """What an error of torch's says first: that memory ran out, and what was asked for."""
-    return ". ".join(str(error).split(". ")[:2]).rstrip(".")
+    return ". ".join(str(error).split(". ")[:2]).rstrip(".") or "out of memory"
 
 
 def explain(error: BaseException, needs: Mapping[str, int], way_out: str) -> OutOfMemory:
