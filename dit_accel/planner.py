@@ -154,7 +154,7 @@ class Planner:
         self._raised_at.clear()
 
     def forget(self, call: Call) -> None:
-        """Drop what is remembered of one attention: a call of it went wrong."""
+        """Let go of what is remembered of one attention: a call of it went wrong, and it is dense from now on."""
         self._memory.discard(call)
         self._kept.discard(call)
 

@@ -29,12 +29,12 @@ OPTIONS = {
 CASES = [("infinity", "plain"), *((fault, options) for fault in ("nan", "memory") for options in OPTIONS)]
 
 
-@pytest.mark.parametrize(("fault", "options"), CASES, ids="-".join)
+@pytest.mark.parametrize(("fault", "options"), CASES, ids=["-".join(case) for case in CASES])
 def test_it_is_dense_in_that_layer(pipe, sample, accelerate, faulty, fault, options, caplog):
     """As if that layer had been asked to be dense; then, as if nothing had been."""
     fault, options = FAULTS[fault], OPTIONS[options]
-    with accelerate(pipe, dense_layers=(1,), **options):
-        dense_there = sample(pipe)
+    with accelerate(pipe, dense_layers=(1,), **options) as handle:
+        dense_there, held = sample(pipe), handle.report().bytes_held
     with accelerate(pipe, **options) as handle:
         fresh = sample(pipe)
         assert not handle.report(clear=True).fallbacks
@@ -42,6 +42,7 @@ def test_it_is_dense_in_that_layer(pipe, sample, accelerate, faulty, fault, opti
         assert torch.equal(sample(pipe), dense_there) and not torch.equal(fresh, dense_there)
         report = handle.report(clear=True)
         assert report.dense_reasons == report.fallbacks == {fault[1]: BOTH * STEPS}
+        assert report.bytes_held == held  # nothing is kept for that layer
         assert report.sparse_calls == BOTH * STEPS * 2 and report.dense_calls == BOTH * STEPS
         assert f"dense because: {fault[1]} (6)" in str(report)
         assert torch.equal(sample(pipe), fresh) and not handle.report().fallbacks
