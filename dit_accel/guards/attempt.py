@@ -28,6 +28,7 @@ OUT_OF_MEMORY = "out of memory in the sparse path"
 # What is said, and changes nothing.
 INPUTS = "attention was given numbers that are not finite: the model or its input is at fault, not the sparse path"
 DENSE_TOO = "dense attention of the same inputs is not finite either: their dtype or the model is at fault"
+NOT_COMPARED = "not compared with dense attention, for which memory ran out"
 CAPTURED = "not looked at, a CUDA graph was being captured"
 
 Dense = Callable[[Tensor], Tensor]
@@ -103,7 +104,12 @@ class Guards:
             self._say(f"{why}: dense instead, in layer {now.layer} from step {now.step} on{more}")
             return why
         if self._drift is not None:
-            self._drift.watch(done.out, dense, query, now, tally)
+            try:
+                self._drift.watch(done.out, dense, query, now, tally)
+            except Exception as error:  # a look that was not needed shall not end the run
+                if not is_out_of_memory(error):
+                    raise
+                tally.guards[NOT_COMPARED] += 1
         return done
 
     def _look(

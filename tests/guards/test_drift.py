@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dit_accel import SparseOptions, testing
 from dit_accel.errors import UsageError
-from dit_accel.guards import drift
+from dit_accel.guards import attempt, drift
 from dit_accel.testing import tiny_wan_pipeline
 
 ALWAYS = {"drift_every": 1, "drift_limit": 1e-6}
@@ -173,6 +173,19 @@ def test_a_copy_has_a_guard_of_its_own(accelerate):
         double(**inputs)
     ours, its = handle.report(), engine.report()
     assert ours.guards == its.guards and ours.drift == its.drift and ours.runs == its.runs == 1
+
+
+def test_a_look_for_which_there_is_no_memory_is_left_out(pipe, sample, accelerate, monkeypatch):
+    with accelerate(pipe):
+        plain = sample(pipe)
+
+    def run_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(drift, "_apart", run_out)
+    with accelerate(pipe, **ALWAYS) as handle:
+        assert torch.equal(sample(pipe), plain)
+        assert handle.report().guards == {attempt.NOT_COMPARED: 18} and not handle.report().fallbacks
 
 
 BAD = {
