@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.adapters.dispatch import Seat
+from dit_accel.errors import FallbackError
+from dit_accel.guards import Attended, Guards
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
 from dit_accel.methods import Weights
@@ -46,14 +48,21 @@ class Attending:
         planner: has the plans.
         layouts: of the tokens.
         tally: counts what ran.
+        guards: look after sparse and linear calls.
         weights: the method's trained ones, if it has any.
     """
 
     def __init__(
-        self, options: SparseOptions, planner: Planner, layouts: Layouts, tally: Tally, weights: Weights | None = None
+        self,
+        options: SparseOptions,
+        planner: Planner,
+        layouts: Layouts,
+        tally: Tally,
+        guards: Guards,
+        weights: Weights | None = None,
     ) -> None:
         self.options, self.planner, self.layouts, self.tally = options, planner, layouts, tally
-        self.weights = weights
+        self.guards, self.weights = guards, weights
         self._full: tuple[tuple, BlockPlan] | None = None  # reads everything; for the tokens seen last
         self._configs: dict[tuple, Any] = {}  # of the Triton kernel, by kind of call
         self._said: set[str] = set()
@@ -61,6 +70,54 @@ class Attending:
     def clear(self) -> None:
         """Forget what belongs to the tokens seen last."""
         self._full = None
+
+    # -- guarded
+
+    def attend_guarded(
+        self,
+        compute: Callable[[], Attended],
+        seat: Seat,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: dict[str, Any],
+        now: Call,
+    ) -> Tensor:
+        """What `compute` attends, counted; dense attention, counted with the reason, where the guards say so.
+
+        Args:
+            query: `[B, S, H, D]`, post-RoPE, of whole sequences; as are key and value.
+            call: the dispatcher's other arguments.
+
+        Raises:
+            FallbackError: under `strict`, in place of dense attention.
+        """
+
+        def dense(query: Tensor) -> Tensor:
+            return seat.dense_whole(query, key, value, **call)
+
+        done = self.guards.attempt(compute, dense, (query, key, value), now, self.tally)
+        if isinstance(done, str):
+            self.count_dense(done, False, 1)
+            return self.attend_densely(seat, query, key, value, False, call, whole=True)
+        if done.read is None:
+            self.tally.note_linear(now, done.title)
+        else:
+            self.tally.note_sparse(now, done.title, done.read, done.present)
+        return done.out
+
+    def count_dense(self, reason: str, planned: bool, calls: int) -> None:
+        """Count dense calls and why they are.
+
+        Raises:
+            FallbackError: under `strict`, if that was not planned.
+        """
+        if not planned and self.options.strict:
+            raise FallbackError(
+                f"strict=True, and {calls} self-attention call(s) would run dense: {reason}. "
+                "Remove the cause, or set strict=False to let them."
+            )
+        self.tally.note_dense(reason, planned, calls)
 
     # -- sparse
 
@@ -72,6 +129,7 @@ class Attending:
         call: dict[str, Any],
         now: Call,
         laid: Laid,
+        seat: Seat,
     ) -> Tensor:
         """Attend to all tokens of a forward, with all heads of this process.
 
@@ -80,19 +138,27 @@ class Attending:
             call: the dispatcher's other arguments.
             now: which call this is.
             laid: of the forward.
+            seat: attends densely where that fails.
 
         Returns:
             `[B, S, H, D]`; zeros where there is padding.
         """
-        layout = laid.layout
-        if not laid.groups:
-            text = layout.text
-            if text and query.shape[1] == layout.n_video_tokens:  # the text takes no part in this attention
-                text = 0
-                now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
-            whole, title, read, present = self._attend_rows(query, key, value, call, now, text, laid)
-            self.tally.note_sparse(now, title, read, present)
-            return whole
+        layout, text = laid.layout, laid.layout.text
+        if not laid.groups and text and query.shape[1] == layout.n_video_tokens:
+            text = 0  # the text takes no part in this attention
+            now = dataclasses.replace(now, segments=(("video", 0, layout.n_video_tokens),))
+
+        def compute() -> Attended:
+            if laid.groups:
+                return self._attend_groups(query, key, value, call, now, laid)
+            return Attended(*self._attend_rows(query, key, value, call, now, text, laid))
+
+        return self.attend_guarded(compute, seat, query, key, value, call, now)
+
+    def _attend_groups(
+        self, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any], now: Call, laid: Laid
+    ) -> Attended:
+        """Attend in each group of rows by itself; zeros where there is padding."""
         whole, titles, read, present = None, {}, 0, 0
         for group in laid.groups:
             out, title, *counts = self._attend_group(group, query, key, value, call, now, laid)
@@ -104,8 +170,7 @@ class Attending:
                 # padding attends to nothing
                 whole = out.new_zeros(*query.shape[:3], out.shape[3]) if whole is None else whole
                 group.put(out, whole)
-        self.tally.note_sparse(now, " and ".join(titles), read, present)
-        return whole
+        return Attended(whole, " and ".join(titles), read, present)
 
     def _attend_group(
         self,
@@ -243,23 +308,45 @@ class Attending:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        call: dict[str, Any],
         now: Call,
+        seat: Seat,
         groups: tuple[RowGroup, ...] = (),
-        softmax: Tensor | None = None,
     ) -> Tensor:
         """Attend in a layer that trained weights have as linear attention alone.
 
         Args:
             query: `[B, S, H, D]`, post-RoPE; key and value the same with their own S.
+            call: the dispatcher's other arguments.
             now: which call this is.
+            seat: attends densely where that fails.
             groups: as `Laid`.
-            softmax: dense attention to be blended with, which then is what counts.
 
         Returns:
             `[B, S, H, D]`; zeros where there is padding.
         """
         from dit_accel.kernels.linear_attention import choose
 
+        def compute() -> Attended:
+            title = f"{choose(query.transpose(1, 2))}, linear attention alone"
+            return Attended(self.blend_linearly(query, key, value, now, groups), title)
+
+        return self.attend_guarded(compute, seat, query, key, value, call, now)
+
+    def blend_linearly(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        now: Call,
+        groups: tuple[RowGroup, ...] = (),
+        softmax: Tensor | None = None,
+    ) -> Tensor:
+        """As `attend_linearly`, neither counted nor guarded, and with dense attention blended in.
+
+        Args:
+            softmax: dense attention `[B, S, H, D]`, which then is what counts; None: there is none.
+        """
         weights = self.weights
         assert weights is not None
         working = 0
@@ -283,8 +370,6 @@ class Attending:
                 whole = out.new_zeros(query.shape) if whole is None else whole
                 group.put(out, whole)
         self.tally.bytes_working = max(self.tally.bytes_working, working)
-        if softmax is None:
-            self.tally.note_linear(now, f"{choose(query.transpose(1, 2))}, linear attention alone")
         return whole
 
     # -- dense
@@ -329,7 +414,7 @@ class Attending:
 
     def __deepcopy__(self, memo: dict) -> Attending:
         """For a copied transformer: with the configurations that were found, and nothing said yet."""
-        parts = (copy.deepcopy(part, memo) for part in (self.planner, self.layouts, self.tally))
+        parts = (copy.deepcopy(part, memo) for part in (self.planner, self.layouts, self.tally, self.guards))
         new = memo[id(self)] = Attending(self.options, *parts, copy.deepcopy(self.weights, memo))
         new._configs = dict(self._configs)
         return new

@@ -21,7 +21,8 @@ from dit_accel.adapters import arguments_of, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
 from dit_accel.arrangement import arrange
 from dit_accel.attending import Attending, Laid, Observer
-from dit_accel.errors import FallbackError, UsageError
+from dit_accel.errors import UsageError
+from dit_accel.guards import Guards
 from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
@@ -89,7 +90,9 @@ class Engine:
         if weights is None and sparse and hasattr(method, "weights_for"):
             weights = method.weights_for(transformer, sparse, self.layouts.arrangement, role)
         self.weights = weights
-        self.attending = Attending(options, self.planner, self.layouts, tally, weights)
+        self.attending = Attending(
+            options, self.planner, self.layouts, tally, Guards(options, self.planner, trajectory), weights
+        )
         self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
         self.observer: Observer | None = None
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
@@ -380,9 +383,11 @@ class Engine:
                 return self.attending.attend_densely(seat, query, key, value, reason[1], call, whole=True)
             now = self.call.at(seat.layer, first_head)
             if linear:
-                return self.attending.attend_linearly(query, key, value, now, self.groups, softmax)
+                if softmax is not None:
+                    return self.attending.blend_linearly(query, key, value, now, self.groups, softmax)
+                return self.attending.attend_linearly(query, key, value, call, now, seat, self.groups)
             laid = Laid(self.layout, self.groups, self.observer)
-            return self.attending.attend_sparsely(query, key, value, call, now, laid)
+            return self.attending.attend_sparsely(query, key, value, call, now, laid, seat)
 
         return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
 
@@ -433,12 +438,8 @@ class Engine:
         return bool(self.groups) and mask.dtype == torch.bool and mask.shape == shape
 
     def count_dense(self, reason: str, planned: bool, calls: int) -> None:
-        if not planned and self.options.strict:
-            raise FallbackError(
-                f"strict=True, and {calls} self-attention call(s) would run dense: {reason}. "
-                "Remove the cause, or set strict=False to let them."
-            )
-        self.tally.note_dense(reason, planned, calls)
+        """As `Attending.count_dense`."""
+        self.attending.count_dense(reason, planned, calls)
 
     # -- copying
 

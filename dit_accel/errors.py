@@ -6,6 +6,8 @@ DitAccelError                 exit 1   the run failed
 │   └── UnknownModelError              a transformer of no known family
 ├── EnvironmentProblem        exit 3   a dependency, weight file, GPU or kernel that is missing or unfit
 │   └── KernelUnavailable              an executor that was asked for by name and cannot run this call
+├── NotFiniteError            exit 1   what was made holds numbers that are not finite
+├── OutOfMemory               exit 1   memory ran out, told with what our parts need of it
 ├── FallbackError             exit 4   `strict=True` and something would have run dense unplanned
 └── LayoutError               exit 1   tokens that do not fit the grid they are said to have
 
@@ -46,6 +48,14 @@ class EnvironmentProblem(DitAccelError):
 
 class KernelUnavailable(EnvironmentProblem):
     """An executor was asked for by name and cannot run this call; the message says why."""
+
+
+class NotFiniteError(DitAccelError):
+    """A run ended in numbers that are not finite."""
+
+
+class OutOfMemory(DitAccelError):
+    """Memory ran out; the message says what was asked for, what our parts need and what to do."""
 
 
 class FallbackError(DitAccelError):

@@ -86,6 +86,17 @@ class Handle:
         for engine in self._engines:
             engine.observer = observer
 
+    def needs(self) -> dict[str, int]:
+        """Bytes that the installed parts want beside the model's own: declared for forwards like the latest, or seen.
+
+        Caches and region sampling declare what they keep of one branch of guidance; of sparse attention it is what it
+        holds between forwards and what it took for a while in a call. Parts that want nothing are left out.
+        """
+        parts = [*self._caches, *(engine.region for engine in self._engines if engine.region is not None)]
+        sparse = sum(engine.planner.bytes_held() + engine.layouts.bytes_held() for engine in self._engines)
+        told = dict(part.needs() for part in parts) | {"sparse attention": sparse + self._tally.bytes_working}
+        return {name: size for name, size in told.items() if size}
+
     def remove(self) -> None:
         """Undo exactly what was installed. Does nothing the second time, or once another handle took over."""
         for part in self._parts():

@@ -53,6 +53,8 @@ class SparseOptions:
     tune: bool = False  # try configurations of the Triton kernel at the first call of each kind
     dense: str = "host"  # planned dense calls: "host", what diffusers runs, or the "fastest" kernel present
     min_tokens: int | None = None  # dense below so many tokens; None: the measured break-even of the device
+    drift_every: int | None = None  # compare some rows with dense attention in one step of so many; none: never
+    drift_limit: float | None = None  # and raise keep where they are further apart than this, relatively
     strict: bool = False  # raise where a call would fall back to dense unplanned
     method_options: Mapping[str, Any] = field(default_factory=dict)  # what the method itself takes
     roles: Mapping[str, Own] = field(default_factory=dict)  # by role: a transformer's own options, or False for dense
@@ -89,6 +91,15 @@ class SparseOptions:
         )
         fits = _is_int(self.predict_every) and self.predict_every >= 1
         _need(fits, "predict_every", self.predict_every, "a whole number from 1")
+        fits = self.drift_every is None or (_is_int(self.drift_every) and self.drift_every >= 1)
+        _need(fits, "drift_every", self.drift_every, "a whole number from 1, or nothing for no drift guard")
+        fits = self.drift_limit is None or (_is_number(self.drift_limit) and self.drift_limit > 0)
+        _need(fits, "drift_limit", self.drift_limit, "a relative error above 0, say 0.2")
+        if (self.drift_every is None) != (self.drift_limit is None):
+            raise UsageError(
+                f"drift_every={self.drift_every!r} and drift_limit={self.drift_limit!r} go together: one says in which "
+                "steps to look, the other how far apart is too far. Give both (say 4 and 0.2), or neither."
+            )
         for name in ("strict", "tune", "share_plans"):
             _need(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.tune and (self.impl not in ("auto", "triton") or self.precision != "full"):

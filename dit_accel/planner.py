@@ -23,6 +23,8 @@ from dit_accel.plan import BlockPlan
 from dit_accel.report import Tally
 from dit_accel.trajectory import Call, StateTable, Trajectory
 
+_EVERY = "every branch"  # stands for the branches that share plans
+
 
 @dataclass
 class KeptPlan:
@@ -87,6 +89,9 @@ class Planner:
         self._memory = StateTable(trajectory)
         self._kept = StateTable(trajectory)
         self._variants: dict[tuple, Method] = {}
+        self._raised: dict[str, float] = {}  # by what factor keep is raised in this run, by `place`
+        self._raised_at: dict[str, int] = {}  # in which step it was last
+        trajectory.on_new_run(self._raise_nothing)
         if self.learns and (options.predict_every > 1 or options.share_plans):
             raise UsageError(
                 f"Method {type(method).__module__.rpartition('.')[2]!r} learns each plan from the call before it: "
@@ -119,7 +124,39 @@ class Planner:
         for rule in self.options.rules:
             if rule.holds(call.noise, call.layer, call.n_layers):
                 values |= rule.values
+        if self._raised:
+            keep = values.get("keep", self.method.keep)
+            if keep is not None:
+                values["keep"] = min(1.0, keep * self._raised.get(self.place(call), 1.0))
         return self._with_values(tuple(values.items()))
+
+    def place(self, call: Call) -> str:
+        """What has a keep of its own: a transformer's branch, or all of them where they share plans."""
+        branch = _EVERY if self.options.share_plans else call.branch
+        return f"{call.role}, {branch or 'branch unknown'}"
+
+    def raise_keep(self, call: Call, factor: float) -> float | None:
+        """Have a call's place keep more for the rest of the run, from plans predicted anew; at most once a step.
+
+        Returns:
+            What this call's keep would be now; None where it was all already, or was raised in this step.
+        """
+        place, keep = self.place(call), self.method_at(call).keep
+        if keep is None or keep >= 1 or self._raised_at.get(place) == call.step:
+            return None
+        self._raised[place] = self._raised.get(place, 1.0) * factor
+        self._raised_at[place] = call.step
+        self._kept.clear()
+        return self.method_at(call).keep
+
+    def _raise_nothing(self) -> None:
+        self._raised.clear()
+        self._raised_at.clear()
+
+    def forget(self, call: Call) -> None:
+        """Let go of what is remembered of one attention: a call of it went wrong, and it is dense from now on."""
+        self._memory.discard(call)
+        self._kept.discard(call)
 
     def plan(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call) -> BlockPlan:
         """The plan of one call. query, key: `[B, S, H, D]`, in the layout's order."""
@@ -157,6 +194,7 @@ class Planner:
         new.tally = copy.deepcopy(self.tally, memo)
         new._memory, new._kept = copy.deepcopy(self._memory, memo), copy.deepcopy(self._kept, memo)
         new._variants = dict(self._variants)
+        new._raised, new._raised_at = {}, {}
         return new
 
     def _kept_for(self, call: Call, query: Tensor) -> KeptPlan | None:
@@ -165,7 +203,7 @@ class Planner:
             return None
         if not share and not self._has_branch(call):
             return None
-        place = replace(call, branch="every branch") if share else call
+        place = replace(call, branch=_EVERY) if share else call
         return self._kept.get(place, tuple(query.shape), KeptPlan)
 
     def _still_good(self, kept: KeptPlan, call: Call) -> bool:

@@ -46,6 +46,8 @@ class Report:
     forwards_per_role: dict[str, dict[str, int]]  # under a step cache, as `forwards`, of each transformer
     # options that transformers have of their own: role -> "sparse", "cache" or "region" -> these, or False: left out
     roles: dict[str, dict[str, Any]]
+    guards: dict[str, int]  # what the guards did, beside the dense calls that they caused
+    drift: dict[str, float]  # with a drift guard: the worst relative error of sparse attention, by role and branch
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -81,6 +83,8 @@ class Report:
             "bytes_region": self.bytes_region,
             "forwards_per_role": {role: dict(forwards) for role, forwards in self.forwards_per_role.items()},
             "roles": {role: dict(parts) for role, parts in self.roles.items()},
+            "guards": dict(self.guards),
+            "drift": dict(self.drift),
         }
 
     @property
@@ -142,8 +146,10 @@ class Report:
             ("computed because", self.computed_reasons),
             ("forwards with", self.regions),
             ("all tokens because", self.whole_reasons),
+            ("guard", self.guards),
         ):
             lines += [f"  {title}: {name} ({count})" for name, count in table.items()]
+        lines += [f"  drift from dense, the worst of {place}: {error:.3g}" for place, error in self.drift.items()]
         lines += [f"  {role} alone: {self._told_of(role)}" for role in self.roles]
         lines.append(f"  cross-attention left alone: {self.cross_attention_calls} calls")
         sizes = self.bytes_held, self.bytes_working, self.bytes_region
@@ -176,6 +182,8 @@ class Tally:
     computed_reasons: Counter[str] = field(default_factory=Counter)
     regions: Counter[str] = field(default_factory=Counter)
     whole_reasons: Counter[str] = field(default_factory=Counter)
+    guards: Counter[str] = field(default_factory=Counter)
+    drift: dict[str, float] = field(default_factory=dict)  # the worst, by role and branch
     # (layer, step, role, pairs of tokens there are in a call) -> pairs that were read, calls
     kept: dict[tuple[int, int, str, int], tuple[Tensor, int]] = field(default_factory=dict)
     forwards_per_role: dict[str, Counter[str]] = field(default_factory=dict)
@@ -225,6 +233,11 @@ class Tally:
         if reason is not None:
             self.whole_reasons[reason] += 1
 
+    def note_drift(self, place: str, error: float) -> None:
+        """Count a look at how far sparse attention is from dense."""
+        self.guards["calls compared with dense attention"] += 1
+        self.drift[place] = max(self.drift.get(place, 0.0), error)
+
     def report(
         self, keep_requested: float | None, bytes_held: int, roles: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Report:
@@ -257,6 +270,8 @@ class Tally:
             keep_per_role=_grouped(kept, 2),
             forwards_per_role={role: dict(forwards) for role, forwards in self.forwards_per_role.items()},
             roles={role: dict(parts) for role, parts in (roles or {}).items()},
+            guards=dict(self.guards),
+            drift=dict(self.drift),
         )
 
     def clear(self) -> None:

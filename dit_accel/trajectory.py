@@ -273,6 +273,11 @@ class StateTable:
             held = self._entries[key] = (shape, init())
         return held[1]
 
+    def discard(self, call: Call) -> None:
+        """Drop the states of one attention, of whichever branch."""
+        for key in [key for key in self._entries if (key[0], key[2]) == (call.role, call.layer)]:
+            del self._entries[key]
+
     def clear(self) -> None:
         self._entries.clear()
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from dit_accel.preset import GenerateOptions
+
+_NOT_FINITE = "the run produced values that are not finite; try --dtype bfloat16 or float32"
 
 
 def run_stock(
@@ -34,11 +36,14 @@ def run_stock(
         uint8 `[F, H, W, 3]`, RGB; one frame for an image.
 
     Raises:
-        DitAccelError: the run produced values that are not finite.
+        NotFiniteError: the run produced values that are not finite.
     """
     import torch
 
     def after_step(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # before decoding, which may clamp what it makes of an infinity; waits for the device, as decoding would
+        if step + 1 == pipe.num_timesteps and not torch.isfinite(kwargs["latents"]).all():
+            raise NotFiniteError(_NOT_FINITE)
         if callback is not None:
             callback(step + 1)
         return kwargs
@@ -62,6 +67,6 @@ def run_stock(
         raise
     frames = np.asarray(made[0])  # [F, H, W, 3] or [H, W, 3], 0..1
     if not np.isfinite(frames).all():
-        raise DitAccelError("the run produced values that are not finite; try --dtype bfloat16 or float32")
+        raise NotFiniteError(_NOT_FINITE)
     frames = np.rint(frames * 255).astype(np.uint8)
     return frames if frames.ndim == 4 else frames[None]

@@ -72,7 +72,7 @@ def generate(
 
     Raises:
         UsageError: a size that the model cannot make, more than one frame, or a second guidance.
-        DitAccelError: the run produced values that are not finite.
+        NotFiniteError: the run produced values that are not finite.
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     refuse_second_guidance(options)

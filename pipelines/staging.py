@@ -22,7 +22,8 @@ class Stage:
     ```
 
     If the block ends well, all get their names, in the order in which they were added; an interrupt (Ctrl-C) waits
-    until they have. If it does not, they are removed, and what had those names before stays.
+    until they have. If it does not, they are removed, and with them folders made for them; what had those names before
+    stays.
 
     Raises:
         EnvironmentProblem: a file cannot be written.
@@ -30,10 +31,13 @@ class Stage:
 
     def __init__(self) -> None:
         self._names: dict[Path, Path] = {}  # temporary -> its own
+        self._folders: list[Path] = []  # made here, outer ones first
 
     def add(self, path: Path) -> Path:
         """The temporary name under which to write a file. Its folder is made."""
         part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+        missing = [folder for folder in path.parents if not folder.exists()]
+        self._folders += reversed(missing)  # noted first, so that an interrupt leaves none
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._names[part] = path
@@ -59,6 +63,9 @@ class Stage:
             finally:
                 for part in self._names:
                     part.unlink(missing_ok=True)
+                for folder in reversed(self._folders):
+                    with contextlib.suppress(OSError):  # it holds something by now, as it should
+                        folder.rmdir()
 
 
 @contextlib.contextmanager

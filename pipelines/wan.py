@@ -100,7 +100,7 @@ def generate(
 
     Raises:
         UsageError: a size or frame count that the model cannot make; the message names the nearest.
-        DitAccelError: the run produced values that are not finite.
+        NotFiniteError: the run produced values that are not finite.
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     if pipe.config.boundary_ratio is None:

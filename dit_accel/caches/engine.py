@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ class CacheEngine:
         self._module = weakref.ref(transformer)
         self._names = tuple(inspect.signature(inspect.unwrap(type(transformer).forward)).parameters)[1:]
         self._shared: tuple[int, bool] | None = None  # what the first branch of a step decided
+        # of the forward seen last, as `declare` takes it
+        self._size: tuple[tuple[int, ...], int, int, int] | None = None
         self._listener: Listener | None = None
         self._removers: list[Callable[[], None]] = []  # the root's first
         hooked = self._boundary.hooks(transformer)
@@ -175,7 +178,9 @@ class CacheEngine:
             facts = self.adapter.read(self._module(), given)
             context = Context() if self._listener is None else self._listener.context()
             self.call = self.trajectory.enter(self.role, facts, context, 0)
-        self.given = given
+        self.given, hidden = given, given["hidden_states"]
+        kinds = Counter({name: len(hidden) * (end - first) for name, first, end in self.call.segments})
+        self._size = tuple(hidden.shape), kinds["video"], kinds["text"] + kinds["pad"], hidden.element_size()
         return self.call
 
     # -- deciding and keeping
@@ -333,6 +338,11 @@ class CacheEngine:
         }
         own = {kind: self._boundary.bytes_of(kind, tokens, text, itemsize) for kind in kept}
         return sum(count * (sizes[kind] if own[kind] is None else own[kind]) for kind, count in kept.items())
+
+    def needs(self) -> tuple[str, int]:
+        """What this is called, and the bytes it declares for each branch of forwards like the last; 0 without one."""
+        size = 0 if self._size is None or isinstance(self.cache, Off) else self.declare(*self._size)
+        return f"step cache {self.cache.name!r} of {self.role}, for each branch", size
 
     def __repr__(self) -> str:
         return f"CacheEngine({self.role}, {self.cache!r}, {self.memory!r})"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,12 @@ from dit_accel import accelerate
 from dit_accel.cli.making import announce, load, open_record, picture_for, timed
 from dit_accel.cli.request import Clip, Request, dense_name
 from dit_accel.cli.terminal import remark
+from dit_accel.errors import FallbackError, NotFiniteError
+from dit_accel.guards.memory import explain, is_out_of_memory
 from dit_accel.pipelines.staging import Stage
 from dit_accel.pipelines.video import stage_clip
+
+MADE_AGAIN = "the clip was not finite and was made again without anything of dit_accel, from the same seed"
 
 
 def run(
@@ -78,25 +85,81 @@ def _make(
 ) -> _Made:
     clip: dict[str, Any] = {"prompt": asked.prompt, "seed": asked.seed}
     report = None
+
+    def dense() -> tuple[np.ndarray, float]:
+        with told_of_memory(request):
+            return timed(pipe, request, asked, picture, f"{title}dense", quiet)
+
     if request.preset.is_stock:
-        frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}dense", quiet)
+        frames, clip["seconds"] = dense()
     else:
-        # One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
-        with accelerate(pipe, request.preset) as handle:
-            frames, clip["seconds"] = timed(pipe, request, asked, picture, f"{title}fast", quiet)
-            report = handle.report()
+        frames, clip["seconds"], report = _make_fast(pipe, request, asked, picture, f"{title}fast", quiet)
+        if frames is None:
+            clip["retry"] = {"reason": MADE_AGAIN, "seconds": clip["seconds"]}
+            remark(f"WARNING: {MADE_AGAIN}")
+            frames, clip["seconds"] = _make_again(dense)
         clip["report"] = report.to_dict()
-    dense = None
-    if compare_dense:
+    twin = None
+    if compare_dense and "retry" not in clip:
         # Second on purpose: what a first run pays for warming up counts against the fast path, not for it.
-        dense, seconds = timed(pipe, request, asked, picture, f"{title}dense", quiet)
+        twin, seconds = dense()
         clip["dense"] = {
             "seconds": seconds,
             "time_ratio": round(seconds / clip["seconds"], 3),
-            "psnr_db": _psnr(frames, dense),
+            "psnr_db": _psnr(frames, twin),
         }
     clip["frames"] = list(frames.shape)
-    return _Made(frames, dense, report, clip)
+    return _Made(frames, twin, report, clip)
+
+
+def _make_fast(
+    pipe: Any, request: Request, asked: Clip, picture: Any, title: str, quiet: bool
+) -> tuple[np.ndarray | None, float, Any]:
+    """Frames, or None if they are not finite; the seconds they took; and the report.
+
+    One handle a clip: its report speaks of this clip alone, and the pipeline is stock again after it.
+    """
+    with accelerate(pipe, request.preset) as handle, told_of_memory(request, handle):
+        began = time.perf_counter()
+        try:
+            frames, seconds = timed(pipe, request, asked, picture, title, quiet)
+            return frames, seconds, handle.report()
+        except NotFiniteError as error:
+            if request.preset.sparse is not None and request.preset.sparse.strict:
+                raise FallbackError(
+                    f"strict=True, and the clip would be made again without anything of dit_accel: {error}"
+                ) from None
+            report = handle.report()
+            report = dataclasses.replace(report, guards={**report.guards, MADE_AGAIN: 1})
+            return None, round(time.perf_counter() - began, 3), report
+
+
+def _make_again(dense: Callable[[], tuple[np.ndarray, float]]) -> tuple[np.ndarray, float]:
+    try:
+        return dense()
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"{error}. Made again without anything of dit_accel it was the same: the model or its input is at fault."
+        ) from None
+
+
+@contextlib.contextmanager
+def told_of_memory(request: Request, handle: Any = None) -> Iterator[None]:
+    """If memory runs out, say in one line for what, and what to do.
+
+    Raises:
+        OutOfMemory: then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        preset, ways = request.preset, ["--offload model", "fewer frames", "a smaller size"]
+        if handle is not None:
+            ways += ["--set cache.store_device=cpu"] * (preset.cache is not None)
+            ways += ["--set region.keys=drop"] * (preset.region is not None)
+        raise explain(error, {} if handle is None else handle.needs(), f"Try {', '.join(ways)}.") from error
 
 
 def _keep(made: _Made, request: Request, asked: Clip, record: dict[str, Any], metadata: bool) -> None:
@@ -117,6 +180,8 @@ def _keep(made: _Made, request: Request, asked: Clip, record: dict[str, Any], me
 def bargain(clip: dict[str, Any], report: Any, preset: str) -> str:
     """The closing line: time, against dense if that was measured, what ran sparse, and what fell back."""
     line = f"{clip['seconds']:.1f} s"
+    if "retry" in clip:
+        return f"{line} · dense, after {clip['retry']['seconds']:.1f} s in vain: {clip['retry']['reason']}"
     if "dense" in clip:
         dense = clip["dense"]
         psnr = "identical" if dense["psnr_db"] is None else f"PSNR {dense['psnr_db']:.1f} dB"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import UsageError
+from dit_accel.guards import Attended
 from dit_accel.methods import method_class, method_names
 from dit_accel.planner import KeptPlan
 from dit_accel.region.active import repeat_rows
@@ -84,11 +85,13 @@ class BlockAttention:
         if text:
             of_text = torch.arange(layout.n_blocks, device=query.device)[layout.text_blocks].expand(len(blocks), -1)
             blocks = torch.cat((of_text, blocks) if layout.text_first else (blocks, of_text), 1)
-        plan = take_query_blocks(self._plan(now, here, query, key, layout), blocks, query.shape[1])
         held = key.numel() * key.element_size()  # the queries that are planned with
-        out, title, read, present = engine.attending.attend_by(plan, query, key, value, call, here, layout, held)
-        engine.tally.note_sparse(here, title, read, present)
-        return out
+
+        def compute() -> Attended:
+            plan = take_query_blocks(self._plan(now, here, query, key, layout), blocks, query.shape[1])
+            return Attended(*engine.attending.attend_by(plan, query, key, value, call, here, layout, held))
+
+        return engine.attending.attend_guarded(compute, seat, query, key, value, call, here)
 
     def _plan(self, now: Forward, here: Call, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockPlan:
         """A plan of all query blocks, of which those without an active query are of no matter."""

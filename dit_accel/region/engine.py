@@ -97,6 +97,7 @@ class RegionEngine:
         self._first_layer = engine.n_layers - (self.region.layers or engine.n_layers)
         self._by_blocks = BlockAttention(engine, sampler) if self.region.unit == "block" else None
         self._kept: dict[str, Kept] = {}
+        self._size: tuple[int, int, int, int] | None = None  # of the forward seen last, as `declare` takes it
         self._forward: Forward | None = None
         # behind the hook that brings tokens back into the model's order, if there is one
         self._handle: Any = transformer.proj_out.register_forward_hook(self._leave_tokens)
@@ -138,6 +139,11 @@ class RegionEngine:
         heads = parallel.heads_here(transformer, config.num_attention_heads)
         return velocity + 2 * keys * rows * heads * config.attention_head_dim * itemsize
 
+    def needs(self) -> tuple[str, int]:
+        """What this is called, and the bytes it declares for each branch of forwards like the last; 0 without one."""
+        size = 0 if self._size is None else self.declare(*self._size)
+        return f"region sampling of {self._engine().role}, for each branch", size
+
     # -- around one forward
 
     def enter(self, call: Call, facts: Facts, given: dict[str, Any]) -> ActiveTokens | None:
@@ -148,6 +154,7 @@ class RegionEngine:
         """
         self.sampler.follow_scheduler()
         hidden, tokens = given["hidden_states"], math.prod(facts.grid)
+        self._size = len(hidden), tokens, facts.text, hidden.element_size()
         first = facts.text if facts.text_first else 0
         reason = self._why_never(call, facts, given)
         kept = None
@@ -198,7 +205,7 @@ class RegionEngine:
             if kept_here:
                 key, value = self._update(now, seat.layer, key, value)
             if linear:
-                return engine.attending.attend_linearly(query, key, value, now.call.at(seat.layer))
+                return engine.attending.attend_linearly(query, key, value, call, now.call.at(seat.layer), seat)
             if self._by_blocks is not None and kept_here:
                 out = self._by_blocks.attend(now, seat, query, key, value, call, first_head)
                 if out is not None:

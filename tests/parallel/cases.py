@@ -27,6 +27,7 @@ import dit_accel
 from dit_accel import SparseProcessor
 from dit_accel.adapters import parallel as exchange
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import block_sparse as kernels
 from dit_accel.methods import load_method, sla
 from dit_accel.methods.parts.budget import choose_blocks
 from dit_accel.methods.parts.plans import plan_of
@@ -265,6 +266,27 @@ def run_region_with_text(parallel: bool) -> dict[str, Any]:
     return {"out": out, "report": handle.report().to_dict()}
 
 
+def run_faulty(parallel: bool) -> dict[str, Any]:
+    """All is read, and the last process's kernel gives no numbers in its first call; two forwards of one run."""
+    transformer, inputs = wan()
+    rank = WORLD - 1
+    if parallel:
+        split(transformer)
+        rank = torch.distributed.get_rank()
+    processor, execute, left = sparse(transformer, keep=1.0, strict=False), kernels.block_sparse, [rank]
+
+    def spoil(*args: Any, **known: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = execute(*args, **known)
+        if left[0]:
+            left[0] = 0
+            out[..., 0] = torch.nan
+        return out, lse
+
+    with patch.object(kernels, "block_sparse", spoil):
+        outs = [forward(transformer, inputs) for _ in range(2)]
+    return {"outs": outs, "fallbacks": processor.report.fallbacks, "sparse": processor.report.sparse_calls}
+
+
 def run_agreed(parallel: bool) -> dict[str, Any]:
     """What processes say that differ."""
     transformer, _ = wan()
@@ -355,6 +377,7 @@ CASES: dict[str, Case] = {
     **{f"region by {name}": partial(run_region, **given) for name, given in REGIONS.items()},
     "region, tokens that two cannot share": partial(run_region, region=UNEVEN),
     "region, text among the tokens": run_region_with_text,
+    "one is faulty": run_faulty,
     "agreed": run_agreed,
     "processors set anew": run_set_anew,
 }

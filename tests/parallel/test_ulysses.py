@@ -15,6 +15,7 @@ from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from dit_accel.adapters import parallel
+from dit_accel.guards import NOT_FINITE
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -148,6 +149,17 @@ def test_where_it_is_not_exact_it_is_dense_with_a_reason(of_two: Results, name: 
             assert result["report"]["fallbacks"] == {reason: layers} and not result["report"]["token_order"]
             assert result["report"]["self_attention_calls"] == {"sparse": 0, "linear": 0, "dense": layers}
         assert result["error"].startswith("FallbackError: strict=True") and reason in result["error"]
+
+
+def test_where_one_process_is_at_fault_it_alone_is_dense(of_two: Results) -> None:
+    """It decides about its own heads, behind the exchange, so that the other never waits for it in vain."""
+    one, true = cases.run_faulty(False), stock(cases.wan)
+    first, second = of_two("one is faulty")
+    for result in (one, first, second):
+        for out in result["outs"]:
+            close(out, true)
+    assert not first["fallbacks"] and first["sparse"] == 4
+    assert one["fallbacks"] == second["fallbacks"] == {NOT_FINITE: 2} and one["sparse"] == second["sparse"] == 2
 
 
 @pytest.mark.parametrize("name", cases.REGIONS)

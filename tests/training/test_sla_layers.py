@@ -110,7 +110,7 @@ def test_gradients_are_those_of_sums_over_tokens(monkeypatch):
     layers = iter(range(2))
     attending = trainable._engine.attending
 
-    def naive(query, key, value, call, now, laid):
+    def naive(query, key, value, call, now, laid, seat):
         plan, _ = plans[next(layers)]
         return Naive(trainable.layers.by_number[str(now.layer)], plan)(query, key, value)
 
