@@ -304,16 +304,8 @@ def show(found: dict[str, Any]) -> None:
 
 
 def show_guided(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    first = next(iter(found.values()))
-    table = Table("way", "overall", title="the same of the guided velocity", title_justify="left")
-    for sigma, _ in first.error.levels:
-        table.add_column(f"{sigma:.3f}", justify="right")
-    for name, each in found.items():
-        guided = each.error.guided
-        table.add_row(name, f"{guided.overall:.3g}", *(f"{error:.3g}" for _, error in guided.levels))
-    tables().print(table)
+    rows = [(name, [], each.error.guided) for name, each in found.items()]
+    show_errors("the same of the guided velocity", ("way",), rows)
 
 
 # -- shared

@@ -38,6 +38,7 @@ def run(script, monkeypatch, capsys, one_thread):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["finetune_sla.py", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "150")  # tables break their heads where a terminal is narrow
         try:
             code = script.main()
         except SystemExit as end:
