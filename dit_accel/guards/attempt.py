@@ -87,8 +87,6 @@ class Guards:
             What came out; or why the call is to be dense.
         """
         query = qkv[0]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
-            return compute()  # training, where nothing is put right behind the optimiser's back
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             tally.guards[CAPTURED] += 1  # nothing may wait for the device, and replays come past here no more
             return compute()

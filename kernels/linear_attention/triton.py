@@ -36,7 +36,7 @@ class Config:
 # Of 16-bit types, by kernel and whether a head has 128 numbers; smaller heads are as those of 64.
 FASTEST = {
     ("states", False): Config(64, 4, 3),
-    ("states", True): Config(128, 8, 2),
+    ("states", True): Config(32, 4, 3),
     ("read", False): Config(64, 4, 1),
     ("read", True): Config(32, 4, 1, steps=4),
     ("read_backward", False): Config(32, 4, 2),

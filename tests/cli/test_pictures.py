@@ -59,7 +59,7 @@ def test_images_of_several_prompts_and_seeds(cli: Callable, flux_folder: Path, t
     for clip, (frames, _, comment) in zip(record["clips"], images, strict=True):
         assert clip["frames"] == [1, 64, 96, 3] and frames.shape == (1, 64, 96, 3)
         # two steps of one dual and two single blocks, one branch
-        assert clip["report"]["self_attention_calls"] == {"sparse": 6, "dense": 0}
+        assert clip["report"]["self_attention_calls"] == {"sparse": 6, "linear": 0, "dense": 0}
         assert clip["report"]["fallbacks"] == {} and clip["dense"]["psnr_db"] > 5
         inside = json.loads(comment)
         assert (inside["prompt"], inside["seed"]) == (clip["prompt"], clip["seed"])
@@ -85,7 +85,7 @@ def test_the_shipped_image_model(cli: Callable, tmp_path: Path) -> None:
     assert fast.shape == dense.shape == (1, 256, 256, 3) and not np.array_equal(fast, dense)
     (clip,) = json.loads((tmp_path / "run.json").read_text())["clips"]
     # one step of five layers each, both branches of guidance in one batch
-    assert clip["report"]["self_attention_calls"] == {"sparse": 5, "dense": 5}
+    assert clip["report"]["self_attention_calls"] == {"sparse": 5, "linear": 0, "dense": 5}
     assert 0.3 < clip["report"]["keep"]["achieved"] < 0.5 and clip["report"]["fallbacks"] == {}
 
 
@@ -99,7 +99,7 @@ def test_a_video_from_a_picture(cli: Callable, wan22_i2v_folder: Path, first: Pa
     (clip,) = record["clips"]
     assert clip["frames"] == [5, 48, 64, 3]
     # 2 steps x 2 branches x 4 layers, of which the preset keeps the first two dense
-    assert clip["report"]["self_attention_calls"] == {"sparse": 8, "dense": 8}
+    assert clip["report"]["self_attention_calls"] == {"sparse": 8, "linear": 0, "dense": 8}
     assert clip["report"]["fallbacks"] == {}
     assert len(clip["files"]) == 5 and clip["files"][0] == "a-0001.png"
 
