@@ -1,5 +1,6 @@
 """Law 7: the fast path's peak memory is the dense path's, plus what the report declares, plus 2 %."""
 
+import pytest
 import torch
 
 import dit_accel
@@ -28,3 +29,17 @@ def test_peak_memory(model, method):
 
 def test_peak_memory_sees_a_mask():
     assert peak_bytes(lambda: torch.zeros(1000, 1000, dtype=torch.bool))[1] >= 1_000_000
+
+
+@pytest.mark.parametrize("under_the_meter", [False, True])
+def test_what_others_leave_behind_makes_no_room(under_the_meter):
+    kept = []
+
+    def run():
+        kept[:] = [torch.zeros(1000, 1000)]  # the former one is freed after this one is there
+
+    peak_bytes(run) if under_the_meter else run()
+    cycle = [torch.zeros(500, 500)]
+    cycle.append(cycle)
+    del cycle
+    assert peak_bytes(run) == (4_000_000, 4_000_000)
