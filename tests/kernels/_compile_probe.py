@@ -28,6 +28,7 @@ from dit_accel.kernels.compaction import triton as compaction
 from dit_accel.kernels.counting import triton as counting
 from dit_accel.kernels.inversion import triton as inversion
 from dit_accel.kernels.kmeans import triton as kmeans
+from dit_accel.kernels.linear_attention import backward_kernels, forward_kernels
 from dit_accel.kernels.linear_attention import triton as linear
 from dit_accel.kernels.pooling import triton as pooling
 from dit_accel.kernels.quantize import MODES
@@ -270,11 +271,12 @@ def compile_kmeans(capability):
 
 def compile_linear(capability: int) -> Iterator[dict]:
     """Linear attention forward and backward, in the forms that a model launches."""
+    backs = backward_kernels
     kernels = {
-        "states": (linear.states_kernel, linear.STATES_UNSPECIALIZED, {"STEPS": 2}),
-        "read": (linear.read_kernel, linear.READ_UNSPECIALIZED, {"STEPS": 2}),
-        "read_backward": (linear.read_backward_kernel, linear.READ_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
-        "states_backward": (linear.states_backward_kernel, linear.STATES_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
+        "states": (forward_kernels.states_kernel, forward_kernels.STATES_UNSPECIALIZED, {"STEPS": 2}),
+        "read": (forward_kernels.read_kernel, forward_kernels.READ_UNSPECIALIZED, {"STEPS": 2}),
+        "read_backward": (backs.read_backward_kernel, backs.READ_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
+        "states_backward": (backs.states_backward_kernel, backs.STATES_BACKWARD_UNSPECIALIZED, {"STEPS": 2}),
     }
     forms = [(64, torch.bfloat16, "softmax"), (128, torch.bfloat16, "softmax")]
     forms += [(128, torch.float16, "elu"), (128, torch.float32, "softmax")]
