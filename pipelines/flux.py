@@ -77,5 +77,13 @@ def generate(
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
     refuse_branches(options)
-    text = _TEXT if pipe.transformer.config.guidance_embeds else _TEXT_OF_SCHNELL
-    return run_stock(pipe, options, prompt, seed=seed, callback=callback, max_sequence_length=text)
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, max_sequence_length=text_tokens(pipe))
+
+
+def text_tokens(pipe: Any) -> int:
+    """Tokens that a prompt is padded to: 512, of schnell 256, or fewer for a model made for fewer.
+
+    Padding is read like words, so a small model is given what it was trained with, which its tokenizer says.
+    """
+    most = _TEXT if pipe.transformer.config.guidance_embeds else _TEXT_OF_SCHNELL
+    return min(most, pipe.tokenizer_2.model_max_length)

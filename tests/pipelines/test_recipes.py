@@ -57,10 +57,18 @@ def sd3_of_short_prompts() -> Any:
     return pipe
 
 
+def flux_of_short_prompts() -> Any:
+    """As tiny-flux."""
+    pipe = testing.tiny_flux_with_text(guidance_embeds=True)
+    pipe.tokenizer_2.model_max_length = 24
+    return pipe
+
+
 NEGATIVE = {"negative_prompt": ""}
 CASES = {
     "flux dev": Case("flux", lambda: testing.tiny_flux_with_text(guidance_embeds=True), IMAGE, {}),
     "flux schnell": Case("flux", testing.tiny_flux_with_text, IMAGE, {"max_sequence_length": 256}),
+    "flux of short prompts": Case("flux", flux_of_short_prompts, IMAGE, {"max_sequence_length": 24}),
     "sd3.5": Case("sd3", testing.tiny_sd3_with_text, IMAGE, NEGATIVE),
     "sd3.5 without T5": Case("sd3", lambda: testing.tiny_sd3_with_text(t5=False), IMAGE, NEGATIVE),
     "sd3 of short prompts": Case(
