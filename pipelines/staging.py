@@ -51,14 +51,14 @@ class Stage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        first = next(iter(self._names.values()), Path())
         with interrupts_held():
             try:
-                with _explained(first):
-                    if isinstance(error, OSError):
+                if isinstance(error, OSError):
+                    with _explained(self._meant(error)):
                         raise error
-                    if error is None:
-                        for part, path in self._names.items():
+                if error is None:
+                    for part, path in self._names.items():
+                        with _explained(path):
                             os.replace(part, path)
             finally:
                 for part in self._names:
@@ -66,6 +66,12 @@ class Stage:
                 for folder in reversed(self._folders):
                     with contextlib.suppress(OSError):  # it holds something by now, as it should
                         folder.rmdir()
+
+
+    def _meant(self, error: OSError) -> Path:
+        """The file that could not be written: the one the error names, else the last that was begun."""
+        named = self._names.get(Path(error.filename)) if isinstance(error.filename, (str, Path)) else None
+        return named or next(reversed(self._names.values()), Path())
 
 
 @contextlib.contextmanager

@@ -158,7 +158,8 @@ def build(
     if strict:
         if chosen.sparse is None:
             raise UsageError(
-                f"--strict: preset {chosen.name!r} is dense, so nothing could fall back; leave it out"
+                f"--strict: preset {chosen.name!r} asks for no sparse attention, so nothing could fall back; "
+                "leave it out"
             )
         chosen = chosen.with_values({"sparse.strict": True}, "cli")
     prompts = read_prompts(prompt, prompts_file)

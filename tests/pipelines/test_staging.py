@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -52,6 +53,20 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"cannot write .*folder\.txt"), Stage() as stage:
         stage.write_text(tmp_path / "folder.txt", "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.txt"]
+
+
+def test_the_file_at_fault_is_named_among_several(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*b\.txt: No space"), Stage() as stage:
+        stage.write_text(tmp_path / "a.txt", "new")
+        stage.add(tmp_path / "b.txt")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*a\.txt: No such"), Stage() as stage:
+        stage.add(tmp_path / "a.txt").open()
+        stage.add(tmp_path / "b.txt")
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*a\.txt: No such"), Stage() as stage:
+        stage.add(tmp_path / "a.txt")  # never written, so that it cannot be given its name
+        stage.write_text(tmp_path / "b.txt", "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
