@@ -81,7 +81,12 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [Case(name, told, variant) for name in PIPELINES for told in read(name)["cases"] for variant in told["variants"]]
+    return [
+        Case(name, told, variant)
+        for name in PIPELINES
+        for told in read(name)["cases"]
+        for variant in told["variants"]
+    ]
 
 
 def solve(rows: list[list[float]], measured: list[float]) -> np.ndarray:
@@ -173,6 +178,8 @@ def _fit_sparse(sparse: list[Case], rates: Mapping[str, float]) -> dict[str, flo
         plan_rows.append([1.0, work.batch * work.heads * call.blocks**2 * 1e-6])
         plans.append((case.predict / calls(case), fetch))
     once, *slopes = solve(rows, measured)
+    if once < 0:  # without small images among them the cases do not tell it
+        once, slopes = 0.0, list(solve([row[1:] for row in rows], measured))
     told = {f"sparse_tflops_{head}": 1 / float(slope) for head, slope in zip(heads, slopes, strict=True)}
     if 64 not in heads:  # the same part of the dense rate as with heads of 128
         part = told["sparse_tflops_128"] / rates["attention_tflops_128"]
@@ -228,7 +235,7 @@ def region_cases(records: Collection[str] = REGIONS) -> list[RegionCase]:
 
 
 def _fit_region(gpu: Gpu, without: Collection[str]) -> dict[str, float]:
-    """Passes that putting keys and values among the kept ones takes, and the host's time where it is what is waited for."""
+    """Passes that putting keys and values among the kept ones takes, and the host's time where a GPU waits for it."""
     dense = [case for case in region_cases([REGION_FIT]) if not case.by_blocks and case.case not in without]
     none = replace(gpu, rates={**gpu.rates, "region_passes": 0.0, "region_host_ms_a_layer": 0.0})
     if not dense:
@@ -246,7 +253,7 @@ def _fit_region(gpu: Gpu, without: Collection[str]) -> dict[str, float]:
 
 
 def errors(gpu: Gpu, case: Case, dense: Case | None) -> dict[str, float]:
-    """Relative errors of an estimate: forward and share of attention of the model as built, gain over dense as scaled."""
+    """Relative errors of an estimate: forward and attention's share of the model as built, gain over dense as scaled."""
     told = case.told
     mine = forward_times(case.built, gpu, case.layers(case.built))
     found = {

@@ -21,17 +21,19 @@ def sparse_call(
     Text is read by every query, and reads everything.
 
     Args:
-        keep: of the visual key blocks; None: the method says none.
+        keep: of the visual key blocks; None: neither the method nor the caller says it.
         text: tokens of it in self-attention, padding left out.
 
     Raises:
         UsageError: a method whose share is not known before a run.
     """
-    if keep is None:
+    if keep is None or not 0 < keep <= 1:
+        if keep is not None:
+            raise UsageError(f"--keep {keep:g}: a share above 0 and up to 1")
         raise UsageError(
-            f"what method {options.method!r} keeps is not known before a run; say what to reckon with: --set keep=0.3"
+            f"what method {options.method!r} keeps is not known before a run; say what to reckon with: --keep 0.3"
         )
-    method = load_method(options.method, keep=keep, top_p=options.top_p, **options.method_options)
+    method = load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)
     arrangement = arrange(method, options)
     video = math.prod(grid)
     if arrangement.order == "tiles":
