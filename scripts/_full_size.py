@@ -1,7 +1,7 @@
 """Transformers in the sizes that are published, to be built with random weights: for timing, never for quality.
 
-Their configurations are those of `dit_accel.estimate`. Weights are drawn on the device in the dtype they run in, without a
-copy in main memory, so that a model needs there what it needs in a pipeline.
+Their configurations are those of `dit_accel.estimate`. Weights are drawn on the device in the dtype they run in,
+without a copy in main memory, so that a model needs there what it needs in a pipeline.
 """
 
 from __future__ import annotations

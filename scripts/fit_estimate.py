@@ -3,8 +3,9 @@
     python scripts/fit_estimate.py              # says the rates and how far the estimate is from every case
     python scripts/fit_estimate.py --write      # and writes the rates
 
-Each rate is the least-squares fit of relative errors over the cases that it names. `--without CASE` leaves a case out of the
-fit; the table says for each case how far it is off when it took no part ("left out").
+Each rate is the least-squares fit of relative errors over the records that the data file names with it. The table says
+for each case how far the estimate is off, and how far when the case took no part in the fit ("left out"). The peak of
+memory is counted, not fitted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dit_accel.estimate.count import Work, count_forward
 from dit_accel.estimate.full_size import DEPTHS
 from dit_accel.estimate.gpus import DATA, MEASURED, Gpu, find_gpu, nearest_head
 from dit_accel.estimate.keeping import sparse_call
+from dit_accel.estimate.memory import activation_bytes
 from dit_accel.estimate.timing import BYTES, Sparse, forward_times, other_work, region_times
 from dit_accel.options import SparseOptions
 from dit_accel.region.options import load_region
@@ -100,7 +102,7 @@ def fit(gpu: Gpu, without: Collection[str] = ()) -> dict[str, float]:
 
     Args:
         gpu: for its number of multiprocessors.
-        without: names of cases (`wan-14b-720p`) whose records take no part; a case runs in several variants and records.
+        without: names of cases (`wan-14b-720p`) that take no part, in none of their variants and records.
     """
     used = [case for case in cases() if case.case not in without]
     rates: dict[str, float] = _fit_kernels()
@@ -253,12 +255,13 @@ def _fit_region(gpu: Gpu, without: Collection[str]) -> dict[str, float]:
 
 
 def errors(gpu: Gpu, case: Case, dense: Case | None) -> dict[str, float]:
-    """Relative errors of an estimate: forward and attention's share of the model as built, gain over dense as scaled."""
+    """Relative errors: of the forward and attention's share of the model as built, of the gain as it was scaled."""
     told = case.told
     mine = forward_times(case.built, gpu, case.layers(case.built))
     found = {
         "forward": mine.total / (told["seconds"] * 1e3 / told["scaled_by"]) - 1,
         "share": mine.attention_share / told["attention_share"] - 1,
+        "peak": activation_bytes(case.model, case.built) / told["peak_above_bytes"] - 1,
     }
     if dense is not None:
         whole = forward_times(case.whole, gpu, case.layers(case.whole))

@@ -166,7 +166,8 @@ def _verdicts(told: Estimate) -> Iterable[str]:
     if told.break_even_tokens is None and told.keep is not None:
         yield "break-even: in this shape a sparse forward gains 5 % at no size up to three times these sides"
     elif told.break_even_tokens:
-        yield f"break-even: below about {told.break_even_tokens:,} tokens in this shape a sparse forward gains less than 5 %"
+        fewer = f"{told.break_even_tokens:,} tokens in this shape"
+        yield f"break-even: below about {fewer} a sparse forward gains less than 5 %"
 
 
 def _ms(value: float) -> str:

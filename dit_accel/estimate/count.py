@@ -1,8 +1,8 @@
 """Count: what one forward of a transformer computes and moves, part by part, from its configuration alone.
 
-Matrix products are counted exactly: a multiplication and an addition are two operations, biases are left out. What lies
-between them (norms, modulation, rotary positions, activations, residuals) is counted in bytes, as passes over the tokens:
-each operation of the stock code reads and writes whole tensors, in the dtypes that it has there.
+Matrix products are counted exactly: a multiplication and an addition are two operations, biases are left out. What
+lies between them (norms, modulation, rotary positions, activations, residuals) is counted in bytes, as passes over the
+tokens: each operation of the stock code reads and writes whole tensors, in the dtypes that it has there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dit_accel.estimate.architectures import FLUX, HUNYUAN, SD3, WAN, Published
 
 PICTURE_TOKENS = 257  # CLIP's, which Wan 2.1 from a picture attends to
 _TIME = 256  # channels of a noise level's sinusoid
-# Passes over `[tokens, channels]` in the model's dtype of everything in a block that is no product and no attention: each
-# read and each write of such a tensor is one, of a float32 tensor two. Torch's own RMSNorm is one kernel (2 passes);
-# diffusers' own goes through float32 (17), as do rotary positions (28; Wan's 18).
+# Passes over `[tokens, channels]` in the model's dtype of everything in a block that is no product and no attention:
+# each read and each write of such a tensor is one, of a float32 tensor two. Torch's own RMSNorm is one kernel (2
+# passes); diffusers' own goes through float32 (17), as do rotary positions (28; Wan's 18).
 _WAN_PASSES = 125  # three norms in float32 46, three RMSNorms 6, rotary 36, residuals 37; beside the activation
 _FLUX_DOUBLE, _FLUX_SINGLE = 96, 89
 _HUNYUAN_DOUBLE, _HUNYUAN_SINGLE = 126, 125
@@ -38,11 +38,6 @@ class Product:
     @property
     def flops(self) -> int:
         return 2 * self.times * self.rows * self.inner * self.outer
-
-    @property
-    def outputs(self) -> int:
-        """Numbers written, each counted as the two operations that its inner product begins with."""
-        return 2 * self.times * self.rows * self.outer
 
 
 @dataclass(frozen=True)
@@ -73,10 +68,6 @@ class Work:
     @property
     def product_flops(self) -> int:
         return sum(product.flops for product in self.products)
-
-    @property
-    def product_outputs(self) -> int:
-        return sum(product.outputs for product in self.products)
 
     def by_part(self) -> dict[str, int]:
         """Floating-point operations of a dense forward, by part."""

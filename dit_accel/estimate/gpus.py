@@ -1,4 +1,4 @@
-"""GPUs: rates that were measured (gpus.toml, fitted by scripts/fit_estimate.py), and published peaks to scale them by."""
+"""GPUs: rates that were measured (gpus.toml, by scripts/fit_estimate.py), and published peaks to scale them by."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from dit_accel.options import SparseOptions
 from dit_accel.region.options import Region
 
 _FLOAT32 = 4
-# Tensors of `[tokens, channels]` that are alive at a forward's peak, in the model's dtype. FLUX.1 and HunyuanVideo: in a
-# single block, where queries get their positions, beside the feed-forward's 4. Stable Diffusion 3: at the activation.
+# Tensors of `[tokens, channels]` that are alive at a forward's peak, in the model's dtype. FLUX.1 and HunyuanVideo: in
+# a single block, where queries get their positions, beside the feed-forward's 4. Stable Diffusion 3: at the activation.
 _FLUX_ALIVE, _HUNYUAN_ALIVE = 17, 18
 _SD3_ALIVE, _SD3_TEXT_ALIVE = 13, 3
 _WAN_ALIVE, _WAN_RESIDUAL = 4, 11  # at the activation, beside twice the feed-forward; at the last residual in float32
@@ -36,8 +36,8 @@ class Memory:
         return self.weights + self.activations + self.plans + self.cache + self.region
 
 
-def weight_bytes(model: Published, work: Work) -> int:
-    """Of one transformer: its products' matrices and biases. Norms and small tables, under 1 % of them, are left out."""
+def weight_bytes(work: Work) -> int:
+    """Of one transformer: its products' matrices and biases. Norms and small tables, under 1 %, are left out."""
     return BYTES * sum((product.inner + 1) * product.outer * product.times for product in work.products)
 
 

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 from dit_accel.caches import Cache
 from dit_accel.caches.schedule import parse_schedule
-from dit_accel.estimate.architectures import Published
+from dit_accel.estimate.architectures import SD3, WAN, Published
 from dit_accel.options import SparseOptions
 
+_TIMESTEPS = 1000  # of training
 # FLUX.1 dev's shift grows with the image: exp(0.5) at 256 tokens, exp(1.15) at 4,096, along a line in the exponent.
 _SHIFT_TOKENS, _SHIFTS = (256, 4096), (0.5, 1.15)
 
 
 def noise_levels(model: Published, steps: int, flow_shift: float | None, tokens: int) -> list[float]:
-    """The noise level of every step, from 1 down.
+    """The noise level of every step, from 1 down, as each pipeline's own scheduler has them.
 
     Args:
         flow_shift: the preset's; none: the model's own.
@@ -25,7 +26,19 @@ def noise_levels(model: Published, steps: int, flow_shift: float | None, tokens:
     if shift is None:
         slope = (_SHIFTS[1] - _SHIFTS[0]) / (_SHIFT_TOKENS[1] - _SHIFT_TOKENS[0])
         shift = math.exp(_SHIFTS[0] + slope * (tokens - _SHIFT_TOKENS[0]))
-    return [shift * t / (1 + (shift - 1) * t) for t in ((steps - step) / steps for step in range(steps))]
+
+    def shifted(t: float) -> float:
+        return shift * t / (1 + (shift - 1) * t)
+
+    if model.transformer == WAN:  # UniPC begins below 1, and its timesteps are whole numbers
+        return [
+            math.floor(_TIMESTEPS * shifted((1 - 1 / _TIMESTEPS) * (1 - step / steps)) + 1e-6) / _TIMESTEPS
+            for step in range(steps)
+        ]
+    if model.transformer == SD3 and steps > 1:  # its last step is at the noise of one training step, shifted twice
+        last = shifted(1 / _TIMESTEPS)
+        return [shifted(1 - (1 - last) * step / (steps - 1)) for step in range(steps)]
+    return [shifted(1 - step / steps) for step in range(steps)]
 
 
 def layer_keeps(options: SparseOptions, noise: float, n_layers: int) -> list[float | None] | None:
