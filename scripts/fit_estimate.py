@@ -37,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 PIPELINES = ("bench_pipeline_h200.json", "bench_pipeline_flux_h200.json")
 KERNELS = ("bench_kernels_h200.json", "bench_kernels_dense_h200.json")
 REGION_FIT = "bench_region_full_h200.json"
+COUNTED = ("peak", "keep")  # follow from the configuration alone
 REGIONS = (REGION_FIT, "bench_region_flux_1024_h200.json")
 
 
@@ -250,8 +251,8 @@ def _fit_region(gpu: Gpu, without: Collection[str]) -> dict[str, float]:
     passes = float(np.dot(rows, rest) / np.dot(rows, rows))
     # 4,096 tokens by blocks: as long as the whole step is, though half is computed: the GPU waits for the host
     waiting = [case for case in region_cases(REGIONS[1:]) if case.by_blocks and case.case == "flux-1024"]
-    (waiting,) = waiting
-    return {"region_passes": max(0.0, passes), "region_host_ms_a_layer": waiting.ms / waiting.whole.layers}
+    host = [case.ms / case.whole.layers for case in waiting if case.case not in without]
+    return {"region_passes": max(0.0, passes), "region_host_ms_a_layer": host[0] if host else 0.0}
 
 
 def errors(gpu: Gpu, case: Case, dense: Case | None) -> dict[str, float]:
@@ -288,10 +289,13 @@ def table(rated: Callable[[str], Gpu]) -> dict[str, dict[str, float]]:
 
 
 def left_out() -> dict[str, dict[str, float]]:
-    """Errors of every case when it took no part in the fit, nor its other variants."""
+    """Errors of every case when neither it nor its other variants took part in the fit; of what rests on a fit."""
     gpu = find_gpu(MEASURED)
     rated = {name: replace(gpu, rates=fit(gpu, {name})) for name in {case.case for case in cases()}}
-    return table(rated.__getitem__)
+    return {
+        name: {key: error for key, error in found.items() if key not in COUNTED}
+        for name, found in table(rated.__getitem__).items()
+    }
 
 
 def write(rates: Mapping[str, float]) -> None:
@@ -315,8 +319,11 @@ def main() -> int:
     fitted = table(partial(lambda of, _: of, replace(gpu, rates=rates)))
     out = left_out()
     for name, found in fitted.items():
-        cells = (f"{key} {value:+.1%} (left out {out[name][key]:+.1%})" for key, value in found.items())
-        print(f"{name:64}{', '.join(cells)}")
+        cells = (
+            f"{key} {value:+.1%}" + ("" if key in COUNTED else f" (left out {out[name][key]:+.1%})")
+            for key, value in found.items()
+        )
+        print(f"{name:72}{', '.join(cells)}")
     if options.write:
         write(rates)
     return 0

@@ -30,11 +30,9 @@ def noise_levels(model: Published, steps: int, flow_shift: float | None, tokens:
     def shifted(t: float) -> float:
         return shift * t / (1 + (shift - 1) * t)
 
-    if model.transformer == WAN:  # UniPC begins below 1, and its timesteps are whole numbers
-        return [
-            math.floor(_TIMESTEPS * shifted((1 - 1 / _TIMESTEPS) * (1 - step / steps)) + 1e-6) / _TIMESTEPS
-            for step in range(steps)
-        ]
+    if model.transformer == WAN:  # UniPC keeps away from 1, and its timesteps are whole numbers
+        levels = (min(1 - 1e-6, shifted(1 - (1 - 1 / _TIMESTEPS) * step / steps)) for step in range(steps))
+        return [math.floor(_TIMESTEPS * level) / _TIMESTEPS for level in levels]
     if model.transformer == SD3 and steps > 1:  # its last step is at the noise of one training step, shifted twice
         last = shifted(1 / _TIMESTEPS)
         return [shifted(1 - (1 - last) * step / (steps - 1)) for step in range(steps)]

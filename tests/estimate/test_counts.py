@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from dit_accel.estimate.architectures import PUBLISHED, find_architecture
 from dit_accel.estimate.count import Work, count_forward
 from dit_accel.estimate.full_size import CASES
-from dit_accel.estimate.memory import weight_bytes
+from dit_accel.estimate.memory import activation_bytes, weight_bytes
 from dit_accel.estimate.steps import layer_keeps, noise_levels
 from dit_accel.layout import build_layout
 from dit_accel.options import SparseOptions
+from dit_accel.testing import peak_bytes
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["wan-1.3b-480p", "hunyuanvideo-720p", "flux-1024", "sd3.5-large-1024"]
@@ -79,6 +80,32 @@ def test_operations_are_those_of_the_model(building: ModuleType, name: str, grid
     assert work.product_flops == counting.flops["products"] > 0
     assert work.cross_flops + work.attention_flops * work.layers == counting.flops["attention"] > 0
     assert sum(work.by_part().values()) == sum(counting.flops.values())
+
+
+ALIVE = {
+    "wan, wide feed-forward": ("wan-1.3b-480p", dict(attention_head_dim=128, ffn_dim=1536)),
+    "wan, narrow feed-forward": ("wan-1.3b-480p", dict(attention_head_dim=128, ffn_dim=512)),
+    "hunyuan": ("hunyuanvideo-720p", dict(attention_head_dim=128, rope_axes_dim=(16, 56, 56))),
+    "flux": ("flux-1024", dict(attention_head_dim=128, axes_dims_rope=(16, 56, 56))),
+    "sd3": ("sd3.5-large-1024", dict(attention_head_dim=64, num_attention_heads=4, caption_projection_dim=256)),
+}
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_the_peak_of_memory_is_that_of_the_model(building: ModuleType, name: str) -> None:
+    base, config = ALIVE[name]
+    case = CASES[base].made_tiny()
+    case = replace(case, config={**case.config, **config}, text=64)
+    grid = (1, 32, 32) if case.temporal == 1 else (4, 16, 16)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    model = building.build_transformer(case, device, dtype, whole=True)
+    given = building.at_noise(case, building.make_inputs(case, grid, device, dtype), 0.5)
+    with torch.no_grad():
+        peak, _ = peak_bytes(lambda: model(**given))
+    published = replace(PUBLISHED[case.model], config=case.config, text=64)
+    told = activation_bytes(published, count_forward(published, grid, batch=case.batch))
+    print(f"{name}: {told / peak - 1:+.1%}")
+    assert told == pytest.approx(peak, rel=0.03)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
