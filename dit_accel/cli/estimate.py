@@ -12,7 +12,7 @@ from dit_accel.cli import options
 from dit_accel.cli.request import parse_size
 from dit_accel.cli.terminal import remark, tables
 from dit_accel.errors import UsageError
-from dit_accel.estimate import Estimate, Gpu, find_gpu, own_gpu
+from dit_accel.estimate import Estimate, Gpu, find_gpu, gpu_names, own_gpu
 from dit_accel.estimate import estimate as estimate_preset
 from dit_accel.estimate.gpus import MEASURED
 from dit_accel.preset import load_preset
@@ -29,7 +29,7 @@ def estimate(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     gpu: Annotated[
-        str | None, typer.Option(help=f"Its short name (default: {MEASURED}).", show_default=False)
+        str | None, typer.Option(help=f"One of {', '.join(gpu_names())} (default: {MEASURED}).", show_default=False)
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Instead of --gpu: published TFLOP/s, dense, bfloat16.", show_default=False)

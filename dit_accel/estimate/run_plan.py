@@ -12,13 +12,11 @@ from dit_accel.estimate.gpus import Gpu
 from dit_accel.estimate.keeping import sparse_call
 from dit_accel.estimate.steps import layer_keeps, noise_levels
 from dit_accel.estimate.timing import Sparse, Times, dense_ms, forward_times, region_times
-from dit_accel.options import SparseOptions
+from dit_accel.options import BREAK_EVEN_TOKENS, SparseOptions
 from dit_accel.preset import Preset
 from dit_accel.region.options import Region
 from dit_accel.region.steps import count_active, whole_steps
 
-# dense below so many tokens where a preset says no number: as dit_accel.engine has it for a GPU
-LEAST_TOKENS = 8192
 _PAYS = 1.05  # a gain below this is within what estimates are off by
 _MIDDLE = 0.5  # a noise level at which presets are sparse
 _SIDES = [n / 16 for n in (*range(1, 16), *range(16, 49, 2))]  # of the size asked for, to look for the break-even at
@@ -118,7 +116,7 @@ def _layers_of(
 
 
 def least_tokens(options: SparseOptions) -> int:
-    return LEAST_TOKENS if options.min_tokens is None else options.min_tokens
+    return BREAK_EVEN_TOKENS["cuda"] if options.min_tokens is None else options.min_tokens
 
 
 def break_even(

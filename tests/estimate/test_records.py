@@ -7,6 +7,7 @@ settled with these records at hand; test_counts holds it against real models of 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -121,3 +122,27 @@ def test_a_fit_minds_what_was_timed() -> None:
     assert slower["attention_tflops_128"] == pytest.approx(rates["attention_tflops_128"] / 2)
     assert slower["masked_times"] == pytest.approx(rates["masked_times"])
     assert math.isfinite(replace(gpu, rates=rates).rate("masked_times"))
+
+
+def worst(errors: dict[str, dict[str, float]], key: str) -> float:
+    return max(abs(each[key]) for each in errors.values() if key in each)
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ("time of a forward", "forward"),
+        ("attention's share", "share"),
+        ("gain of a sparse forward", "gain"),
+        ("time of a region step", "step"),
+        ("peak above the weights", "peak"),
+        ("keys read", "keep"),
+    ],
+)
+def test_the_document_tells_the_largest_errors(row: str, key: str) -> None:
+    page = (SCRIPTS.parent / "docs" / "estimate.md").read_text(encoding="utf-8")
+    told = re.search(rf"^\| {row} \| ([\d.]+) % \| (?:([\d.]+) %|not fitted) \|", page, re.M)
+    assert told, row
+    for text, errors in ((told[1], found()), (told[2], left_out())):
+        if text is not None:
+            assert abs(float(text) - 100 * worst(errors, key)) <= (0.06 if "." in text else 0.51)
