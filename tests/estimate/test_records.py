@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_a_fit_minds_what_was_timed() -> None:
     assert slower["attention_tflops_128"] == pytest.approx(rates["attention_tflops_128"] / 2)
     assert slower["masked_times"] == pytest.approx(rates["masked_times"])
     assert math.isfinite(replace(gpu, rates=rates).rate("masked_times"))
+
+
+def test_rates_are_written_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = fitting()
+    copy = tmp_path / "gpus.toml"
+    copy.write_text(script.DATA.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(script, "DATA", copy)
+    script.write({"matrix_tflops": 123.456})
+    before = read_data()["rates"]
+    after = tomllib.loads(copy.read_text(encoding="utf-8"))["rates"]
+    assert after["matrix_tflops"] == {**before["matrix_tflops"], "value": 123.46}
+    assert {**after, "matrix_tflops": 0} == {**before, "matrix_tflops": 0}
+    with pytest.raises(SystemExit, match="no_such_rate"):
+        script.write({"no_such_rate": 1.0})
 
 
 def worst(errors: dict[str, dict[str, float]], key: str) -> float:
