@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -25,19 +23,8 @@ from dit_accel.layout import build_layout
 from dit_accel.options import SparseOptions
 from dit_accel.testing import peak_bytes
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["wan-1.3b-480p", "hunyuanvideo-720p", "flux-1024", "sd3.5-large-1024"]
 TEXT = 16
-
-
-@pytest.fixture(scope="module")
-def building() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import _full_size
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return _full_size
 
 
 class Counting(TorchDispatchMode):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +18,6 @@ from dit_accel.estimate.count import count_forward
 from dit_accel.estimate.full_size import CASES
 from dit_accel.estimate.timing import BYTES
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NO_PASS = {
     "_reshape_alias", "_unsafe_view", "addmm", "alias", "as_strided", "bmm", "chunk", "detach", "empty", "empty_like",
     "expand", "mm", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
@@ -63,16 +60,6 @@ class Moving(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor)
             )
         return out
-
-
-@pytest.fixture(scope="module")
-def building() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import _full_size
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return _full_size
 
 
 @pytest.mark.parametrize("name", KINDS)
