@@ -27,7 +27,7 @@ from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
 from dit_accel.methods import Method, Weights
-from dit_accel.options import SparseOptions
+from dit_accel.options import BREAK_EVEN_TOKENS, SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
 from dit_accel.rows import RowGroup, group_rows
@@ -36,13 +36,6 @@ from dit_accel.trajectory import Call, Facts, Trajectory
 
 if TYPE_CHECKING:
     from dit_accel.region.engine import RegionEngine
-
-# Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
-# 64, prediction included), dense over sparse time at keep 0.5 was 0.87 at 1296 tokens, 1.15 at 2448 and 1.73 at
-# 4352. CUDA: an estimate for models of ordinary width, from the launches of a prediction (about 0.2 ms) against dense
-# times on an H100; tiny-wan with its 4 heads of 64 ran 0.89 times as fast at 4352 tokens and 1.10 times at 33792
-# (keep 0.25, tiles, Triton kernel; scripts/results/tiny_wan_quality_*_h200.json).
-BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 _MOMENT = ("call", "layout", "order", "text", "groups", "_dense_reason", "_counted")
 _BLENDED = "blended with a linear layer in training"

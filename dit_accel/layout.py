@@ -16,14 +16,13 @@ and in the order they came in.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dit_accel.arrangement import ORDERS
+from dit_accel.arrangement import ORDERS, tile_parts
 from dit_accel.errors import LayoutError, unknown_name
 
 Grid = tuple[int, int, int]
@@ -203,34 +202,6 @@ def balanced_parts(length: int, parts: int) -> list[int]:
     """
     short, longer = divmod(length, parts)
     return [short + 1] * longer + [short] * (parts - longer)
-
-
-@functools.lru_cache(maxsize=64)
-def tile_parts(grid: Grid, block: int) -> Grid:
-    """Into how many parts to cut each axis so that no tile holds more than `block` tokens.
-
-    Few tiles are good (each costs an executor a whole block), and so are tiles near a cube (a mean over a box
-    of neighbours stands for them better than one over a long run). The product of the number of tiles and the
-    fourth root of the mean tile's longest edge over its shortest is minimised: twice as oblong is worth 19 %
-    more tiles. Ties go to fewer parts in time, then in rows.
-    """
-    frames, rows, columns = grid
-    best: tuple[float, Grid] | None = None
-    for in_time in range(1, frames + 1):
-        deep = math.ceil(frames / in_time)
-        if deep > block:
-            continue
-        for in_rows in range(1, rows + 1):
-            area = deep * math.ceil(rows / in_rows)
-            if area > block:
-                continue
-            in_columns = math.ceil(columns / (block // area))
-            edges = [n / p for n, p in zip(grid, (in_time, in_rows, in_columns), strict=True)]
-            cost = in_time * in_rows * in_columns * (max(edges) / min(edges)) ** 0.25
-            if best is None or cost < best[0] - 1e-9:
-                best = (cost, (in_time, in_rows, in_columns))
-    assert best is not None  # cutting every axis into single tokens always fits
-    return best[1]
 
 
 def _raster(grid: Grid, block: int) -> _Parts:

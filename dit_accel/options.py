@@ -18,6 +18,13 @@ DENSE = ("host", "fastest")
 IMPLS = ("auto", "cpu", "flash4", "flex", "hopper", "reference", "triton")
 PRECISIONS = ("full", "int8_fp8", "fp8", "int8")
 
+# Below so many tokens dense attention is taken to be faster. CPU: measured on two x86 cores in fp32 (4 heads of
+# 64, prediction included), dense over sparse time at keep 0.5 was 0.87 at 1296 tokens, 1.15 at 2448 and 1.73 at
+# 4352. CUDA: an estimate for models of ordinary width, from the launches of a prediction (about 0.2 ms) against dense
+# times on an H100; tiny-wan with its 4 heads of 64 ran 0.89 times as fast at 4352 tokens and 1.10 times at 33792
+# (keep 0.25, tiles, Triton kernel; scripts/results/tiny_wan_quality_*_h200.json).
+BREAK_EVEN_TOKENS = {"cpu": 2048, "cuda": 8192}
+
 
 @dataclass(frozen=True)
 class SparseOptions:

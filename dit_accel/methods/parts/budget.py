@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
+from dit_accel.arrangement import blocks_for
 from dit_accel.kernels.selection import select_blocks
-
-
-def blocks_for(keep: float, n_blocks: int) -> int:
-    """Key blocks that a share stands for: rounded up, at least one."""
-    return max(1, math.ceil(keep * n_blocks - 1e-9))  # 0.1 * 30 is 3.0000000000000004
 
 
 def choose_blocks(
