@@ -77,6 +77,11 @@ class Engine:
         layers = dict(self.adapter.self_attentions(transformer))
         self.n_layers = len(layers)
         self.dense_layers = resolve_layers("dense_layers", options.dense_layers, self.n_layers)
+        if options.dense_first and trajectory.n_steps() is None:
+            raise UsageError(
+                f"dense_first={options.dense_first:g} is a share of a run's steps, and only a pipeline's scheduler "
+                "knows how many there are. Give `accelerate` the pipeline, or use dense_above, a noise level."
+            )
         self.planner = Planner(options, method, trajectory, tally, self.n_layers)
         self.layouts = Layouts(arrange(method, options))
         sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
@@ -296,6 +301,8 @@ class Engine:
             return f"noise level above {options.dense_above:g}", True
         if call.noise < options.dense_below:
             return f"noise level below {options.dense_below:g}", True
+        if options.dense_first and call.step < options.n_dense_first(self.trajectory.n_steps() or 0):
+            return f"one of the first {options.dense_first:.3g} of the steps", True
         tokens, least = call.segments[-1][2], options.min_tokens
         if least is None:
             least = BREAK_EVEN_TOKENS.get(hidden.device.type, max(BREAK_EVEN_TOKENS.values()))

@@ -5,6 +5,7 @@ Importing this module imports no torch, so that presets can be listed and dry ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -48,6 +49,7 @@ class SparseOptions:
     tile: tuple[int, int, int] | None = None  # with order "tiles": frames, rows, columns of a tile, in tokens
     dense_above: float = 1.0  # dense while the noise level (timestep / training timesteps) is above this
     dense_below: float = 0.0  # dense while the noise level is below this
+    dense_first: float = 0.0  # and in this share of a run's steps, the first ones, whatever their noise level
     dense_layers: tuple[int, ...] = ()  # layers that stay dense; negative ones count from the last
     rules: tuple[Rule, ...] = ()  # other values at some noise levels or in some layers; later ones win
     predict_every: int = 1  # predict in one step of so many, carry the plan over in between
@@ -89,6 +91,8 @@ class SparseOptions:
         for name in ("dense_above", "dense_below", "predict_drift"):
             value = getattr(self, name)
             _need(_is_number(value) and 0 <= value <= 1, name, value, "a noise level from 0 to 1")
+        fits = _is_number(self.dense_first) and 0 <= self.dense_first <= 1
+        _need(fits, "dense_first", self.dense_first, "a share of the steps from 0 to 1")
         _need(
             all(map(_is_int, self.dense_layers)), "dense_layers", self.dense_layers, "a list of whole numbers"
         )
@@ -115,6 +119,10 @@ class SparseOptions:
                 "is for impl 'triton' (or 'auto', where that runs) and precision 'full'."
             )
         object.__setattr__(self, "roles", check_roles(self.roles, "sparse", self.for_role))
+
+    def n_dense_first(self, steps: int) -> int:
+        """How many of a run's steps `dense_first` makes dense: its share of them, rounded up."""
+        return math.ceil(self.dense_first * steps - 1e-9)  # 0.1 of 30 is 3, though floats say a little more
 
     def _check_arrangement(self) -> None:
         fits = self.block is None or (_is_int(self.block) and 8 <= self.block <= 128)

@@ -229,7 +229,7 @@ def grid_of(pipe: Any, side: int, frames: int) -> tuple[int, int, int]:
 def dense_part(preset: Preset) -> Options:
     """What stays dense, the same for every method; and no lower bound of tokens."""
     sparse = preset.sparse
-    shared = ("dense_above", "dense_below", "dense_layers")
+    shared = ("dense_above", "dense_below", "dense_first", "dense_layers")
     return {name: getattr(sparse, name) for name in shared} | {"min_tokens": 0}
 
 

@@ -136,7 +136,7 @@ def variants_of(case: FullSize, options: argparse.Namespace, whole: bool) -> lis
     from evaluate_quality import parse_value
 
     changes = {key: parse_value(value) for key, value in (item.split("=", 1) for item in options.set)}
-    always = {"dense_above": 1.0, "dense_below": 0.0, "min_tokens": 0}
+    always = {"dense_above": 1.0, "dense_below": 0.0, "dense_first": 0.0, "min_tokens": 0}
     # of a preset made for a full-size model; a tiny one keeps its size apart from blocks
     small = {"block": 16} if options.tiny else {}
     found = [Variant("dense")]

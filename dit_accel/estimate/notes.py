@@ -45,7 +45,8 @@ def _sparse_notes(options: SparseOptions, plan: RunPlan) -> Iterator[str]:
         least = least_tokens(options)
         few = plan.work.tokens < least
         why = f"{plan.work.tokens:,} tokens are fewer than its min_tokens, {least:,}" if few else (
-            f"at this size every step's noise level is outside {options.dense_below:g} to {options.dense_above:g}"
+            f"each is among the first {options.dense_first:g} of the steps, or its noise level at this size is outside "
+            f"{options.dense_below:g} to {options.dense_above:g}"
         )  # fmt: skip
         yield f"no step is sparse: {why}"
     if options.method != "pooled":

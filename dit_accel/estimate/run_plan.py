@@ -37,9 +37,9 @@ class Calls:
         self.text = (model.valid or model.text) if work.text else 0
         self.known: dict[float, tuple[Sparse, float]] = {}
 
-    def at(self, noise: float) -> list[Sparse | None] | None:
+    def at(self, noise: float, step: int = 0, steps: int = 0) -> list[Sparse | None] | None:
         """Each layer's call at a noise level, None where it is dense; None if all are."""
-        keeps = layer_keeps(self.preset.sparse, noise, self.work.layers)
+        keeps = layer_keeps(self.preset.sparse, noise, self.work.layers, step=step, steps=steps)
         return None if keeps is None else [None if keep is None else self._call(keep) for keep in keeps]
 
     def _call(self, keep: float) -> Sparse:
@@ -111,7 +111,7 @@ def _layers_of(
     if options is None or work.tokens < least_tokens(options):
         return [None] * steps
     levels = noise_levels(model, steps, preset.generate.flow_shift, work.tokens)
-    found = (calls.at(noise) for noise in levels)
+    found = (calls.at(noise, step, steps) for step, noise in enumerate(levels))
     return [layers if layers and any(layers) else None for layers in found]
 
 

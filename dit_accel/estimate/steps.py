@@ -39,15 +39,21 @@ def noise_levels(model: Published, steps: int, flow_shift: float | None, tokens:
     return [shifted(1 - step / steps) for step in range(steps)]
 
 
-def layer_keeps(options: SparseOptions, noise: float, n_layers: int) -> list[float | None] | None:
+def layer_keeps(
+    options: SparseOptions, noise: float, n_layers: int, *, step: int = 0, steps: int = 0
+) -> list[float | None] | None:
     """What each layer keeps at a noise level; None for a layer that is dense there, None for all if all are.
 
-    As the engine and its planner decide it: noise first, then the dense layers, then the last rule that holds.
+    As the engine and its planner decide it: noise and the first steps, then the dense layers, then the last rule that
+    holds.
+
+    Args:
+        step: the step of the run, from 0, of so many `steps`, for `dense_first`.
 
     Returns:
         shares; NaN where the method alone says what is kept.
     """
-    if noise > options.dense_above or noise < options.dense_below:
+    if noise > options.dense_above or noise < options.dense_below or step < options.n_dense_first(steps):
         return None
     dense = {layer % n_layers for layer in options.dense_layers}
     keeps: list[float | None] = []

@@ -161,6 +161,9 @@ def test_layers_are_dense_where_the_engine_has_them_dense() -> None:
     assert layer_keeps(options, 0.95, 4) is None and layer_keeps(options, 0.05, 4) is None
     assert layer_keeps(options, 0.85, 4) == [None, 0.5, 0.25, None]
     assert layer_keeps(options, 0.5, 4) == [None, 0.25, 0.25, None]
+    options = SparseOptions(keep=0.25, dense_first=0.1)
+    sparse = [layer_keeps(options, 0.5, 1, step=step, steps=28) is not None for step in range(28)]
+    assert sparse == [False] * 3 + [True] * 25
 
 
 @pytest.mark.parametrize("order", ["packed", "tiles"])
