@@ -61,7 +61,9 @@ def main() -> int:
         sparse = {"method": name, "min_tokens": 0, "block": BLOCK, **given}
         seen = see(pipe, preset.generate, SparseOptions.from_mapping(sparse))
         with Stage() as stage:
-            draw(name, given, *seen).save(stage.add(options.output / f"{name}.png"), format="PNG", optimize=True)
+            draw(name, given, *seen).save(
+                stage.add(options.output / f"{name}.png"), format="PNG", optimize=True
+            )
         print(options.output / f"{name}.png")
     return 0
 
