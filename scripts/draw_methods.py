@@ -36,7 +36,7 @@ HEADS = 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "clear": {"radius": 5},
     "lite": {"threshold": -2.0},
-    "nabla": {"top_p": 0.5, "tile": [1, 4, 8]},
+    "nabla": {"tile": [1, 4, 8]},
     "neighborhood": {"tile": [2, 4, 4]},
     "radial": {},
 }
@@ -142,7 +142,8 @@ def draw(
             axes.plot(read.shape[2] // 2, read.shape[1] // 2, "+", color="red", markersize=6)
     written = io.BytesIO()
     figure.savefig(written, format="png")
-    return Image.open(written).convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
+    opaque = Image.open(written).convert("RGB")
+    return opaque.convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
 
 
 if __name__ == "__main__":
