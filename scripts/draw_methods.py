@@ -142,8 +142,8 @@ def draw(
             axes.plot(read.shape[2] // 2, read.shape[1] // 2, "+", color="red", markersize=6)
     written = io.BytesIO()
     figure.savefig(written, format="png")
-    opaque = Image.open(written).convert("RGB")
-    return opaque.convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
+    # a palette of the rarest colours too, or the cross would turn grey
+    return Image.open(written).convert("RGB").quantize(64, method=Image.Quantize.MAXCOVERAGE)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.S)
+_WRITTEN = re.compile(r"<!-- [\w ]+: begin -->.*?<!-- [\w ]+: end -->", re.S)
 _FENCED = re.compile(r"(^```.*?^```$)", re.S | re.M)
 _LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 
@@ -28,11 +29,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Draw the formulas.
+    """Draw the formulas, and keep tables that scripts write out of the search: their figures would fill every answer.
 
     Raises:
         PluginError: a formula that cannot be read; the build fails.
     """
+    content = _WRITTEN.sub(lambda part: part[0].replace("<table>", "<table data-search-exclude>"), content)
     return _FORMULA.sub(_to_mathml, content)
 
 

@@ -68,6 +68,12 @@ def test_a_formula_that_cannot_be_read_ends_the_build(hooks: ModuleType) -> None
         hooks.on_page_content(r'<span class="arithmatex">\(\nosuchthing{a}\)</span>')
 
 
+def test_tables_that_scripts_write_are_not_searched(hooks: ModuleType) -> None:
+    given = "<table>a</table><!-- methods: begin --><table>b</table><!-- methods: end --><table>c</table>"
+    assert hooks.on_page_content(given).count("<table data-search-exclude>b") == 1
+    assert hooks.on_page_content(given).count("data-search-exclude") == 1
+
+
 @needs_mkdocs
 def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
@@ -83,4 +89,6 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Pa
         assert not fetched.search(text), (name, fetched.search(text)[0])
         assert "arithmatex" not in text, name
     assert "<mfrac>" in pages["methods/pooled.html"].read_text(encoding="utf-8")
+    index = (tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "compensation all, share_plans True" not in index and "Recall is not quality" in index
     assert 'id="dit_accel.handle.accelerate"' in pages["api.html"].read_text(encoding="utf-8")
