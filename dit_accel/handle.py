@@ -81,7 +81,7 @@ class Handle:
 
         Args:
             observer: takes the call, its layout, query, key and value `[B, S, H, D]` and the plan. It must not change
-            them, and what it raises ends the run.
+                them, and what it raises ends the run.
         """
         for engine in self._engines:
             engine.observer = observer
