@@ -70,6 +70,7 @@ class Workload:
     prompts: tuple[str, ...]
     negative_prompt: str | None
     seeds: tuple[int, ...]
+    image: str | None  # the picture at which videos begin
     rounds: int  # asked for; each variant runs at least so often, and every clip at least once
     fewer_steps: str  # "auto", "off" or numbers
 
@@ -115,7 +116,7 @@ class Quality:
 
     equal: bool  # pixel for pixel; every PSNR is None then
     psnr_db: float | None  # of the whole clip
-    ssim: float | None  # in [-1, 1]; None for frames below 11x11 pixels
+    ssim: float  # in [-1, 1], mean over frames
     worst_frame: int  # counted from 0
     worst_psnr_db: float | None
     frame_psnr_db: tuple[float | None, ...]  # of every frame; None: equal
