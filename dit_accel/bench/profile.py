@@ -37,22 +37,22 @@ class Seen:
     attended: int  # tokens that meet in it, text included
 
 
-def profile(pipe: Any, preset: Preset, generate: Callable[[], Any], *, dense: bool) -> Seen:
+def profile(pipe: Any, preset: Preset | None, generate: Callable[[], Any]) -> Seen:
     """One generation with clocks around its parts.
 
     Attention is timed where diffusers' dispatcher hands it over, for dense as for sparse: the dense run attends through
     the same place, by diffusers' own backend.
 
     Args:
+        preset: None profiles stock diffusers.
         generate: makes one clip.
-        dense: profile stock attention and every step, instead of the preset.
 
     Raises:
         DitAccelError: no self-attention ran.
     """
     device = pipe._execution_device
     watch = Stopwatch(device)
-    with _installed(pipe, preset, dense) as handle, contextlib.ExitStack() as stack:
+    with _installed(pipe, preset) as handle, contextlib.ExitStack() as stack:
         first = _watch_attention(handle, watch, stack)
         for name, modules in (("text", _TEXT_ENCODERS), ("transformer", ROLES)):
             for part in modules:
@@ -91,11 +91,11 @@ def break_down(seen: Seen, median: float) -> Breakdown:
     return Breakdown(**{name: part * scale for name, part in parts.items()}, profiled_seconds=seen.whole)
 
 
-def _installed(pipe: Any, preset: Preset, dense: bool) -> Handle:
+def _installed(pipe: Any, preset: Preset | None) -> Handle:
     """The preset on the pipeline, with an engine on every transformer in any case: attention is timed there."""
     # Dense at every noise level: what was planned dense is diffusers' own.
     stock = SparseOptions.from_mapping({"method": "pooled", "keep": 1.0, "dense_above": 0.0})
-    if dense:
+    if preset is None:
         return accelerate(pipe, stock)
     if preset.sparse is None:
         return accelerate(pipe, stock, cache=preset.cache or False, region=preset.region or False)
