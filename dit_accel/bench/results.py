@@ -116,7 +116,7 @@ class Quality:
 
     equal: bool  # pixel for pixel; every PSNR is None then
     psnr_db: float | None  # of the whole clip
-    ssim: float  # in [-1, 1], mean over frames
+    ssim: float | None  # in [-1, 1]; None for frames below 11x11 pixels
     worst_frame: int  # counted from 0
     worst_psnr_db: float | None
     frame_psnr_db: tuple[float | None, ...]  # of every frame; None: equal

@@ -13,7 +13,6 @@ import torch
 
 from dit_accel import accelerate
 from dit_accel.bench.dense_kernels import DenseKernel, using
-from dit_accel.bench.distance import distance
 from dit_accel.bench.gains import NOT_FINITE, STRICT
 from dit_accel.bench.profile import break_down, profile
 from dit_accel.bench.ran import add_up, ran_of
@@ -23,6 +22,8 @@ from dit_accel.bench.store import Store
 from dit_accel.errors import FallbackError, NotFiniteError
 from dit_accel.handle import Handle
 from dit_accel.preset import Preset
+from dit_accel.quality.against import measure_quality
+from dit_accel.quality.perceptual import Lpips
 
 Generate = Callable[[int, Clip], np.ndarray]  # steps and a clip to uint8 [F, H, W, 3]
 Guard = Callable[[Handle | None], contextlib.AbstractContextManager]
@@ -52,6 +53,7 @@ class Session:
         store: takes what was measured.
         results: what was measured so far.
         guard: explains an out-of-memory error; takes what is installed.
+        lpips: what `open_lpips` gave.
         tick: told of what comes next, and of everything done.
     """
 
@@ -60,6 +62,7 @@ class Session:
     store: Store
     results: Results
     guard: Guard
+    lpips: Lpips | str
     tick: Callable[[str, bool], None]
 
     def measure_rounds(self, subjects: Sequence[Subject], rounds: int) -> None:
@@ -151,7 +154,7 @@ class Session:
         quality, worst = None, ()
         if variant.kind != "dense":
             dense = store.dense_frames(clip)
-            quality = distance(dense, frames)
+            quality = measure_quality(frames, dense, self.lpips)
             worst = tuple(store.name(variant.name, clip, what, ".png") for what in ("-worst", "-worst-dense"))
             place = slice(quality.worst_frame, quality.worst_frame + 1)
             clips |= dict(zip(worst, (frames[place], dense[place]), strict=True))
