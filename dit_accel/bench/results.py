@@ -70,6 +70,7 @@ class Workload:
     prompts: tuple[str, ...]
     negative_prompt: str | None
     seeds: tuple[int, ...]
+    image: str | None  # the picture at which videos begin
     rounds: int  # asked for; each variant runs at least so often, and every clip at least once
     fewer_steps: str  # "auto", "off" or numbers
 
