@@ -13,7 +13,6 @@ import typer
 from dit_accel.cli import options
 from dit_accel.cli.terminal import remark, tables
 from dit_accel.errors import UsageError
-from dit_accel.quality.page.place import place_page
 from dit_accel.quality.pairs import Pairs, compare_pair, find_pairs
 
 if TYPE_CHECKING:
@@ -52,11 +51,7 @@ def compare(
     """
     pairs = find_pairs(first, second)
     names = _names(labels) if labels is not None else pairs.labels
-    page = None if out is None else place_page(out.expanduser())
-    if page is not None:
-        from dit_accel.quality.page.drawing import check_drawable
-
-        check_drawable()
+    page = None if out is None else _place(out.expanduser())
     if pairs.left_out:
         remark(f"note: in one folder only, left out: {', '.join(pairs.left_out)}", quiet=quiet)
     compared = _measure(pairs, quiet)
@@ -71,6 +66,15 @@ def compare(
     _show(compared, names, quiet)
     if page is not None:
         print(page)
+
+
+def _place(out: Path) -> Path:
+    """The page's file; an error, before the work starts, if it could not be drawn or written."""
+    from dit_accel.quality.page.drawing import check_drawable
+    from dit_accel.quality.page.place import place_page
+
+    check_drawable()
+    return place_page(out)
 
 
 def _names(labels: str) -> tuple[str, str]:

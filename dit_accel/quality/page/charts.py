@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dit_accel.quality.page.drawing import (
     DASHES,
-    FAINT,
     HATCHES,
     INK,
     MARKERS,
@@ -19,6 +19,9 @@ from dit_accel.quality.page.drawing import (
     finish,
 )
 from dit_accel.quality.page.model import Chart, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 430, 270  # of a chart that takes half a wide page, and all of a telephone's
 
@@ -71,7 +74,7 @@ def draw_frames(key: str, values: Mapping[str, Sequence[float | None]], worst: t
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         if len(drawn) > 1:
-            _legend_above(axes, min(3, len(drawn)))
+            _legend_above(figure, min(2, len(drawn)))
         svg = finish(figure, key, alt)
     rows = tuple(
         (str(n), *(_decibel(row[n]) if n < len(row) else "" for row in values.values())) for n in range(frames)
@@ -94,6 +97,8 @@ def draw_pareto(points: Sequence[Point], dense_seconds: float | None, floor_db: 
         f"{p.name} {p.seconds:.3g} s, {p.psnr_db:.1f} dB" for p in points
     )
     kinds = list(dict.fromkeys(point.kind for point in points))
+    # A floor far above would press everything else flat.
+    near = floor_db is not None and floor_db <= max(p.psnr_db for p in points) + 10
     with drawing(_WIDTH, _HEIGHT + 40) as (figure, axes):
         for i, kind in enumerate(kinds, start=1):
             mine = sorted((p for p in points if p.kind == kind), key=lambda p: p.seconds)
@@ -102,7 +107,7 @@ def draw_pareto(points: Sequence[Point], dense_seconds: float | None, floor_db: 
                 [p.seconds for p in mine], [p.psnr_db for p in mine], linestyle=line, linewidth=1.4,
                 marker=MARKERS[i - 1], markersize=9, color=SERIES[i], label=kind,
             )  # fmt: skip
-        middle = (min(p.seconds for p in points) + max([dense_seconds or 0, *(p.seconds for p in points)])) / 2
+        middle = max([dense_seconds or 0, *(p.seconds for p in points)]) / 2
         for point in points:
             left = point.seconds > middle
             axes.annotate(
@@ -111,17 +116,19 @@ def draw_pareto(points: Sequence[Point], dense_seconds: float | None, floor_db: 
             )  # fmt: skip
         if dense_seconds is not None:
             axes.axvline(dense_seconds, color=INK, linestyle=":", linewidth=1.4, label="dense's time")
-        if floor_db is not None:
+        if near:
             axes.axhline(floor_db, color=INK, linestyle="--", linewidth=1, label="noise floor")
         axes.margins(0.12, 0.2)
         axes.set_xlim(left=0)
         axes.set(xlabel="seconds a generation (less is better)", ylabel="PSNR to dense, dB")
         axes.grid()
-        _legend_above(axes, 2)
+        _legend_above(figure, 2)
         svg = finish(figure, "pareto", alt)
     rows = tuple((p.name, p.kind, f"{p.seconds:.3g}", f"{p.psnr_db:.1f}") for p in points)
     table = Table("Time and likeness", ("variant", "kind", "seconds", "PSNR, dB"), rows)
     note = "Mean over the clips. Up and to the left is better; dense itself would be infinitely high."
+    if floor_db is not None and not near:
+        note += f" The noise floor is far above, at {floor_db:.1f} dB."
     return Chart("Time against likeness", svg, alt, table, note)
 
 
@@ -137,7 +144,7 @@ def draw_breakdown(parts: Mapping[str, Mapping[str, float]]) -> Chart:
         for name, row in parts.items()
     )
     alt = "Stacked bars: seconds of each part of a generation. " + "; ".join(told)
-    with drawing(_WIDTH, 110 + 44 * len(parts)) as (figure, axes):
+    with drawing(_WIDTH, 130 + 44 * len(parts)) as (figure, axes):
         place = range(len(parts))
         start = [0.0] * len(parts)
         for i, name in enumerate(names):
@@ -154,7 +161,7 @@ def draw_breakdown(parts: Mapping[str, Mapping[str, float]]) -> Chart:
         axes.margins(x=0.14)
         axes.set_xlabel("seconds")
         axes.tick_params(axis="y", length=0)
-        _legend_above(axes, 3)
+        _legend_above(figure, 2)
         svg = finish(figure, "breakdown", alt)
     rows = tuple((name, *(f"{row[part]:.3g}" for part in names)) for name, row in parts.items())
     table = Table("Seconds of each part", ("variant", *names), rows)
@@ -163,7 +170,7 @@ def draw_breakdown(parts: Mapping[str, Mapping[str, float]]) -> Chart:
 
 
 def draw_keep(key: str, title: str, axis: str, keep: Mapping[int, float], count: int, skipped: frozenset[int]) -> Chart:
-    """Share of the keys that is read, a cell for each layer or step, in colour and in height.
+    """Share of the keys that is read, a bar for each layer or step.
 
     Args:
         key: the chart's name on the page.
@@ -179,15 +186,12 @@ def draw_keep(key: str, title: str, axis: str, keep: Mapping[int, float], count:
     if skipped:
         alt += f" Skipped by the cache: {_listed(map(str, sorted(skipped)))}."
     with drawing(_WIDTH, 210) as (figure, axes):
-        import matplotlib
-
-        colours = [matplotlib.colormaps["cividis"](0.15 + 0.8 * (0 if math.isnan(s) else s)) for s in shares]
-        axes.bar(range(count), [0 if math.isnan(s) else 100 * s for s in shares], width=0.86, color=colours)
+        axes.bar(range(count), [0 if math.isnan(s) else 100 * s for s in shares], width=0.86, color=SERIES[1])
         for n, share in enumerate(shares):
             if n in skipped:
                 axes.plot([n], [4], marker="x", color=INK, markersize=7, markeredgewidth=1.8)
             elif math.isnan(share):
-                axes.bar([n], [100], width=0.86, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0.8)
+                axes.bar([n], [100], width=0.86, facecolor="none", edgecolor=SERIES[0], hatch="////", linewidth=0.8)
         axes.set_ylim(0, 100)
         axes.set_xlim(-0.7, count - 0.3)
         axes.set(xlabel=axis, ylabel="keys read, %")
@@ -206,11 +210,8 @@ def draw_keep(key: str, title: str, axis: str, keep: Mapping[int, float], count:
     return Chart(title, svg, alt, table, "; ".join(marks).capitalize())
 
 
-def _legend_above(axes: object, columns: int) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2,
-        handlelength=2.2,
-    )  # fmt: skip
+def _legend_above(figure: Figure, columns: int) -> None:
+    figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.3, columnspacing=1.4, handlelength=2.2)
 
 
 def _short(name: str) -> str:
