@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -40,12 +41,11 @@ def rank_kernels(shape: tuple[int, int, int, int], dtype: torch.dtype, device: t
     for name in _BACKENDS:
         if name == "MATH" and 4 * batch * heads * tokens**2 > _MOST_SCORES:
             continue
-        with torch.no_grad(), sdpa_kernel([SDPBackend[name]]):
-            if torch._fused_sdp_choice(*qkv) != SDPBackend[name].value:
-                continue
+        with torch.no_grad(), sdpa_kernel([_backend(name)]):
             try:
-                scaled_dot_product_attention(*qkv)
-            except RuntimeError:  # its own checks are stricter than torch's choice
+                with warnings.catch_warnings(action="ignore"):  # torch warns of each reason against a kernel
+                    scaled_dot_product_attention(*qkv)
+            except RuntimeError:  # it cannot run this, and torch has no other way to ask
                 continue
             times = [seconds_of(lambda: scaled_dot_product_attention(*qkv), device) for _ in range(_ROUNDS)]
         found.append(DenseKernel(name.lower(), median(times) * 1e3))
@@ -64,5 +64,9 @@ def using(kernels: Sequence[DenseKernel]) -> Iterator[None]:
         return
     names = [kernel.name.upper() for kernel in kernels]
     names += [] if "MATH" in names else ["MATH"]  # which takes everything
-    with sdpa_kernel([SDPBackend[name] for name in names], set_priority=True):
+    with sdpa_kernel([_backend(name) for name in names], set_priority=True):
         yield
+
+
+def _backend(name: str) -> SDPBackend:
+    return getattr(SDPBackend, name)
