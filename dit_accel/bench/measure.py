@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dit_accel.bench.dense_kernels import DenseKernel
 from dit_accel.bench.equal_time import compare_at_equal_time, neighbours, steps_in
 from dit_accel.bench.gains import FEW_ROUNDS, find_problems, gain_of, say_verdict
 from dit_accel.bench.results import EqualTime, NotRun, Results, Variant
@@ -16,21 +15,22 @@ DENSE, AGAIN = "dense", "dense again"
 ENOUGH_PROMPTS, ENOUGH_SEEDS = 8, 2  # for figures that speak of more than these clips
 
 
-def measure(session: Session, presets: Sequence[Preset], kernels: Sequence[DenseKernel]) -> Results:
+def measure(session: Session, presets: Sequence[Preset], kernels: Mapping[str, float]) -> Results:
     """Dense and the presets in turns, dense again, the parts of each, and fewer steps at equal time.
 
     Args:
         presets: of one workload; the first is the one that is asked about.
-        kernels: of dense attention, the quickest first; none leaves the choice to torch.
+        kernels: of dense attention with their milliseconds, the quickest first; none leaves the choice to torch.
 
     Returns:
         The complete results, which are also written.
     """
     work, clips = session.results.workload, len(session.results.clips)
-    dense = Subject(DENSE, "dense", None, work.steps, kernels, _about_dense(kernels))
-    fast = [Subject(preset.name, "preset", preset, work.steps, kernels, preset.description) for preset in presets]
+    names = tuple(kernels)
+    dense = Subject(DENSE, "dense", None, work.steps, names, _about_dense(kernels))
+    fast = [Subject(preset.name, "preset", preset, work.steps, names, preset.description) for preset in presets]
     session.measure_rounds([dense, *fast], max(work.rounds, clips))
-    session.measure_rounds([_again(work.steps, kernels)], clips)
+    session.measure_rounds([_again(work.steps, names)], clips)
     for subject in (dense, *fast):
         session.measure_parts(subject)
     rivals, missing = [], []
@@ -46,17 +46,17 @@ def count_generations(presets: int, clips: int, rounds: int, fewer_steps: str) -
     return (1 + presets) * (max(rounds, clips) + 1) + clips * (1 + counts)
 
 
-def _about_dense(kernels: Sequence[DenseKernel]) -> str:
+def _about_dense(kernels: Mapping[str, float]) -> str:
     if not kernels:
         return "the attention kernel that torch chooses"
-    times = ", ".join(f"{kernel.name} {kernel.milliseconds:.3g} ms" for kernel in kernels)
+    times = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in kernels.items())
     return f"attention by the quickest of torch's kernels here, a self-attention each: {times}"
 
 
-def _again(steps: int, kernels: Sequence[DenseKernel]) -> Subject:
+def _again(steps: int, kernels: Sequence[str]) -> Subject:
     """Dense once more, by another kernel where there is one: so far apart are two runs that are both right."""
     if len(kernels) > 1:
-        return Subject(AGAIN, "dense again", None, steps, kernels[1:], f"by another kernel, {kernels[1].name}")
+        return Subject(AGAIN, "dense again", None, steps, kernels[1:], f"by another kernel, {kernels[1]}")
     return Subject(AGAIN, "dense again", None, steps, kernels, "repeated: no other kernel runs this here")
 
 

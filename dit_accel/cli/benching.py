@@ -52,11 +52,10 @@ def run(
         tick("looking at model and machine", False)
         with told_of_memory(request):
             seen = profile(pipe, None, lambda: generate(_PROBE_STEPS, clips[0]))
-        kernels = rank_kernels(seen.shape, _dtype(pipe), pipe._execution_device)
         results = _begin(asked, pipe, seen, clips)
         if earlier is not None and resume:
             check_same(earlier, results.workload, results.environment.chip)
-            results = replace(earlier, environment=results.environment, complete=False)
+            results = replace(earlier, complete=False)
         elif earlier is not None:
             clear_folder(asked.folder, earlier)
         session = Session(
@@ -69,7 +68,7 @@ def run(
             tick=tick,
         )
         try:
-            return measure(session, asked.presets, kernels)
+            return measure(session, asked.presets, results.environment.dense_kernels)
         except BaseException:
             if any(variant.runs for variant in session.results.variants):
                 remark(f"what was measured is in {asked.folder}; --resume goes on from there", quiet=quiet)
@@ -114,11 +113,13 @@ def _begin(asked: Asked, pipe: Any, seen: Any, clips: tuple[Clip, ...]) -> Resul
         rounds=asked.rounds,
         fewer_steps=asked.fewer_steps,
     )
+    kernels = rank_kernels(seen.shape, _dtype(pipe), pipe._execution_device)
+    environment = describe_environment(pipe._execution_device)
     return Results(
         command=shlex.join(["dit-accel", *sys.argv[1:]]),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         complete=False,
-        environment=describe_environment(pipe._execution_device),
+        environment=replace(environment, dense_kernels=kernels),
         workload=work,
         clips=clips,
         variants=(),
