@@ -8,7 +8,7 @@ None, a field beside it, or `not_run`, says why.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class Environment:
     power_limit_watts: float | None  # None: no GPU, or its driver does not tell
     commit: str | None  # of the checkout this runs from, `+` where files differ; None where it is none
     checks: tuple[Check, ...]
+    # milliseconds of one self-attention of the model by each of torch's kernels that can run it, the quickest first
+    dense_kernels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Workload:
     prompts: tuple[str, ...]
     negative_prompt: str | None
     seeds: tuple[int, ...]
-    image: str | None  # the picture at which videos begin
     rounds: int  # asked for; each variant runs at least so often, and every clip at least once
     fewer_steps: str  # "auto", "off" or numbers
+    image: str | None = None  # the picture at which videos begin
 
 
 @dataclass(frozen=True)

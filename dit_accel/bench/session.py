@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dit_accel import accelerate
-from dit_accel.bench.dense_kernels import DenseKernel, using
+from dit_accel.bench.dense_kernels import using
 from dit_accel.bench.gains import NOT_FINITE, STRICT
 from dit_accel.bench.profile import break_down, profile
 from dit_accel.bench.ran import add_up, ran_of
@@ -38,7 +38,7 @@ class Subject:
     kind: Kind
     preset: Preset | None  # None: stock
     steps: int
-    kernels: Sequence[DenseKernel]  # of dense attention, the one to be used first
+    kernels: Sequence[str]  # of dense attention, the one to be used first
     about: str
     of: str | None = None
 
