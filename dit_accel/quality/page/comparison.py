@@ -67,8 +67,10 @@ def judge(compared: Sequence[Compared], labels: tuple[str, str]) -> str:
     average = f"{mean(one.quality.psnr_db for one in apart):.1f} dB"
     if len(compared) == 1:
         return f"PSNR of {labels[1]} to {labels[0]}: {average}" + (f", {low}." if worst.size[0] > 1 else ".")
-    equal = f" ({len(compared) - len(apart)} more are equal)" if len(apart) < len(compared) else ""
-    return f"PSNR of {labels[1]} to {labels[0]}: {average} on average over {len(apart)} clips{equal}, {low}."
+    equal, many = len(compared) - len(apart), f"{len(apart)} clip{'s' * (len(apart) > 1)}"
+    if equal:
+        many = f"the {many} that differ{'s' * (len(apart) == 1)} ({equal} {'is' if equal == 1 else 'are'} equal)"
+    return f"PSNR of {labels[1]} to {labels[0]}: {average} on average over {many}, {low}."
 
 
 def _worst(one: Compared) -> float:
