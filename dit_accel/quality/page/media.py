@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_accel.errors import UsageError
-from dit_accel.pipelines.video import read_clip, write_clip
+from dit_accel.pipelines.video import write_clip
 from dit_accel.quality.page.drawing import colour_map
 
 _SIDE = 384  # frames whose shorter side is smaller are enlarged by a whole factor to at least this
@@ -25,15 +25,6 @@ class Difference:
 
     frames: np.ndarray
     gain: int
-
-
-def read_take(files: tuple[Path, ...]) -> tuple[np.ndarray, float]:
-    """Frames uint8 `[F, H, W, 3]` and frames per second (0: an image) of a clip: one file, or one file a frame."""
-    clips = [read_clip(file) for file in files]
-    shapes = {clip.shape[1:] for clip, _, _ in clips}
-    if len(shapes) > 1:
-        raise UsageError(f"the frames of {files[0]} and its like are of several sizes: {sorted(shapes)}")
-    return np.concatenate([clip for clip, _, _ in clips]), clips[0][1]
 
 
 def draw_difference(reference: np.ndarray, other: np.ndarray) -> Difference:

@@ -14,6 +14,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    folded: bool = False  # long, and of interest to few: opened on demand
 
 
 @dataclass(frozen=True)
