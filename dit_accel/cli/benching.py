@@ -28,6 +28,8 @@ from dit_accel.cli.run import told_of_memory
 from dit_accel.cli.terminal import remark
 from dit_accel.cli.versions import machine
 from dit_accel.presets import shipped_models
+from dit_accel.quality.page import write_page
+from dit_accel.quality.page.drawing import check_drawable
 from dit_accel.quality.perceptual import open_lpips
 
 OWN_PROMPTS = 4  # of a shipped model, where none are given
@@ -36,12 +38,16 @@ _PROBE_STEPS = 2
 
 def run(
     asked: Asked, model_folder: Path, earlier: Results | None, *, resume: bool, quiet: bool, verbose: bool
-) -> Results:
+) -> tuple[Results, Path]:
     """Measure, and write the report.
 
     Args:
         earlier: what lies in the folder: continued with `resume`, else replaced.
+
+    Returns:
+        The results and the page.
     """
+    check_drawable()
     request = asked.request
     numbers = ", ".join(map(str, asked.seeds))
     announce(request, quiet=quiet, verbose=verbose, seeds=f"seed{'s' * (len(asked.seeds) > 1)} {numbers}")
@@ -68,11 +74,12 @@ def run(
             tick=tick,
         )
         try:
-            return measure(session, asked.presets, results.environment.dense_kernels)
+            results = measure(session, asked.presets, results.environment.dense_kernels)
         except BaseException:
             if any(variant.runs for variant in session.results.variants):
                 remark(f"what was measured is in {asked.folder}; --resume goes on from there", quiet=quiet)
             raise
+    return results, write_page(results, asked.folder)
 
 
 class _Generator:
