@@ -161,8 +161,10 @@ def test_what_ran_adds_up() -> None:
 
 
 def test_only_the_same_is_resumed(results: Results) -> None:
-    check_same(results, results.workload, "CPU")
-    with pytest.raises(UsageError, match="differs in --set, steps"):
-        check_same(results, replace(results.workload, steps=9, settings=()), "CPU")
-    with pytest.raises(UsageError, match=r"the machine \(CPU then, H200 now\)"):
-        check_same(results, results.workload, "H200")
+    same = {"chip": "CPU", "versions": {"torch": "2.13"}, "commit": None}
+    check_same(results, results.workload, same)
+    with pytest.raises(UsageError, match="differs in --set, steps;"):
+        check_same(results, replace(results.workload, steps=9, settings=()), same)
+    for name, other in (("chip", "H200"), ("versions", {"torch": "2.14"}), ("commit", "0123")):
+        with pytest.raises(UsageError, match=f"differs in {name} of the machine;"):
+            check_same(results, results.workload, {**same, name: other})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -178,6 +179,18 @@ def test_a_fall_back_is_told_and_under_strict_forbids_gains(bench, monkeypatch, 
     assert bench(*QUICK, "--set", "strict=true") == 4
     (problem,) = results().problems
     assert problem.startswith("slow, clip 1: strict fall-back") and OUT_OF_MEMORY in problem
+
+
+def test_a_disk_that_takes_no_more(bench, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        assert bench(*QUICK) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: cannot write out/") and "File too large" in told
+    assert not Path("out").exists(), "no half file and no new folder"
 
 
 def test_random_weights_say_nothing_about_quality(bench, capsys):
