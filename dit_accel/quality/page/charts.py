@@ -120,6 +120,9 @@ def draw_pareto(points: Sequence[Point], dense_seconds: float | None, floor_db: 
             axes.axhline(floor_db, color=INK, linestyle="--", linewidth=1, label="noise floor")
         axes.margins(0.12, 0.2)
         axes.set_xlim(left=0)
+        low, high = axes.get_ylim()
+        spare = max(0.0, 2.0 - (high - low)) / 2  # a hundredth of a decibel is not to look like a cliff
+        axes.set_ylim(low - spare, high + spare)
         axes.set(xlabel="seconds a generation (less is better)", ylabel="PSNR to dense, dB")
         axes.grid()
         _legend_above(figure, 2)

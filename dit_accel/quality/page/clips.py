@@ -62,20 +62,20 @@ def show_clip(key: str, name: str, told: str, takes: Sequence[Take], fps: float 
 
 
 def tell_quality(compared: dict[str, Quality]) -> Table:
-    """A row of figures for each variant."""
-    rows = [
-        (
-            name,
-            "equal" if q.psnr_db is None else f"{q.psnr_db:.2f}",
-            "equal" if q.worst_psnr_db is None else f"{q.worst_psnr_db:.2f} (frame {q.worst_frame})",
-            "frames too small" if q.ssim is None else f"{q.ssim:.4f}",
-            "–" if q.flicker is None else f"{q.flicker:.3f}",
-            "not run" if q.lpips is None else f"{q.lpips:.4f}",
-        )
-        for name, q in compared.items()
-    ]
-    columns = ("against the first", "PSNR, dB", "worst frame, dB", "SSIM", "temporal change, ×", "LPIPS")
-    return Table("Distance from the reference", columns, tuple(rows))
+    """Figures down, variants across: narrow enough for a telephone."""
+    rows = (
+        ("PSNR, dB", *(_told(q.psnr_db, ".2f", "equal") for q in compared.values())),
+        ("worst frame", *(str(q.worst_frame) for q in compared.values())),
+        ("PSNR of that frame, dB", *(_told(q.worst_psnr_db, ".2f", "equal") for q in compared.values())),
+        ("SSIM", *(_told(q.ssim, ".4f", "frames too small") for q in compared.values())),
+        ("temporal change, ×", *(_told(q.flicker, ".3f", "–") for q in compared.values())),
+        ("LPIPS", *(_told(q.lpips, ".4f", "not run") for q in compared.values())),
+    )
+    return Table("Distance from the first picture", ("figure", *compared), rows)
+
+
+def _told(value: float | None, form: str, none: str) -> str:
+    return none if value is None else format(value, form)
 
 
 def _moving(take: Take, frames: object, fps: float | None, worst: int) -> Moving:

@@ -34,6 +34,7 @@ def _pareto(results: Results) -> Chart | None:
     ]
     if not points:
         return None
+    points.sort(key=lambda point: point.kind != "preset")
     dense = next((variant.seconds for variant in results.of_kind("dense")), None)
     floor = next((mean_psnr(variant) for variant in results.of_kind("dense again")), None)
     return draw_pareto(points, dense, floor)

@@ -100,7 +100,9 @@ def finish(figure: Figure, name: str, alt: str) -> Markup:
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    # Releases of matplotlib write the font in one property or in several.
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
     for colour, ours in _NAMES.items():
         text = text.replace(colour, ours)
     label = str(Markup.escape(alt))

@@ -73,6 +73,9 @@ def _machine(results: Results) -> Table:
     rows += [(name, value) for name, value in (("driver", e.driver), ("CUDA", e.cuda)) if value is not None]
     if e.power_limit_watts is not None:
         rows.append(("power limit", f"{e.power_limit_watts:g} W"))
+    if e.dense_kernels:
+        told = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in e.dense_kernels.items())
+        rows.append(("one dense self-attention", told))
     rows += [("commit", e.commit or "not a checkout"), *e.versions.items()]
     return Table("Environment", ("what", "value"), tuple(rows))
 

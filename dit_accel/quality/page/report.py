@@ -159,7 +159,7 @@ def _show_clips(results: Results, folder: Path) -> tuple[tuple[ShownClip, ...], 
         key=_worst,
     )
     rivals = [named[name] for name in results.workload.presets[1:] if name in named]
-    rivals += _rival(results, asked, named)
+    rivals += _rival(results, named[asked])
     shown = []
     for n, made in enumerate(order[:MOST]):
         clip = results.clips[made.clip]
@@ -174,13 +174,12 @@ def _show_clips(results: Results, folder: Path) -> tuple[tuple[ShownClip, ...], 
     return tuple(shown), left
 
 
-def _rival(results: Results, asked: str, named: dict[str, Variant]) -> list[Variant]:
-    """Dense with the whole number of steps that comes nearest to the preset's time."""
-    for equal in results.equal_time:
-        if equal.preset == asked:
-            near = [named[name] for name in dict.fromkeys((equal.below, equal.above)) if name in named]
-            return sorted(near, key=lambda variant: abs(variant.steps - equal.steps))[:1]
-    return []
+def _rival(results: Results, preset: Variant) -> list[Variant]:
+    """Dense with the whole number of fewer steps that comes nearest to the preset's time."""
+    found = [v for v in results.of_kind("fewer steps") if v.of == preset.name and v.seconds is not None]
+    if preset.seconds is None:
+        return []
+    return sorted(found, key=lambda variant: abs(variant.seconds - preset.seconds))[:1]
 
 
 def _made(variant: Variant, clip: int) -> MadeClip | None:
