@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +12,8 @@ from dit_accel.bench.results import Results, Workload
 from dit_accel.errors import UsageError
 from dit_accel.preset import Preset
 
-# A video is not looked up by what was measured last; these differ from run to run.
-_TOLD = {"presets": "--preset and --against", "settings": "--set", "options": "the presets' values"}
+# What is not called on the command line as it is here.
+_TOLD = {"presets": "--preset and --against", "settings": "--set", "options": "values of the presets"}
 
 
 def plain(table: Any) -> Any:
@@ -50,16 +50,18 @@ def describe_workload(pipe: Any, presets: Sequence[Preset], seen: Any, probe_ste
     )
 
 
-def check_same(earlier: Results, work: Workload, chip: str) -> None:
+def check_same(earlier: Results, work: Workload, identity: Mapping[str, Any]) -> None:
     """Whether an earlier bench can be continued with this workload.
 
+    Args:
+        identity: fields of `Environment` that must be alike.
+
     Raises:
-        UsageError: it was of another one, or on another machine; the message names what differs.
+        UsageError: it was of another one, or of another machine or program; the message names what differs.
     """
     differ = [_TOLD.get(field.name, field.name) for field in fields(Workload)
               if getattr(earlier.workload, field.name) != getattr(work, field.name)]  # fmt: skip
-    if earlier.environment.chip != chip:
-        differ.append(f"the machine ({earlier.environment.chip} then, {chip} now)")
+    differ += [f"{name} of the machine" for name, now in identity.items() if getattr(earlier.environment, name) != now]
     if differ:
         raise UsageError(
             f"--resume: what was begun there differs in {', '.join(differ)}; give the same options, or another --out"

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dit_accel.bench.gains import STRICT
-from dit_accel.bench.results import RESULTS, Results
+from dit_accel.bench.results import Results
 from dit_accel.bench.store import check_folder
 from dit_accel.cli import options
 from dit_accel.cli import request as requests
@@ -145,7 +145,7 @@ def bench(
     presets = (request.preset, *(_sized(one, sizes) for one in presets[1:]))
     from dit_accel.cli.benching import run
 
-    results = run(
+    results, page = run(
         replace(asked, request=request, presets=presets),
         model_folder,
         earlier,
@@ -153,7 +153,7 @@ def bench(
         quiet=quiet,
         verbose=verbose,
     )
-    _show(results, folder, as_json)
+    _show(results, page, as_json)
     return _exit_code(results)
 
 
@@ -206,7 +206,7 @@ def _check_fewer(text: str, steps: int) -> str:
     return ",".join(map(str, sorted(_numbers("--fewer-steps auto, off or", text, 1, steps - 1))))
 
 
-def _show(results: Results, folder: Path, as_json: bool) -> None:
+def _show(results: Results, page: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
         return
@@ -216,7 +216,7 @@ def _show(results: Results, folder: Path, as_json: bool) -> None:
     console = tables()
     console.print(table_of(results))
     console.print(results.verdict, markup=False, soft_wrap=True)
-    print(folder / RESULTS)
+    print(page)
 
 
 def _exit_code(results: Results) -> int:

@@ -16,18 +16,20 @@ import torch
 
 from dit_accel.bench.dense_kernels import rank_kernels
 from dit_accel.bench.measure import count_generations, measure
-from dit_accel.bench.profile import profile
-from dit_accel.bench.results import Clip, Results
+from dit_accel.bench.profile import Seen, profile
+from dit_accel.bench.results import Clip, Results, Workload
 from dit_accel.bench.session import Session
 from dit_accel.bench.store import Store, clear_folder
 from dit_accel.bench.workload import check_same, describe_workload
 from dit_accel.cli.bench import Asked
-from dit_accel.cli.environment import describe_environment
+from dit_accel.cli.environment import describe_environment, identify
 from dit_accel.cli.making import announce, load, picture_for
 from dit_accel.cli.run import told_of_memory
 from dit_accel.cli.terminal import remark
 from dit_accel.cli.versions import machine
 from dit_accel.presets import shipped_models
+from dit_accel.quality.page import write_page
+from dit_accel.quality.page.drawing import check_drawable
 from dit_accel.quality.perceptual import open_lpips
 
 OWN_PROMPTS = 4  # of a shipped model, where none are given
@@ -36,12 +38,16 @@ _PROBE_STEPS = 2
 
 def run(
     asked: Asked, model_folder: Path, earlier: Results | None, *, resume: bool, quiet: bool, verbose: bool
-) -> Results:
+) -> tuple[Results, Path]:
     """Measure, and write the report.
 
     Args:
         earlier: what lies in the folder: continued with `resume`, else replaced.
+
+    Returns:
+        The results and the page.
     """
+    check_drawable()
     request = asked.request
     numbers = ", ".join(map(str, asked.seeds))
     announce(request, quiet=quiet, verbose=verbose, seeds=f"seed{'s' * (len(asked.seeds) > 1)} {numbers}")
@@ -52,12 +58,14 @@ def run(
         tick("looking at model and machine", False)
         with told_of_memory(request):
             seen = profile(pipe, None, lambda: generate(_PROBE_STEPS, clips[0]))
-        results = _begin(asked, pipe, seen, clips)
+        work = _workload(asked, pipe, seen, clips)
         if earlier is not None and resume:
-            check_same(earlier, results.workload, results.environment.chip)
+            check_same(earlier, work, identify(pipe._execution_device))
             results = replace(earlier, complete=False)
-        elif earlier is not None:
-            clear_folder(asked.folder, earlier)
+        else:
+            results = _begin(pipe, work, seen, clips)
+            if earlier is not None:
+                clear_folder(asked.folder, earlier)
         session = Session(
             pipe=pipe,
             generate=generate,
@@ -68,11 +76,12 @@ def run(
             tick=tick,
         )
         try:
-            return measure(session, asked.presets, results.environment.dense_kernels)
+            results = measure(session, asked.presets, results.environment.dense_kernels)
         except BaseException:
             if any(variant.runs for variant in session.results.variants):
                 remark(f"what was measured is in {asked.folder}; --resume goes on from there", quiet=quiet)
             raise
+    return results, write_page(results, asked.folder)
 
 
 class _Generator:
@@ -92,11 +101,10 @@ def _generator(asked: Asked, model_folder: Path, quiet: bool) -> _Generator:
     return _Generator(asked, load(asked.request, model_folder), picture)
 
 
-def _begin(asked: Asked, pipe: Any, seen: Any, clips: tuple[Clip, ...]) -> Results:
-    """Results without a run."""
+def _workload(asked: Asked, pipe: Any, seen: Seen, clips: tuple[Clip, ...]) -> Workload:
     request, found = asked.request, machine(pipe)
     shipped = "trained" if request.preset.model in shipped_models() else "unknown"
-    work = describe_workload(
+    return describe_workload(
         pipe,
         asked.presets,
         seen,
@@ -113,6 +121,10 @@ def _begin(asked: Asked, pipe: Any, seen: Any, clips: tuple[Clip, ...]) -> Resul
         rounds=asked.rounds,
         fewer_steps=asked.fewer_steps,
     )
+
+
+def _begin(pipe: Any, work: Workload, seen: Seen, clips: tuple[Clip, ...]) -> Results:
+    """Results without a run."""
     kernels = rank_kernels(seen.shape, _dtype(pipe), pipe._execution_device)
     environment = describe_environment(pipe._execution_device)
     return Results(

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     import torch
 
 
+def identify(device: torch.device) -> dict[str, Any]:
+    """What must be alike in all parts of one measurement: `chip`, `versions` and `commit` of an `Environment`."""
+    import torch
+
+    gpu = device.type == "cuda"
+    threads = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "chip": torch.cuda.get_device_name(device) if gpu else threads,
+        "versions": versions(),
+        "commit": find_commit(Path(dit_accel.__file__).resolve().parent.parent),
+    }
+
+
 def describe_environment(device: torch.device) -> Environment:
     """Examine this machine (a few seconds: every kernel is tested against its reference)."""
     import torch
@@ -22,16 +35,13 @@ def describe_environment(device: torch.device) -> Environment:
     from dit_accel.cli.doctor import examine
 
     gpu = device.type == "cuda"
-    threads = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     told = _ask_driver(device) if gpu else {}
     return Environment(
-        chip=torch.cuda.get_device_name(device) if gpu else threads,
+        **identify(device),
         platform=platform.platform(),
-        versions=versions(),
         driver=told.get("driver_version"),
         cuda=torch.version.cuda if gpu else None,
         power_limit_watts=told.get("power.limit"),
-        commit=find_commit(Path(dit_accel.__file__).resolve().parent.parent),
         checks=tuple(Check(check.name, check.status, check.detail) for check in examine()),
     )
 
