@@ -46,7 +46,7 @@ def write_comparison(
         facts=_facts(compared, ordered[0], labels),
         before=(),
         clips=shown,
-        clips_note=_note(len(shown), len(ordered), labels),
+        clips_note=_note(shown, len(ordered), labels),
         after=tuple(sections),
         raw=json.dumps(raw, indent=1),
         raw_name="compare.json",
@@ -90,10 +90,11 @@ def _show(number: int, one: Compared, labels: tuple[str, str]) -> ShownClip:
     return show_clip(f"clip-{number}", name, pair.told or pair.name, takes, pair.fps)
 
 
-def _note(shown: int, of: int, labels: tuple[str, str]) -> str:
-    first = "The worst clip first, stopped at its worst frame. " if of > 1 else ""
-    left = f"The {shown} worst of {of} clips are in this page. " if shown < of else ""
-    return f"{first}{left}The last picture is the difference of {labels[1]} from {labels[0]}, amplified."
+def _note(shown: Sequence[ShownClip], of: int, labels: tuple[str, str]) -> str:
+    told = ["The worst clip comes first."] * (of > 1)
+    told += [f"The {len(shown)} worst of {of} are in this page."] * (len(shown) < of)
+    told += ["Players open at the worst frame."] * any(clip.frames > 1 for clip in shown)
+    return " ".join([*told, f"The last picture is the difference of {labels[1]} from {labels[0]}, amplified."])
 
 
 def _facts(compared: Sequence[Compared], worst: Compared, labels: tuple[str, str]) -> tuple[Fact, ...]:
