@@ -56,22 +56,30 @@ def show_clip(key: str, name: str, told: str, takes: Sequence[Take], fps: float 
     if len(clips[0]) > 1:
         values = {label: quality.frame_psnr_db for label, quality in compared.items()}
         chart = draw_frames(f"{key}-frames", values, (takes[1].label, asked.worst_frame))
-    return ShownClip(
-        name, told, len(clips[0]), rate or 0.0, asked.worst_frame, tuple(players), tell_quality(compared), chart
-    )
+    table = tell_quality(compared, len(clips[0]))
+    return ShownClip(name, told, len(clips[0]), rate or 0.0, asked.worst_frame, tuple(players), table, chart)
 
 
-def tell_quality(compared: dict[str, Quality]) -> Table:
+def name_clip(what: str, quality: Quality, frames: int) -> str:
+    """A clip in the chooser: what it is, and how far it is from the reference at its worst."""
+    low = quality.worst_psnr_db
+    if low is None:
+        return f"{what} (equal)"
+    return f"{what} ({'worst frame ' if frames > 1 else ''}{low:.1f} dB)"
+
+
+def tell_quality(compared: dict[str, Quality], frames: int) -> Table:
     """Figures down, variants across: narrow enough for a telephone."""
-    rows = (
-        ("PSNR, dB", *(_told(q.psnr_db, ".2f", "equal") for q in compared.values())),
-        ("worst frame", *(str(q.worst_frame) for q in compared.values())),
-        ("PSNR of that frame, dB", *(_told(q.worst_psnr_db, ".2f", "equal") for q in compared.values())),
-        ("SSIM", *(_told(q.ssim, ".4f", "frames too small") for q in compared.values())),
-        ("temporal change, ×", *(_told(q.flicker, ".3f", "–") for q in compared.values())),
-        ("LPIPS", *(_told(q.lpips, ".4f", "not run") for q in compared.values())),
-    )
-    return Table("Distance from the first picture", ("figure", *compared), rows)
+    values = compared.values()
+    rows = [("PSNR, dB", *(_told(q.psnr_db, ".2f", "equal") for q in values))]
+    if frames > 1:
+        rows.append(("worst frame", *(str(q.worst_frame) for q in values)))
+        rows.append(("PSNR of that frame, dB", *(_told(q.worst_psnr_db, ".2f", "equal") for q in values)))
+    rows.append(("SSIM", *(_told(q.ssim, ".4f", "frames too small") for q in values)))
+    if frames > 1:
+        rows.append(("temporal change, ×", *(_told(q.flicker, ".3f", "none at all") for q in values)))
+    rows.append(("LPIPS", *(_told(q.lpips, ".4f", "not run") for q in values)))
+    return Table("Distance from the first picture", ("figure", *compared), tuple(rows))
 
 
 def _told(value: float | None, form: str, none: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dit_accel.quality.page.clips import Take, show_clip
+from dit_accel.quality.page.clips import Take, name_clip, show_clip
 from dit_accel.quality.page.model import Fact, Page, Section, ShownClip, Table
 from dit_accel.quality.page.render import save
 from dit_accel.quality.pairs import Compared
@@ -85,8 +85,7 @@ def _show(number: int, one: Compared, labels: tuple[str, str]) -> ShownClip:
         Take(labels[0], pair.reference, None, notes[0]),
         Take(labels[1], pair.other, one.quality, notes[1]),
     )
-    low = one.quality.worst_psnr_db
-    name = f"{pair.name} (equal)" if low is None else f"{pair.name} (worst frame {low:.1f} dB)"
+    name = name_clip(pair.name, one.quality, one.size[0])
     return show_clip(f"clip-{number}", name, pair.told or pair.name, takes, pair.fps)
 
 
@@ -106,7 +105,9 @@ def _facts(compared: Sequence[Compared], worst: Compared, labels: tuple[str, str
     left = "; equal clips are left out of the mean" if len(apart) < len(compared) else ""
     facts = [
         Fact("PSNR", f"{mean(apart):.1f} dB" if apart else "equal", f"higher is nearer{left}"),
-        Fact("Worst frame", low, f"frame {q.worst_frame} of {worst.pair.name}"),
+        Fact("Worst frame", low, f"frame {q.worst_frame} of {worst.pair.name}")
+        if worst.size[0] > 1
+        else Fact("Worst image", low, worst.pair.name),
     ]
     if likeness:
         facts.append(Fact("SSIM", f"{mean(likeness):.3f}", "1 is equal"))

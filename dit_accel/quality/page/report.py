@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dit_accel.bench.gains import FEW_ROUNDS
 from dit_accel.bench.results import Clip, Gain, MadeClip, Results, Variant, mean_psnr, worst_clip
-from dit_accel.quality.page.clips import Take, show_clip
+from dit_accel.quality.page.clips import Take, name_clip, show_clip
 from dit_accel.quality.page.costs import show_costs
 from dit_accel.quality.page.model import Fact, Page, Section, ShownClip, Table
 from dit_accel.quality.page.origins import show_origins
@@ -79,8 +79,11 @@ def _facts(results: Results, asked: str) -> tuple[Fact, ...]:
         facts.append(Fact("PSNR to dense", "equal" if psnr is None else f"{psnr:.1f} dB", "mean over the clips"))
     if worst is not None:
         prompt = results.clips[worst.clip]
-        note = f"frame {worst.quality.worst_frame}, seed {prompt.seed}: {prompt.prompt}"
-        facts.append(Fact("Worst frame", f"{worst.quality.worst_psnr_db:.1f} dB", note))
+        note = f"seed {prompt.seed}: {prompt.prompt}"
+        if results.workload.frames > 1:
+            note = f"frame {worst.quality.worst_frame}, {note}"
+        noun = "Worst frame" if results.workload.frames > 1 else "Worst image"
+        facts.append(Fact(noun, f"{worst.quality.worst_psnr_db:.1f} dB", note))
     rival = next((equal for equal in results.equal_time if equal.preset == asked), None)
     if rival is not None and rival.psnr_db is not None:
         note = f"dense with {rival.steps:.3g} steps instead of {results.workload.steps}"
@@ -151,7 +154,7 @@ def _db(value: float | None) -> str:
 
 def _show_clips(results: Results, folder: Path) -> tuple[tuple[ShownClip, ...], str]:
     """The clips that dense and the preset both have, the worst first, and what to say of those left out."""
-    asked = results.workload.presets[0]
+    work, asked = results.workload, results.workload.presets[0]
     named = {variant.name: variant for variant in results.variants}
     dense = next(iter(results.of_kind("dense")), None)
     if dense is None or asked not in named:
@@ -160,7 +163,7 @@ def _show_clips(results: Results, folder: Path) -> tuple[tuple[ShownClip, ...], 
         (made for made in named[asked].clips if made.quality and made.files and _made(dense, made.clip)),
         key=_worst,
     )
-    rivals = [named[name] for name in results.workload.presets[1:] if name in named]
+    rivals = [named[name] for name in work.presets[1:] if name in named]
     rivals += _rival(results, named[asked])
     shown = []
     for n, made in enumerate(order[:MOST]):
@@ -171,7 +174,7 @@ def _show_clips(results: Results, folder: Path) -> tuple[tuple[ShownClip, ...], 
             if other is not None and other.quality is not None:
                 takes.append(Take(variant.name, _paths(other, folder), other.quality, _seconds(variant)))
         told = f"{clip.prompt} (seed {clip.seed})"
-        shown.append(show_clip(f"clip-{n}", _name(clip, made), told, takes, results.workload.fps))
+        shown.append(show_clip(f"clip-{n}", _name(clip, made, work.frames), told, takes, work.fps))
     left = f"The {MOST} worst of {len(order)} are in this page; all are files beside it. " if len(order) > MOST else ""
     return tuple(shown), left
 
@@ -205,7 +208,6 @@ def _worst(made: MadeClip) -> float:
     return float("inf") if worst is None else worst
 
 
-def _name(clip: Clip, made: MadeClip) -> str:
-    low = made.quality.worst_psnr_db
+def _name(clip: Clip, made: MadeClip, frames: int) -> str:
     text = clip.prompt if len(clip.prompt) <= 60 else f"{clip.prompt[:57]}..."
-    return f"{text}, seed {clip.seed} ({'equal' if low is None else f'worst frame {low:.1f} dB'})"
+    return name_clip(f"{text}, seed {clip.seed}", made.quality, frames)
