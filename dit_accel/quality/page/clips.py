@@ -84,11 +84,11 @@ def _moving(take: Take, frames: object, fps: float | None, worst: int) -> Moving
 
 def _difference(takes: Sequence[Take], clips: list, fps: float | None, worst: int) -> Moving:
     apart = draw_difference(clips[0], clips[1])
-    colours = ", ".join("rgb({} {} {})".format(*colour) for colour in colour_map()[::32])
+    colours = ", ".join("rgb({} {} {})".format(*colour) for colour in colour_map()[::51])  # 0 and 255 included
     return Moving(
         f"difference × {apart.gain}",
         f"{takes[1].label} from {takes[0].label}",
         *embed(apart.frames, fps or 0.0, worst),
         legend=f"linear-gradient(90deg, {colours})",
-        ends=("0", f"{255 / apart.gain:.3g} of 255 or more"),
+        ends=("0", f"{255 / apart.gain:.0f} of 255 or more"),
     )

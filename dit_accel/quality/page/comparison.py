@@ -46,7 +46,7 @@ def write_comparison(
         facts=_facts(compared, ordered[0], labels),
         before=(),
         clips=shown,
-        clips_note=_note(len(shown), len(ordered), labels),
+        clips_note=_note(shown, len(ordered), labels),
         after=tuple(sections),
         raw=json.dumps(raw, indent=1),
         raw_name="compare.json",
@@ -67,8 +67,10 @@ def judge(compared: Sequence[Compared], labels: tuple[str, str]) -> str:
     average = f"{mean(one.quality.psnr_db for one in apart):.1f} dB"
     if len(compared) == 1:
         return f"PSNR of {labels[1]} to {labels[0]}: {average}" + (f", {low}." if worst.size[0] > 1 else ".")
-    equal = f" ({len(compared) - len(apart)} more are equal)" if len(apart) < len(compared) else ""
-    return f"PSNR of {labels[1]} to {labels[0]}: {average} on average over {len(apart)} clips{equal}, {low}."
+    equal, many = len(compared) - len(apart), f"{len(apart)} clip{'s' * (len(apart) > 1)}"
+    if equal:
+        many = f"the {many} that differ{'s' * (len(apart) == 1)} ({equal} {'is' if equal == 1 else 'are'} equal)"
+    return f"PSNR of {labels[1]} to {labels[0]}: {average} on average over {many}, {low}."
 
 
 def _worst(one: Compared) -> float:
@@ -88,10 +90,11 @@ def _show(number: int, one: Compared, labels: tuple[str, str]) -> ShownClip:
     return show_clip(f"clip-{number}", name, pair.told or pair.name, takes, pair.fps)
 
 
-def _note(shown: int, of: int, labels: tuple[str, str]) -> str:
-    first = "The worst clip first, stopped at its worst frame. " if of > 1 else ""
-    left = f"The {shown} worst of {of} clips are in this page. " if shown < of else ""
-    return f"{first}{left}The last picture is the difference of {labels[1]} from {labels[0]}, amplified."
+def _note(shown: Sequence[ShownClip], of: int, labels: tuple[str, str]) -> str:
+    told = ["The worst clip comes first."] * (of > 1)
+    told += [f"The {len(shown)} worst of {of} are in this page."] * (len(shown) < of)
+    told += ["Players open at the worst frame."] * any(clip.frames > 1 for clip in shown)
+    return " ".join([*told, f"The last picture is the difference of {labels[1]} from {labels[0]}, amplified."])
 
 
 def _facts(compared: Sequence[Compared], worst: Compared, labels: tuple[str, str]) -> tuple[Fact, ...]:

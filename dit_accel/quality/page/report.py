@@ -37,6 +37,7 @@ def lay_out(results: Results, folder: Path) -> Page:
     """What the page of some results shows."""
     asked = results.workload.presets[0]
     clips, left = _show_clips(results, folder)
+    opened = "Players open at the worst frame. " if results.workload.frames > 1 else ""
     return Page(
         title=f"{', '.join(results.workload.presets)} against dense",
         verdict=results.verdict or "Not finished: there is no verdict yet.",
@@ -44,7 +45,7 @@ def lay_out(results: Results, folder: Path) -> Page:
         facts=_facts(results, asked),
         before=tuple(_gain(results)),
         clips=clips,
-        clips_note=f"The clip whose worst frame under {asked} is farthest from dense comes first, stopped there. "
+        clips_note=f"The clip whose worst frame under {asked} is farthest from dense comes first. {opened}"
         f"{left}The last picture is the difference of {asked} from dense, amplified.",
         after=(*show_costs(results), *show_origins(results)),
         raw=json.dumps(results.to_dict(), indent=1),
@@ -119,7 +120,8 @@ def _row(variant: Variant, results: Results) -> tuple[str, ...]:
     dense = next((v.seconds for v in results.of_kind("dense")), None)
     worst = worst_clip(variant)
     ratio = dense / variant.seconds if dense and variant.seconds else None
-    apart = "–" if variant.kind == "dense" or not variant.clips else _db(mean_psnr(variant))
+    compared = any(made.quality for made in variant.clips)  # neither dense itself nor random weights are
+    apart = _db(mean_psnr(variant)) if compared else "–"
     calls = "–" if variant.ran is None else f"{variant.ran.dense_calls} of {_calls(variant)}"
     return (
         variant.name,
