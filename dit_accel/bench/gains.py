@@ -52,14 +52,13 @@ def say_verdict(results: Results) -> str:
     gain, dense = results.gains[0], results.variant("dense")
     preset = results.variant(gain.preset)
     helps = "" if gain.whole > 1 else ": it does not help here"
-    line = f"{gain.whole:.2f} times as fast as dense{helps}"
+    few = f" (of {len(dense.runs)} runs)" if len(dense.runs) < FEW_ROUNDS else ""
+    line = f"{gain.whole:.2f} times as fast as dense{few}{helps}"
     if results.workload.weights == "random":
         return f"{line}; the weights are random, so that nothing is said about quality"
     rival = next((one for one in results.equal_time if one.preset == gain.preset), None)
     if rival is None or rival.psnr_db is None:
         return f"{line}; {_quality(preset)}"
-    if len(dense.runs) < FEW_ROUNDS:
-        line += f" (of {len(dense.runs)} runs)"
     return f"{line}; at equal time {_steps(rival)} reach {rival.psnr_db:.1f} dB, {_of_preset(rival)}"
 
 

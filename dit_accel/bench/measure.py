@@ -68,8 +68,8 @@ def _measure_rival(session: Session, subject: Subject, dense: Subject) -> EqualT
         return NotRun(title, "--fewer-steps off")
     if subject.steps < 2:
         return NotRun(title, "one step is the fewest that there are")
-    preset, base = (results.variant(one.name) if _has(results, one.name) else None for one in (subject, dense))
-    if preset is None or preset.breakdown is None or base is None or base.breakdown is None:
+    preset, base = results.variant(subject.name), results.variant(dense.name)
+    if preset.breakdown is None or base.breakdown is None:
         return NotRun(title, f"{subject.name} or dense failed")
     steps = steps_in(preset.seconds, base.seconds, base.breakdown, subject.steps)
     if steps >= subject.steps:
@@ -87,10 +87,6 @@ def _fewer(count: int, subject: Subject, dense: Subject) -> Subject:
     noun = "step" if count == 1 else "steps"
     about = f"dense with {count} {noun} in place of {dense.steps}"
     return Subject(f"dense, {count} {noun}", "fewer steps", None, count, dense.kernels, about, of=subject.name)
-
-
-def _has(results: Results, name: str) -> bool:
-    return any(variant.name == name for variant in results.variants)
 
 
 def _finish(session: Session, rivals: tuple[EqualTime, ...], missing: tuple[NotRun, ...]) -> Results:

@@ -81,7 +81,7 @@ class Session:
 
     def measure_parts(self, subject: Subject) -> None:
         """Where a subject's time goes, in a run of its own; nothing if that is known, or it failed."""
-        variant = self.results.variant(subject.name)
+        variant = self._variant(subject)
         if variant.breakdown is not None or variant.seconds is None or self._failed(subject.name):
             return
         self.tick(f"{subject.name}, with clocks", False)

@@ -128,7 +128,7 @@ def test_quality_over_clips(results: Results) -> None:
 def test_the_verdict_in_a_sentence(results: Results) -> None:
     gain = gain_of(results.variant("fast"), results.variant("dense"))
     told = replace(results, gains=(gain,))
-    assert say_verdict(told) == "2.50 times as fast as dense; PSNR 28.0 dB against dense"
+    assert say_verdict(told) == "2.50 times as fast as dense (of 3 runs); PSNR 28.0 dB against dense"
     rival = EqualTime("fast", 3.5, "dense, 3 steps", "dense, 4 steps", 24.06, 28.0)
     told = replace(told, equal_time=(rival,))
     assert say_verdict(told).startswith("2.50 times as fast as dense (of 3 runs); at equal time 3.5 dense steps")
@@ -136,7 +136,7 @@ def test_the_verdict_in_a_sentence(results: Results) -> None:
     random = replace(told, workload=replace(told.workload, weights="random"))
     assert "dB" not in say_verdict(random)
     slow = replace(told, gains=(replace(gain, whole=0.9),))
-    assert "0.90 times as fast as dense: it does not help here" in say_verdict(slow)
+    assert "0.90 times as fast as dense (of 3 runs): it does not help here" in say_verdict(slow)
 
 
 def test_what_is_broken_forbids_gains(results: Results) -> None:

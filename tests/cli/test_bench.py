@@ -20,8 +20,10 @@ import torch
 from dit_accel.bench.results import RESULTS, Results, load_results
 from dit_accel.cli import doctor
 from dit_accel.cli.app import run
+from dit_accel.errors import NotFiniteError
 from dit_accel.guards import OUT_OF_MEMORY
 from dit_accel.kernels import block_sparse as kernels
+from dit_accel.pipelines import wan
 from dit_accel.pipelines.video import read_clip
 
 SMALL = ("--size", "64x64", "--frames", "5", "--prompt", "a red star")
@@ -168,6 +170,23 @@ def test_a_clip_that_is_not_finite_forbids_gains(bench, monkeypatch, capsys):
     assert found.variant("slow").runs == () and found.variant("dense").runs
     row = next(line for line in told.splitlines() if "dense again" in line)
     assert [cell.strip() for cell in row.split("│")][4] == "", "no ratio where a check failed"
+
+
+def test_where_dense_is_not_finite_nothing_else_is_made(bench, monkeypatch, capsys):
+    made, stock = [], wan.run_stock
+
+    def fails(*args: Any, **known: Any) -> np.ndarray:
+        made.append(1)
+        if len(made) > 1:  # the first one is the look at the model
+            raise NotFiniteError("NaN")
+        return stock(*args, **known)
+
+    monkeypatch.setattr(wan, "run_stock", fails)
+    assert bench(*QUICK) == 1
+    found = results()
+    assert len(made) == 2 and found.complete and found.gains == ()
+    assert found.problems == ("dense, clip 1: not finite: NaN",) and found.problems[0] in found.verdict
+    assert "failed" in capsys.readouterr().out
 
 
 def test_a_fall_back_is_told_and_under_strict_forbids_gains(bench, monkeypatch, capsys):
