@@ -86,6 +86,11 @@ class Handle:
         for engine in self._engines:
             engine.observer = observer
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Of each transformer with sparse attention or region sampling, what serves its attentions."""
+        return tuple(self._engines)
+
     def needs(self) -> dict[str, int]:
         """Bytes that the installed parts want beside the model's own: declared for forwards like the latest, or seen.
 

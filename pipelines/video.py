@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dit_accel.pipelines.staging import Stage
 
 SUFFIXES = (".mp4", ".gif", ".png")
 IMAGE_SUFFIXES = (".png",)  # of a single image
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # what is read as video; the rest Pillow reads
+READABLE = (*VIDEOS, ".gif", ".png", ".jpg", ".jpeg", ".webp")
 _CRF = "14"  # x264 constant quality: finer than an eye finds, yet not lossless; measure on frames
 
 
@@ -115,8 +118,8 @@ def _write_png(path: Path, frames: np.ndarray, fps: float, comment: str | None) 
 
 
 def read_clip(path: Path) -> tuple[np.ndarray, float, str | None]:
-    """Frames uint8 `[F, H, W, 3]`, frames per second, and the comment inside, of an MP4, GIF or PNG file."""
-    if path.suffix.lower() == ".mp4":
+    """Frames uint8 `[F, H, W, 3]`, frames per second, and the comment inside, of a video, GIF or image."""
+    if path.suffix.lower() in VIDEOS:
         import av
 
         with av.open(str(path)) as container:
@@ -131,3 +134,31 @@ def read_clip(path: Path) -> tuple[np.ndarray, float, str | None]:
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
     text = comment.decode() if isinstance(comment, bytes) else comment
     return np.stack(frames), 1000 / milliseconds if milliseconds else 0.0, text
+
+
+def read_files(files: Sequence[Path]) -> tuple[np.ndarray, float]:
+    """A clip that is one file, or one image a frame.
+
+    Returns:
+        Frames uint8 `[F, H, W, 3]`, and frames per second, 0 where the files do not tell.
+
+    Raises:
+        UsageError: a file that is missing, broken or of another kind, or frames of several sizes.
+    """
+    from av.error import FFmpegError
+
+    clips, rate = [], 0.0
+    for file in files:
+        if file.suffix.lower() not in READABLE:
+            raise unknown_name("kind of clip", file.suffix or file.name, READABLE)
+        try:
+            clip, rate, _ = read_clip(file)
+        except (OSError, ValueError, IndexError, FFmpegError) as error:  # IndexError: no video in it
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot read {file}: {reason}; give a whole video or image") from None
+        clips.append(clip)
+    sizes = {clip.shape[1:3] for clip in clips}
+    if len(sizes) > 1:
+        told = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise UsageError(f"frames of one clip are of one size, but from {files[0]} on they are {told}")
+    return np.concatenate(clips), rate if len(files) == 1 else 0.0

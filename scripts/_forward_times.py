@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dit_accel import SparseOptions, SparseProcessor
+from dit_accel.bench.stopwatch import Stopwatch, seconds_of, timed
 from dit_accel.testing import peak_bytes
 
 STEP = 0.01  # how far the noise level falls from one forward to the next
@@ -27,32 +27,6 @@ class Variant:
     options: SparseOptions | None = None
     source: str = ""  # the preset it comes from, or "given"
     dropped: tuple[str, ...] = ()  # what of the preset does not hold here
-
-
-class Stopwatch:
-    """Intervals on a device by name. On a GPU they are read from its own clock, and nothing waits meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._laps: dict[str, list[tuple[Any, Any]]] = {}
-
-    def now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def note(self, name: str, start: Any) -> None:
-        """Note an interval that began at `start` and ends now."""
-        self._laps.setdefault(name, []).append((start, self.now()))
-
-    def read(self) -> dict[str, list[float]]:
-        """Milliseconds of every interval."""
-        if not self._gpu:
-            return {name: [(b - a) * 1e3 for a, b in laps] for name, laps in self._laps.items()}
-        torch.cuda.synchronize()
-        return {name: [a.elapsed_time(b) for a, b in laps] for name, laps in self._laps.items()}
 
 
 class _WatchDense(TorchFunctionMode):
@@ -98,17 +72,6 @@ def installed(transformer: nn.Module, options: SparseOptions | None) -> Iterator
         yield processor
     finally:
         processor.remove()
-
-
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of a call with all its work on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 @dataclass
@@ -186,8 +149,8 @@ def watch_forward(
             dense = _WatchDense(watch, tokens)
         else:
             engine = processor.engine
-            engine.attend = _timed(engine.attend, watch, "attention")
-            engine.planner.plan = _timed(engine.planner.plan, watch, "predict")
+            engine.attend = timed(engine.attend, watch, "attention")
+            engine.planner.plan = timed(engine.planner.plan, watch, "predict")
         given = inputs(noise)
         start = watch.now()
         try:
@@ -209,16 +172,6 @@ def watch_forward(
         "dense_kernels": sorted(getattr(dense, "kernels", ())),
         "peak_bytes": peak,
     }
-
-
-def _timed(function: Callable, watch: Stopwatch, name: str) -> Callable:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        start = watch.now()
-        out = function(*args, **kwargs)
-        watch.note(name, start)
-        return out
-
-    return run
 
 
 def _watch_blocks(transformer: nn.Module, lists: tuple[str, ...], watch: Stopwatch) -> list[Any]:

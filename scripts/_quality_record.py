@@ -6,15 +6,16 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 
+from dit_accel.cli.environment import find_commit
 from dit_accel.quality.prompt_accuracy import measure_accuracy
 from dit_accel.quality.readings import ATTRIBUTES, AttributeMatch
 
+ROOT = Path(__file__).resolve().parent.parent
 # Facts that shards of one evaluation must share; a record of mixed runs would say nothing.
 _SHARED = (
     "model",
@@ -48,24 +49,9 @@ def describe_environment(device) -> dict:
         "chip": chip,
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": find_commit(),
+        "commit": find_commit(ROOT) or os.environ.get("DIT_ACCEL_COMMIT"),
         "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
-
-
-def find_commit() -> str | None:
-    """The tree's commit, with `+` when files differ from it; None where the tree is no git checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DIT_ACCEL_COMMIT")
 
 
 def merge_records(records: list[dict]) -> dict:

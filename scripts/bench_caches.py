@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
@@ -28,6 +27,7 @@ from evaluate_quality import add_evaluation_arguments, make_record, parse_varian
 from rich.console import Console
 from rich.table import Table
 
+from dit_accel.bench.equal_time import at_cost
 from dit_accel.preset import load_preset
 
 VARIANTS = (
@@ -152,14 +152,6 @@ def share_of_tokens(regions: dict[str, int]) -> float:
     ]
     whole = sum(times * tokens for times, _, tokens in counts)
     return sum(times * active for times, active, _ in counts) / whole if whole else 1.0
-
-
-def at_cost(fewer: list[tuple[float, float]], cost: float) -> float | None:
-    """PSNR of fewer steps at a cost, on the line between its neighbours; None outside of what was run."""
-    for (low, below), (high, above) in pairwise(fewer):
-        if low <= cost <= high:
-            return below + (above - below) * (cost - low) / (high - low) if high > low else max(below, above)
-    return None
 
 
 def _accuracy(figures: dict) -> str:

@@ -25,13 +25,14 @@ from typing import Any
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import diffusers
 import torch
-from _forward_times import Stopwatch, reset_peak, seconds_of
+from _forward_times import reset_peak
 from _full_size import CASES, FullSize, build_transformer, make_inputs
 from _pages import put_between, write_text
 from _quality_record import describe_environment
 from torch import Tensor, nn
 
 from dit_accel import accelerate
+from dit_accel.bench.stopwatch import Stopwatch, seconds_of
 from dit_accel.options import SparseOptions
 from dit_accel.preset import load_preset
 from dit_accel.region.options import Region

@@ -36,7 +36,7 @@ def doctor(
 ) -> int:
     """Check interpreter, versions and GPU, and test every kernel against the reference (a few seconds)."""
     began = time.perf_counter()
-    checks = [*_interpreter(), *_packages(), *_gpus(), *check_kernels(), *_models()]
+    checks = examine()
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
         told = {"sound": not broken, "seconds": round(time.perf_counter() - began, 2)}
@@ -57,6 +57,11 @@ def doctor(
         return 1
     console.print(f"Sound {seconds}. Next: dit-accel generate --prompt 'a red star moving left' -o star.mp4")
     return 0
+
+
+def examine() -> list[Check]:
+    """Everything that is checked, in order."""
+    return [*_interpreter(), *_packages(), *_gpus(), *check_kernels(), *_models()]
 
 
 def _interpreter() -> Iterator[Check]:

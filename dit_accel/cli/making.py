@@ -22,13 +22,18 @@ from dit_accel.cli.versions import machine, versions
 from dit_accel.pipelines.pictures import fit_picture, open_picture, share_cut
 
 
-def announce(request: Request, *, quiet: bool, verbose: bool) -> None:
-    """Say what is about to be made, and silence the libraries unless all is to be heard."""
+def announce(request: Request, *, quiet: bool, verbose: bool, seeds: str | None = None) -> None:
+    """Say what is about to be made, and silence the libraries unless all is to be heard.
+
+    Args:
+        seeds: in words, where they are not the request's.
+    """
     if not verbose:
         _hush()
     preset = request.preset
-    seeds = f"seed {request.seed}"
-    if request.count > 1:
+    if seeds is None and request.count == 1:
+        seeds = f"seed {request.seed}"
+    elif seeds is None:
         seeds = f"seeds {request.seed} to {request.seed + request.count - 1}"
     remark(f"preset {preset.name} · {preset.model} · {seeds}", quiet=quiet)
     if preset.status == "provisional":

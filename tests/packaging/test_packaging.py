@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_module_preset_and_model_file(wheel: Path) -> None
     for name in tracked():
         top = name.split("/")[0]
         inside = f"dit_accel/{name}" if top in MAPPED else name
-        ships = name.endswith((".py", ".toml")) or name.startswith("presets/models/")
+        ships = name.endswith((".py", ".toml", ".j2", ".css", ".js")) or name.startswith("presets/models/")
         if top in ("dit_accel", *MAPPED) and ships:
             assert inside in names, f"{name} is not in the wheel"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
