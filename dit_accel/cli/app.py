@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 import dit_accel
-from dit_accel.cli import doctor, generate, inspect, presets
+from dit_accel.cli import doctor, generate, inspect, presets, tune
 from dit_accel.cli.terminal import complain
 from dit_accel.errors import DitAccelError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=EXIT_CODES)(generate.generate)
 app.command("inspect", epilog=EXIT_CODES)(inspect.inspect)
+app.command("tune", epilog=EXIT_CODES)(tune.tune)
 app.command("doctor", epilog="Exit codes: 0 sound; 1 something is broken.")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
 
