@@ -58,7 +58,9 @@ def tune(
     perturbed: Annotated[int, typer.Option(help="Steps at which runs go wrong on purpose.")] = 5,
     name: Annotated[str | None, typer.Option(help="Of the preset to be (default: PRESET-tuned).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for it.")] = Path("presets"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what was measured; a new budget may be given.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what was measured; the budget may be another.")
+    ] = False,
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
@@ -75,8 +77,9 @@ def tune(
     """Make a preset that drifts as much as you allow, and no more.
 
     Measures once how much each layer, noise level and step matters, shares the budget out, and tries the preset on
-    prompts and seeds that it was not tuned on, beside fewer steps and hand-set options of the same computed time. Writes NAME.toml, which
-    generate --preset NAME finds, and NAME.json, its record; measurements stay in NAME.measured for --resume.
+    prompts and seeds that it was not tuned on, beside fewer steps and hand-set options of the same computed time.
+    Writes NAME.toml, which generate --preset NAME finds, and NAME.json, its record; measurements stay in
+    NAME.measured for --resume. Their paths go to stdout, everything else to stderr.
     """
     asked = parse_budget(budget)
     texts = _prompts(prompt, prompts)
@@ -107,7 +110,9 @@ def tune(
     others = [(text, seed) for text in held for seed in _whole(held_out_seeds, "--held-out-seeds")]
     both = [pair for pair in others if pair in pairs]
     if both:
-        raise UsageError(f"held-out clips must be others than those tuned on: {both[0]} is among both; give other seeds")
+        raise UsageError(
+            f"held-out clips must be others than those tuned on: {both[0]} is among both; give other seeds"
+        )
     request, folder = requests.prepare(request)
     from dit_accel.tuning.runs import Clip
     from dit_accel.tuning.tune import Plan
@@ -220,7 +225,8 @@ def _run(
     watched = sys.stderr.isatty() and not quiet
     try:
         with tqdm(unit="forward", file=sys.stderr, leave=False, dynamic_ncols=True, disable=not watched) as bar:
-            tuned = Tuner(pipe, request.recipe, plan, budget, shelf, bar, lambda text: remark(text, quiet=quiet)).tune(name)
+            tuner = Tuner(pipe, request.recipe, plan, budget, shelf, bar, lambda text: remark(text, quiet=quiet))
+            tuned = tuner.tune(name)
     except BaseException:
         remark(f"what was measured is in {measured}; --resume goes on with it", quiet=quiet)
         raise
@@ -235,7 +241,8 @@ def _show(record: dict[str, Any], tuned: Tuned) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("held-out clips", "computed time", "time", "PSNR", "worst", "SSIM", title="of dense", title_justify="left")
+    columns = ("held-out clips", "computed time", "time", "PSNR", "worst", "SSIM")
+    table = Table(*columns, title="against dense", title_justify="left")
     for one in (tuned.chosen, *tuned.rivals):
         told = one.to_dict()
         likeness = (told["psnr"], told["worst_psnr"], told.get("ssim"))

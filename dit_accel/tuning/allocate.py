@@ -1,6 +1,7 @@
 """Allocate: give time up where it costs the least error, layers, noise levels and steps on one scale. Pure.
 
-Greedy first: from dense on, the move with the least error for the time it saves, until the time fits. Then exchanges:
+Greedy first: from dense on, the move with the least error for the time it saves, until the time fits; of all moves,
+and of either kind alone, for a made-up step is worth the less the less its computing takes. Then exchanges:
 one move taken back and others made in its place, as long as that lowers the error in no more time. Moves are a layer in
 a bucket to any smaller keep, a whole bucket or a whole layer to it, and one step less. On small problems this is
 compared with trying everything (tests/tuning).
@@ -8,14 +9,18 @@ compared with trying everything (tests/tuning).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from dit_accel.tuning.problem import Allocation, Problem
 
-_ROUNDS = 40  # exchanges at most
+_ROUNDS = 12  # exchanges at most
 _CLOSE = 1e-9
-_HALVINGS = 14
+_HALVINGS = 7
+_MANY = 100  # layers times buckets above which single ones are not exchanged: that would take minutes
+
+Many = tuple[np.ndarray, np.ndarray]  # allocations: which steps are computed, bool [M, n], and keeps, int [M, L, B]
 
 
 def fit_time(problem: Problem, time: float) -> Allocation:
@@ -24,7 +29,19 @@ def fit_time(problem: Problem, time: float) -> Allocation:
     Returns:
         The cheapest there is where none fits.
     """
-    found = _descend(problem, problem.dense(), time)
+    starts = _greedy(problem, time)
+    fitting = [start for start in starts if problem.cost(start) <= time + _CLOSE]
+    if not fitting:
+        return min(starts, key=problem.cost)
+    return min((_improve(problem, start, time) for start in fitting), key=problem.loss)
+
+
+def _greedy(problem: Problem, time: float) -> list[Allocation]:
+    starts = {_descend(problem, problem.dense(), time, moves): None for moves in ("both", "steps", "keeps")}
+    return list(starts)
+
+
+def _improve(problem: Problem, found: Allocation, time: float) -> Allocation:
     for _ in range(_ROUNDS):
         better = _exchange(problem, found, time)
         if better is None:
@@ -43,7 +60,7 @@ def fit_velocity_error(problem: Problem, error: float) -> Allocation:
     return _bisect(problem, lambda allocation: problem.velocity_error(allocation) <= error)
 
 
-def _bisect(problem: Problem, fits) -> Allocation:
+def _bisect(problem: Problem, fits: Callable[[Allocation], bool]) -> Allocation:
     low, high, best = problem.cost(_cheapest(problem)), 1.0, problem.dense()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -61,72 +78,71 @@ def _cheapest(problem: Problem) -> Allocation:
     return Allocation(tuple(bool(forced) for forced in problem.forced), keeps)
 
 
-def _descend(problem: Problem, start: Allocation, time: float) -> Allocation:
-    """Move on from an allocation until the time fits, each time by what costs the least error for its time."""
-    found, cost, loss = start, problem.cost(start), problem.loss(start)
+def _descend(problem: Problem, start: Allocation, time: float, moves: str = "both") -> Allocation:
+    """Move on from an allocation until the time fits, each time by what costs the least error for its time.
+
+    Args:
+        moves: "steps" makes up steps alone, "keeps" reads less alone.
+    """
+    computed, keeps = np.array(start.computed), np.array(start.keeps)
+    cost, loss = problem.cost(start), problem.loss(start)
     while cost > time + _CLOSE:
-        best = None
-        for moved in _faster(problem, found):
-            cost_then = problem.cost(moved)
-            if cost_then >= cost - _CLOSE:
-                continue
-            loss_then = problem.loss(moved)
-            # beyond what is needed, saved time is worth nothing
-            rate = (loss_then - loss) / (cost - max(cost_then, time))
-            if best is None or rate < best[0]:
-                best = rate, moved, cost_then, loss_then
-        if best is None:
-            return found
-        _, found, cost, loss = best
-    return found
+        more = _faster(problem, computed, keeps, moves)
+        costs = problem.costs(*more)
+        more = tuple(x[costs < cost - _CLOSE] for x in more)
+        costs = costs[costs < cost - _CLOSE]
+        if not len(costs):
+            break
+        losses = problem.losses(*more)
+        # beyond what is needed, saved time is worth nothing
+        best = int(np.argmin((losses - loss) / (cost - np.maximum(costs, time))))
+        computed, keeps, cost, loss = more[0][best], more[1][best], costs[best], losses[best]
+    return _allocation(computed, keeps)
 
 
 def _exchange(problem: Problem, found: Allocation, time: float) -> Allocation | None:
     """The best allocation one exchange away; None if none is better."""
     best, least = None, problem.loss(found) * (1 - 1e-6)
-    for slower in _slower(problem, found):
-        other = _descend(problem, slower, time)
-        if problem.cost(other) <= time + _CLOSE and problem.loss(other) < least:
-            best, least = other, problem.loss(other)
+    slower = _slower(problem, np.array(found.computed), np.array(found.keeps))
+    for computed, keeps in zip(*slower, strict=True):
+        other = _descend(problem, _allocation(computed, keeps), time)
+        if problem.cost(other) <= time + _CLOSE and (loss := problem.loss(other)) < least:
+            best, least = other, loss
     return best
 
 
-def _faster(problem: Problem, at: Allocation) -> Iterator[Allocation]:
-    for step, computed in enumerate(at.computed):
-        if computed and not problem.forced[step]:
-            yield _with_step(at, step, False)
-    for place in range(1, len(problem.saved)):
-        for cells in _groups(problem):
-            if any(at.keeps[layer][bucket] < place for layer, bucket in cells):
-                yield _with_keep(at, cells, place, max)
+def _faster(problem: Problem, computed: np.ndarray, keeps: np.ndarray, moves: str) -> Many:
+    places = range(1, len(problem.saved))
+    steps = np.flatnonzero(computed & ~problem.forced) if moves != "keeps" else []
+    groups = _groups(problem, True) if moves != "steps" else _groups(problem, True)[:0]
+    return _moved(computed, keeps, steps, [np.where(groups, np.maximum(keeps, place), keeps) for place in places])
 
 
-def _slower(problem: Problem, at: Allocation) -> Iterator[Allocation]:
-    for step, computed in enumerate(at.computed):
-        if not computed:
-            yield _with_step(at, step, True)
-    for place in range(len(problem.saved) - 1):
-        for cells in _groups(problem):
-            if any(at.keeps[layer][bucket] > place for layer, bucket in cells):
-                yield _with_keep(at, cells, place, min)
+def _slower(problem: Problem, computed: np.ndarray, keeps: np.ndarray) -> Many:
+    groups = _groups(problem, keeps.size <= _MANY)
+    places = range(len(problem.saved) - 1)
+    others = [np.where(groups, np.minimum(keeps, place), keeps) for place in places]
+    return _moved(computed, keeps, np.flatnonzero(~computed), others)
 
 
-def _groups(problem: Problem) -> Iterator[list[tuple[int, int]]]:
-    """(layer, bucket) that move together: each alone, each layer's, each bucket's."""
-    layers, buckets = range(problem.n_layers), range(problem.n_buckets)
-    yield from ([(layer, bucket)] for layer in layers for bucket in buckets)
-    if problem.n_buckets > 1:
-        yield from ([(layer, bucket) for bucket in buckets] for layer in layers)
-    if problem.n_layers > 1:
-        yield from ([(layer, bucket) for layer in layers] for bucket in buckets)
+def _moved(computed: np.ndarray, keeps: np.ndarray, steps: Sequence[int], others: list[np.ndarray]) -> Many:
+    """Everything one move away: a step the other way round, or other keeps."""
+    turned = np.repeat(computed[None], len(steps), 0)
+    turned[np.arange(len(steps)), steps] ^= True
+    changed = np.concatenate([keeps[None][:0], *others])
+    changed = changed[(changed != keeps).any((1, 2))]
+    same = np.repeat(computed[None], len(changed), 0), np.repeat(keeps[None], len(steps), 0)
+    return np.concatenate([turned, same[0]]), np.concatenate([same[1], changed])
 
 
-def _with_step(at: Allocation, step: int, computed: bool) -> Allocation:
-    return replace(at, computed=(*at.computed[:step], computed, *at.computed[step + 1 :]))
+def _groups(problem: Problem, alone: bool) -> np.ndarray:
+    """bool [G, L, B]: what moves together: a layer in a bucket alone, a layer, a bucket."""
+    layers, buckets = np.eye(problem.n_layers, dtype=bool), np.eye(problem.n_buckets, dtype=bool)
+    both = np.einsum("il,jb->ijlb", layers, buckets).reshape(-1, len(layers), len(buckets))
+    rows = np.repeat(layers[:, :, None], problem.n_buckets, 2)
+    columns = np.repeat(buckets[:, None, :], problem.n_layers, 1)
+    return np.concatenate([both, rows, columns] if alone else [rows, columns])
 
 
-def _with_keep(at: Allocation, cells: list[tuple[int, int]], place: int, choose) -> Allocation:
-    keeps = [list(row) for row in at.keeps]
-    for layer, bucket in cells:
-        keeps[layer][bucket] = choose(keeps[layer][bucket], place)
-    return replace(at, keeps=tuple(map(tuple, keeps)))
+def _allocation(computed: np.ndarray, keeps: np.ndarray) -> Allocation:
+    return Allocation(tuple(computed.tolist()), tuple(map(tuple, keeps.tolist())))

@@ -230,8 +230,8 @@ def branch_shares(outputs: list[Tensor], velocity: Tensor) -> list[float]:
     made = sum(share * part for share, part in zip(shares, parts, strict=True))
     if float((made - target).norm()) > NEAR * float(target.norm()):
         raise DitAccelError(
-            f"this pipeline makes its velocity of {len(parts)} branches in a way that is no sum of them, which tune does "
-            "not understand; turn guidance_rescale and the like off"
+            f"this pipeline makes its velocity of {len(parts)} branches in a way that is no sum of them, which tune "
+            "does not understand; turn guidance_rescale and the like off"
         )
     return shares.tolist()
 

@@ -65,33 +65,38 @@ class Problem:
 
     def cost(self, allocation: Allocation) -> float:
         """Time as a share of a dense run's."""
-        saved = self.saved[np.array(allocation.keeps)].sum(0)[self.bucket]  # [n]
-        computed = np.array(allocation.computed)
-        return 1 - self.step_cost * float((saved * computed).sum() + (~computed).sum())
-
-    def _lengths(self, allocation: Allocation) -> np.ndarray:
-        """[S, n] by what factor the measured errors of sparse attention are to be taken."""
-        places = np.array(allocation.keeps)[:, self.bucket]  # [L, n]
-        taken = np.take_along_axis(self.shares, places[None, :, :, None], 3)[..., 0]
-        return np.sqrt(taken.sum(1))
+        return float(self.costs(*_as_arrays(allocation))[0])
 
     def loss(self, allocation: Allocation) -> float:
         """Mean squared error of the final latents, over samples."""
-        n = self.n_steps
-        source = np.maximum.accumulate(np.where(allocation.computed, np.arange(n), 0))
-        velocity = np.zeros(n)
-        np.add.at(velocity, source, self.reuse)
-        velocity -= self.reuse
-        carried = np.zeros(n)
-        np.add.at(carried, source, self.sparse)
-        errors = self._lengths(allocation) * carried
-        vectors = np.concatenate([np.broadcast_to(velocity, errors.shape), errors], 1)  # [S, 2n]
-        return float(np.einsum("si,sij,sj->s", vectors, self.gram, vectors).mean() / self.elements)
+        return float(self.losses(*_as_arrays(allocation))[0])
+
+    def costs(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
+        """`cost` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
+        saved = self.saved[keeps].sum(1)[:, self.bucket]  # [M, n]
+        return 1 - self.step_cost * np.where(computed, saved, 1).sum(1)
+
+    def losses(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
+        """`loss` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
+        steps = np.arange(self.n_steps)
+        source = np.maximum.accumulate(np.where(computed, steps, 0), 1)
+        serves = (source[:, :, None] == steps).astype(float)  # [M, n, n] whether a step's velocity is that of another
+        velocity = self.reuse @ serves - self.reuse
+        errors = self._lengths(keeps) * (self.sparse @ serves)  # [S, M, n]
+        vectors = np.concatenate([np.broadcast_to(velocity, errors.shape), errors], 2)
+        squared = (vectors @ self.gram * vectors).sum(2)
+        return np.maximum(squared.mean(0), 0) / self.elements
+
+    def _lengths(self, keeps: np.ndarray) -> np.ndarray:
+        """[S, M, n] by what factor the measured errors of sparse attention are to be taken."""
+        places = keeps[:, :, self.bucket]  # [M, L, n]
+        layers = np.arange(self.n_layers)[:, None]
+        return np.sqrt(self.shares[:, layers, np.arange(self.n_steps), places].sum(2))
 
     def velocity_error(self, allocation: Allocation) -> float:
         """Root mean square over samples and steps of the relative error of the velocity."""
         n = self.n_steps
-        lengths, own = self._lengths(allocation), np.arange(n)
+        lengths, own = self._lengths(_as_arrays(allocation)[1])[:, 0], np.arange(n)
         source = np.maximum.accumulate(np.where(allocation.computed, own, 0))
         total = 0.0
         for gram, length in zip(self.gram, lengths, strict=True):
@@ -101,6 +106,10 @@ class Problem:
             squared = apart + both + length[source] ** 2 * e[source, source]
             total += float((squared / v[own, own]).mean())
         return float(np.sqrt(max(total, 0.0) / len(self.gram)))
+
+
+def _as_arrays(allocation: Allocation) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(allocation.computed)[None], np.array(allocation.keeps)[None]
 
 
 def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_share: float) -> Problem:

@@ -93,8 +93,8 @@ class Maker:
             handle = None if preset.is_stock else stack.enter_context(accelerate(self.pipe, preset))
             stack.enter_context(walk(self.pipe.scheduler, on_step))
             for module in transformers_of(self.pipe).values():
-                for hook in (module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(behind)):
-                    stack.callback(hook.remove)
+                stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+                stack.callback(module.register_forward_hook(behind).remove)
             began = time.perf_counter()
             frames = self.frames(preset, clip)
             took = time.perf_counter() - began
@@ -105,10 +105,9 @@ class Maker:
 
 def compare(made: Made, dense: Made) -> Likeness:
     """How a clip stands to its dense one; PSNR is 100 dB where they are equal."""
-    error = None
-    same = made.velocities is not None and dense.velocities is not None and len(made.velocities) == len(dense.velocities)
-    if same:
-        apart = np.square(made.velocities - dense.velocities).sum(1) / np.square(dense.velocities).sum(1)
+    error, ours, theirs = None, made.velocities, dense.velocities
+    if ours is not None and theirs is not None and len(ours) == len(theirs):
+        apart = np.square(ours - theirs).sum(1) / np.square(theirs).sum(1)
         error = float(np.sqrt(apart.mean()))
     fits = min(made.frames.shape[1:3]) >= _SMALLEST
     return Likeness(

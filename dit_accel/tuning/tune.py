@@ -28,6 +28,7 @@ from dit_accel.tuning.tables import Sample
 
 TRIES = 3  # real runs of the held-out clips, to meet the budget
 _AIM = 0.3, 0.93  # near enough: so many dB above what PSNR asks; this share of what time or error allow
+_FARTHEST = 6.0, 2.0  # the most by which an aim is corrected: in dB, as a factor
 _HEADROOM = 0.02  # computed time that a rival may take more, as a share of dense
 Say = Callable[[str], None]
 
@@ -155,8 +156,8 @@ class Tuner:
         for i, of in samples.items():
             sums = additivity(of)
             self.say(
-                f"{plan.methods[i].method}: squared errors of single layers add up to {min(sums):.2f} to {max(sums):.2f} "
-                "times that of all together (1: independent, as taken for granted)"
+                f"{plan.methods[i].method}: squared errors of single layers add up to {min(sums):.2f} to "
+                f"{max(sums):.2f} times that of all together (1: independent, as taken for granted)"
             )
         tries, allocations, which = self._aim(name, problems, dense)
         met = [i for i, one in enumerate(tries) if self.budget.met_by(one.figure(self.budget.kind))]
@@ -203,7 +204,7 @@ class Tuner:
         steps = plan.base.generate.steps
         branches = max(1, in_a_run // steps)
         layers = sum(len(find_adapter(t).self_attentions(t)) for t in transformers_of(self.pipe).values())
-        of_a_sample = forwards(steps, branches, layers, 1 + len(plan.keeps), plan.close)
+        of_a_sample = forwards(steps, branches, layers, len(plan.keeps), plan.close)
         left = sum(
             of_a_sample
             for i in range(len(plan.methods))
@@ -259,15 +260,20 @@ class Tuner:
             )
             if budget.met_by(figure) and self._is_near(figure):
                 break
-            if budget.kind == "psnr":
-                aim += (budget.limit + _AIM[0] / 3) - figure
-            else:
-                aim *= budget.limit * (1 + _AIM[1]) / 2 / max(figure, 1e-6)
+            aim = self._corrected(aim, figure)
         return tries, allocations, which
 
     def _is_near(self, figure: float) -> bool:
         limit = self.budget.limit
         return figure <= limit + _AIM[0] if self.budget.kind == "psnr" else figure >= limit * _AIM[1]
+
+    def _corrected(self, aim: float, figure: float) -> float:
+        """Another aim, off by as much to the other side; not by more than `_FARTHEST` at once."""
+        limit = self.budget.limit
+        if self.budget.kind == "psnr":
+            return aim + float(np.clip(limit + _AIM[0] / 3 - figure, -_FARTHEST[0], _FARTHEST[0]))
+        factor = limit * (1 + _AIM[1]) / 2 / max(figure, 1e-6)
+        return aim * float(np.clip(factor, 1 / _FARTHEST[1], _FARTHEST[1]))
 
     def _allocate(self, problems: dict[int, Problem], aim: float) -> tuple[int, Allocation]:
         """The best method's allocation for an aim, by what is predicted."""

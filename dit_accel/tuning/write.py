@@ -90,7 +90,8 @@ def write_preset(
     }
     if not any(key in tables for key in ("sparse", "cache")):
         tables["level"] = "exact"
-    text = to_toml(name, tables, f"Made by dit-accel tune --budget '{budget}'; {record_file.name} has what it rests on.")
+    remark = f"Made by dit-accel tune --budget '{budget}'; {record_file.name} has what it rests on."
+    text = to_toml(name, tables, remark)
     preset = load(text, name, str(preset_file))
     with Stage() as stage:
         stage.write_text(record_file, json.dumps(record, indent=2) + "\n")
