@@ -109,16 +109,14 @@ class Shelf:
         held = {"frames": made.frames, "seconds": np.array([made.seconds, made.forward_seconds, made.forwards])}
         if made.velocities is not None:
             held["velocities"] = made.velocities
-        with Stage() as stage:
-            save_file(held, stage.add(path))
+        _save(path, held)
         return made
 
     def _put_vectors(self, vectors: Vectors) -> None:
         told = {"velocities": torch.stack(vectors.velocities), "errors": torch.stack(vectors.errors)}
         told |= {"final": vectors.final, "output": vectors.output.float().cpu()}
         arrays = {name: x.numpy() for name, x in told.items()} | {"frames": vectors.frames}
-        with Stage() as stage:
-            save_file(arrays, stage.add(self.folder / _VECTORS))
+        _save(self.folder / _VECTORS, arrays)
 
     def _vectors(self) -> Vectors:
         held = _load(self.folder / _VECTORS)
@@ -126,6 +124,11 @@ class Shelf:
         return Vectors(
             list(told["velocities"]), list(told["errors"]), told["final"], told["output"], held["frames"]
         )
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with Stage() as stage:  # safetensors writes the memory as it lies
+        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, stage.add(path))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

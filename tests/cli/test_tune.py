@@ -12,7 +12,6 @@ import pytest
 
 from dit_accel.cli.app import run
 from dit_accel.preset import load_preset
-from dit_accel.tuning.measure import measure
 
 SMALL = (
     "tune", "--preset", "wan21-fast", "--size", "64x64", "--frames", "5", "--prompt", "star", "--keeps", ".25,.5",
@@ -65,7 +64,6 @@ def test_a_preset_is_made_found_and_run(
     # other settings are no settings to go on from
     assert run([*arguments, "--budget", "psnr>=12", "--resume", "--seeds", "2"]) == 2
     assert "prompts and seeds" in capsys.readouterr().err
-    assert measure is not None
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -102,7 +100,7 @@ def test_what_cannot_be_asked(
 
 
 def test_an_interrupt_keeps_what_was_measured(start_cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
-    more = ("--model", wan21_folder, "--steps", "200", "--budget", "psnr>=12")
+    more = ("--model", wan21_folder, "--steps", "60", "--budget", "psnr>=12")
     process = start_cli(*SMALL, *more, cwd=tmp_path)
     kept = tmp_path / "presets" / "mine.measured" / "dense-000.safetensors"
     until = time.monotonic() + 90
