@@ -85,7 +85,7 @@ def test_a_budget_that_cannot_be_met_says_how_near_it_came(
         (("--budget", "psnr>=30", "--prompt", "x", "--keeps", "2"), "--keeps"),
         (("--budget", "psnr>=30", "--prompt", "x", "--seeds", "a"), "--seeds"),
         (("--budget", "psnr>=30", "--prompt", "x", "--held-out-seeds", "1"), "held-out clips must be others"),
-        (("--budget", "psnr>=30", "--prompt", "x", "--methods", "sparge"), "--methods"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--methods", "sla"), "--methods"),
         (("--budget", "psnr>=30", "--prompt", "x", "--cache", "tea"), "--cache"),
         (("--budget", "psnr>=30", "--prompt", "x", "--name", "tiny-wan"), "ships with dit-accel"),
         (("--budget", "psnr>=30", "--prompt", "x", "--buckets", "0"), "--buckets"),
