@@ -15,7 +15,8 @@ from dit_accel.preset import load_preset
 
 SMALL = (
     "tune", "--preset", "wan21-fast", "--size", "64x64", "--frames", "5", "--prompt", "star", "--keeps", ".25,.5",
-    "--set", "block=16", "--set", "min_tokens=0", "--buckets", "2", "--close", "1", "--perturbed", "2", "--name", "mine",
+    "--set", "block=16", "--set", "min_tokens=0", "--buckets", "2", "--close", "1",
+    "--perturbed", "2", "--name", "mine",
 )  # fmt: skip
 
 
