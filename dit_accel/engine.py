@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,9 @@ from dit_accel.trajectory import Call, Facts, Trajectory
 
 if TYPE_CHECKING:
     from dit_accel.region.engine import RegionEngine
+
+# Takes a call that may be sparse and two functions that attend, densely and sparsely; gives what goes on, [B, S, H, D].
+Probe = Callable[[Call, Callable[[], Tensor], Callable[[], Tensor]], Tensor]
 
 _MOMENT = ("call", "layout", "order", "text", "groups", "_dense_reason", "_counted")
 _BLENDED = "blended with a linear layer in training"
@@ -93,6 +96,7 @@ class Engine:
         )
         self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
         self.observer: Observer | None = None
+        self.probe: Probe | None = None  # measures attention, while it is set
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
         self.call: Call | None = None  # the forward under way
         self.layout: TokenLayout | None = None  # of its tokens
@@ -387,7 +391,13 @@ class Engine:
                     return self.attending.blend_linearly(query, key, value, now, self.groups, softmax)
                 return self.attending.attend_linearly(query, key, value, call, now, seat, self.groups)
             laid = Laid(self.layout, self.groups, self.observer)
-            return self.attending.attend_sparsely(query, key, value, call, now, laid, seat)
+
+            def sparse() -> Tensor:
+                return self.attending.attend_sparsely(query, key, value, call, now, laid, seat)
+
+            if self.probe is None:
+                return sparse()
+            return self.probe(now, lambda: seat.dense_whole(query, key, value, **call), sparse)
 
         return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
 
@@ -457,7 +467,7 @@ class Engine:
         new = memo[id(self)] = object.__new__(type(self))
         for name in ("adapter", "options", "method", "role", "n_layers", "dense_layers", "_names"):
             setattr(new, name, getattr(self, name))
-        new.observer = new.region = None
+        new.observer = new.region = new.probe = None
         target = memo.get(id(self._module()))
         new._module = (lambda: None) if target is None else weakref.ref(target)
         new.call = new.layout = new.order = new._dense_reason = None

@@ -16,10 +16,11 @@ from dit_accel.attending import Observer
 from dit_accel.caches import Cache, load_cache
 from dit_accel.caches.engine import CacheEngine, remove_cache
 from dit_accel.caches.off import Off
-from dit_accel.engine import Engine
+from dit_accel.engine import Engine, Probe
 from dit_accel.errors import UsageError
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
+from dit_accel.planner import Experiment
 from dit_accel.processor import SparseProcessor, method_of
 from dit_accel.region import Region, load_region
 from dit_accel.region.engine import RegionEngine
@@ -90,6 +91,21 @@ class Handle:
     def engines(self) -> tuple[Engine, ...]:
         """Of each transformer with sparse attention or region sampling, what serves its attentions."""
         return tuple(self._engines)
+
+    def probe(self, probe: Probe | None) -> None:
+        """Have a function asked at every call that may be sparse what goes on from it; None ends that.
+
+        Args:
+            probe: takes the call and two functions that attend, densely and sparsely, and gives `[B, S, H, D]`. While
+                it asks for sparse attention, `experiment` says how sparse.
+        """
+        for engine in self._engines:
+            engine.probe = probe
+
+    def experiment(self, experiment: Experiment | None) -> None:
+        """Have attention be as an experiment says, whatever the rules say; None ends that."""
+        for engine in self._engines:
+            engine.planner.experiment = experiment
 
     def needs(self) -> dict[str, int]:
         """Bytes that the installed parts want beside the model's own: declared for forwards like the latest, or seen.

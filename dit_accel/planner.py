@@ -66,6 +66,14 @@ def _unpack(packed: Tensor, n: int) -> Tensor:
     return bits.flatten(-2)[..., :n].bool()
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What attention does while it is measured, in place of what the rules say."""
+
+    layers: frozenset[int] | None  # sparse in these alone; None: in all
+    keep: float
+
+
 class Planner:
     """The plans of one transformer.
 
@@ -86,6 +94,7 @@ class Planner:
     ) -> None:
         self.options, self.method, self.tally = options, method, tally
         self.learns = hasattr(method, "learn")
+        self.experiment: Experiment | None = None  # set while attention is measured
         self._memory = StateTable(trajectory)
         self._kept = StateTable(trajectory)
         self._variants: dict[tuple, Method] = {}
@@ -114,12 +123,16 @@ class Planner:
     def is_dense(self, call: Call) -> bool:
         """Whether the last rule about it says that this call is dense."""
         assert call.layer is not None
+        if self.experiment is not None:
+            return self.experiment.layers is not None and call.layer not in self.experiment.layers
         held = [rule for rule in self.options.rules if rule.holds(call.noise, call.layer, call.n_layers)]
         return bool(held) and held[-1].dense
 
     def method_at(self, call: Call) -> Method:
         """The method with the values that the rules give its options here."""
         assert call.layer is not None
+        if self.experiment is not None:
+            return self._with_values((("keep", self.experiment.keep),))
         values: dict[str, Any] = {}
         for rule in self.options.rules:
             if rule.holds(call.noise, call.layer, call.n_layers):
@@ -194,7 +207,7 @@ class Planner:
         new.tally = copy.deepcopy(self.tally, memo)
         new._memory, new._kept = copy.deepcopy(self._memory, memo), copy.deepcopy(self._kept, memo)
         new._variants = dict(self._variants)
-        new._raised, new._raised_at = {}, {}
+        new._raised, new._raised_at, new.experiment = {}, {}, None
         return new
 
     def _kept_for(self, call: Call, query: Tensor) -> KeptPlan | None:

@@ -25,9 +25,9 @@ def remark(message: str, *, quiet: bool = False) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def tables() -> Console:
-    """A rich console on stdout, for tables that are the answer. Wide where nobody watches: nothing is cut."""
+def tables(*, stderr: bool = False) -> Console:
+    """A rich console for tables: on stdout, if they are the answer. Wide where nobody watches: nothing is cut."""
     from rich.console import Console
 
-    told = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if told else 160)
+    told = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if told else 160, stderr=stderr)

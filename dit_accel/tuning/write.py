@@ -1,0 +1,117 @@
+"""Write: the preset with what it rests on, and its record, both at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_accel.pipelines.staging import Stage
+from dit_accel.preset import Preset
+from dit_accel.tuning.as_preset import load, to_toml
+from dit_accel.tuning.budget import Budget
+from dit_accel.tuning.tune import Plan, Tuned
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tuned) -> dict[str, Any]:
+    """All that the preset rests on. Figures are of held-out clips alone.
+
+    Args:
+        opened: what every record begins with.
+    """
+    rivals = [one.to_dict() for one in tuned.rivals]
+    best = max(rivals, key=lambda one: one["psnr"], default=None)
+    hand = max((one for one in rivals if not one["name"].endswith(" steps")), key=lambda one: one["psnr"], default=None)
+    chosen = tuned.chosen.to_dict()
+    return {
+        **opened,
+        "verb": "tune",
+        "budget": str(budget),
+        "keeps": list(plan.keeps),
+        "tuned_on": [dataclasses.asdict(clip) for clip in plan.clips],
+        "held_out": [dataclasses.asdict(clip) for clip in plan.held_out],
+        "summary": {
+            "dense": {
+                "seconds_of_clips": [round(one.seconds, 3) for one in tuned.dense],
+                "forward_share": round(tuned.forward_share, 4),
+            },
+            "tuned": chosen,
+            "times_as_fast": round(1 / chosen["time"], 4),
+            "predicted": tuned.predicted,
+            "gain_db_over_best_hand_set": None if hand is None else round(chosen["psnr"] - hand["psnr"], 4),
+            "best_hand_set": hand and hand["name"],
+            "best_rival": best and best["name"],
+            "additivity": [round(value, 4) for value in tuned.additivity],
+        },
+        "rivals": rivals,
+        "tries": [one.to_dict() for one in tuned.tries],
+        "allocation": dataclasses.asdict(tuned.allocation),
+    }
+
+
+def write_preset(
+    folder: Path, name: str, plan: Plan, budget: Budget, tuned: Tuned, record: dict[str, Any], revision: str
+) -> tuple[Preset, list[Path]]:
+    """Write NAME.toml and NAME.json to a folder.
+
+    Returns:
+        The preset as it will be read, and both files.
+    """
+    preset_file, record_file = folder / f"{name}.toml", folder / f"{name}.json"
+    options, machine = plan.base.generate, record["machine"]
+    size = f"{options.width}x{options.height}"
+    figures = {
+        "psnr_db": ("summary", "tuned", "psnr"),
+        "worst_psnr_db": ("summary", "tuned", "worst_psnr"),
+        "times_as_fast": ("summary", "times_as_fast"),
+    }
+    tables = {
+        "description": f"{plan.base.name} tuned for {budget}",
+        "level": "turbo" if "cache" in tuned.tables else "fast",
+        "status": "measured",
+        **tuned.tables,
+        "provenance": {
+            "record": record_file.name,
+            "revision": revision,
+            "size": size if options.frames == 1 else f"{options.frames} frames of {size}",
+            "steps": options.steps,
+            "scheduler": record["scheduler"],
+            "gpu": machine.get("gpu") or f"CPU {platform.machine()}, {machine['threads']} threads",
+            "date": record["written"][:10],
+            "figures": {key: {"value": _follow(record, at), "at": list(at)} for key, at in figures.items()},
+        },
+    }
+    if not any(key in tables for key in ("sparse", "cache")):
+        tables["level"] = "exact"
+    remark = f"Made by dit-accel tune --budget '{budget}'; {record_file.name} has what it rests on."
+    text = to_toml(name, tables, remark)
+    preset = load(text, name, str(preset_file))
+    with Stage() as stage:
+        stage.write_text(record_file, json.dumps(record, indent=2) + "\n")
+        stage.write_text(preset_file, text)
+    return preset, [preset_file, record_file]
+
+
+def _follow(record: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        record = record[key]
+    return record
+
+
+def revision_of(folder: Path) -> str:
+    """A model's commit where the hub's cache names it, else a checksum of its transformers' weights."""
+    if _COMMIT.fullmatch(folder.name):
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("transformer*/*.safetensors")):
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return f"sha256:{digest.hexdigest()[:16]}"

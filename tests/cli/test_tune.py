@@ -1,0 +1,116 @@
+"""`dit-accel tune` on a small random Wan: a preset that is found and runs, nothing measured twice, clear ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dit_accel.cli.app import run
+from dit_accel.preset import load_preset
+
+SMALL = (
+    "tune", "--preset", "wan21-fast", "--size", "64x64", "--frames", "5", "--prompt", "star", "--keeps", ".25,.5",
+    "--set", "block=16", "--set", "min_tokens=0", "--buckets", "2", "--close", "1",
+    "--perturbed", "2", "--name", "mine",
+)  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_preset_is_made_found_and_run(
+    here: Path, wan21_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*SMALL, "--model", str(wan21_folder), "--steps", "10")
+    assert run([*arguments, "--budget", "time<=0.99"]) in (0, 1)  # seconds of a busy machine may say no
+    capsys.readouterr()
+    measured = here / "presets" / "mine.measured"
+    before = {path.name: path.stat().st_mtime_ns for path in measured.iterdir()}
+    assert set(before) == {"settings.json", "sample-0-000.json", "gains.json", "dense-000.safetensors"}
+
+    # without --resume nothing is touched; with it nothing is measured twice, and the budget may be another
+    assert run([*arguments, "--budget", "psnr>=12"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr("dit_accel.tuning.tune.measure", lambda *_: pytest.fail("measured again"))
+    assert run([*arguments, "--budget", "psnr>=12", "--resume", "--json"]) == 0
+    told = capsys.readouterr()
+    assert {path.name: path.stat().st_mtime_ns for path in measured.iterdir()} == before
+    record = json.loads(told.out)
+    assert record == json.loads((here / "presets" / "mine.json").read_text())
+    assert record["verb"] == "tune" and record["summary"]["tuned"]["psnr"] >= 12
+    assert record["held_out"] == [{"prompt": "star", "seed": 1001}] != record["tuned_on"]
+    assert any(rival["name"].endswith("latent cache") for rival in record["rivals"])
+    assert any(rival["name"].endswith("steps") for rival in record["rivals"])
+    cost = record["summary"]["tuned"]["computed_time"]
+    assert cost < 1, "12 dB is little: something was given up"
+
+    preset = load_preset("mine")
+    assert preset.status == "measured" and preset.provenance.record == "mine.json"
+    assert preset.provenance.figures["psnr_db"].value == record["summary"]["tuned"]["psnr"]
+    assert preset.generate.steps == 10 and preset.generate.width == 64
+    assert run(["presets", "validate", "presets/mine.toml"]) == 0
+    assert run(["generate", "--preset", "mine", "--prompt", "star", "--seed", "1001", "--compare-dense", "--json"]) == 0
+    clip = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["clips"][0]
+    assert clip["dense"]["psnr_db"] == pytest.approx(record["summary"]["tuned"]["psnr"], abs=0.01)
+
+    # other settings are no settings to go on from
+    assert run([*arguments, "--budget", "psnr>=12", "--resume", "--seeds", "2"]) == 2
+    assert "prompts and seeds" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_budget_that_cannot_be_met_says_how_near_it_came(
+    here: Path, wan21_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = (*SMALL, "--model", str(wan21_folder), "--steps", "3", "--cache", "none")
+    assert run([*arguments, "--budget", "time<=0.01"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: budget time<=0.01 was not met") and "the best reached: time " in last
+    assert not (here / "presets" / "mine.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--budget", "psnr<=30", "--prompt", "x"), "is no budget"),
+        (("--budget", "psnr>=30"), "--prompt TEXT"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--keeps", "2"), "--keeps"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--seeds", "a"), "--seeds"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--held-out-seeds", "1"), "held-out clips must be others"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--methods", "sla"), "--methods"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--cache", "tea"), "--cache"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--name", "tiny-wan"), "ships with dit-accel"),
+        (("--budget", "psnr>=30", "--prompt", "x", "--buckets", "0"), "--buckets"),
+    ],
+)
+def test_what_cannot_be_asked(
+    arguments: tuple[str, ...], said: str, here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(["tune", *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(here.iterdir())
+
+
+def test_an_interrupt_keeps_what_was_measured(start_cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
+    more = ("--model", wan21_folder, "--steps", "60", "--budget", "psnr>=12")
+    process = start_cli(*SMALL, *more, cwd=tmp_path)
+    kept = tmp_path / "presets" / "mine.measured" / "dense-000.safetensors"
+    until = time.monotonic() + 90
+    while not kept.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    assert "--resume goes on" in told and "Traceback" not in told
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["dense-000.safetensors", "settings.json"]

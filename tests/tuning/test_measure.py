@@ -1,0 +1,151 @@
+"""Measured once, on a small real Wan: the same as running each thing for real."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel import accelerate
+from dit_accel.errors import DitAccelError, UsageError
+from dit_accel.options import SparseOptions
+from dit_accel.pipelines import wan
+from dit_accel.preset import load_preset
+from dit_accel.testing import tiny_wan_pipeline
+from dit_accel.tuning.gains import measure_gains, perturbed_steps
+from dit_accel.tuning.interpose import idle, solver_weights, walk
+from dit_accel.tuning.measure import branch_shares, close_steps, forwards, measure
+from dit_accel.tuning.problem import Allocation, make_problem
+
+STEPS, LAYERS, KEEPS = 4, 2, (0.5, 0.25)
+SPARSE = SparseOptions.from_mapping({"keep": 0.25, "block": 16, "order": "raster", "min_tokens": 0})
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_wan_pipeline(transformer={"num_layers": LAYERS})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def make(pipe) -> Callable:
+    preset = load_preset("tiny-wan").with_values(
+        {"generate.width": 64, "generate.height": 64, "generate.frames": 5, "generate.steps": STEPS}, "test"
+    )
+    return lambda: wan.generate(pipe, preset.generate, "star", seed=3)
+
+
+@pytest.fixture(scope="module")
+def measured(pipe, make):
+    counted = []
+    found = measure(pipe, SPARSE, KEEPS, STEPS, STEPS, make, lambda: counted.append(1))
+    assert len(counted) == forwards(STEPS, 2, LAYERS, len(KEEPS), STEPS)
+    return found
+
+
+def really(pipe, make, **options) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
+    """Velocities of a real run, what went into layer 0's output projection, and the frames."""
+    velocities, inputs = [], []
+
+    def on_step(_: int, velocity: torch.Tensor) -> torch.Tensor:
+        velocities.append(velocity.clone())
+        return velocity
+
+    projection = pipe.transformer.blocks[0].attn1.to_out[0]
+    hook = projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    try:
+        with walk(pipe.scheduler, on_step), accelerate(pipe, SPARSE, **options):
+            frames = make()
+    finally:
+        hook.remove()
+    return velocities, inputs, frames
+
+
+def test_each_layer_alone_is_as_in_a_real_forward(pipe, make, measured) -> None:
+    sample, vectors = measured
+    dense, before, frames = really(pipe, make, dense_layers=(0, 1))
+    assert np.array_equal(frames, vectors.frames)
+    assert all(torch.equal(a, b) for a, b in zip(dense, vectors.velocities, strict=True))
+    assert sample.steps == [0, 1, 2, 3]
+    for layer in range(LAYERS):
+        velocities, inputs, _ = really(pipe, make, keep=0.25, dense_layers=(1 - layer,))
+        assert float((velocities[0] - dense[0]).norm() ** 2) == pytest.approx(sample.alone[0][layer], rel=1e-3)
+        if layer == 0:
+            errors = [float((inputs[i] - before[i]).norm() ** 2 / before[i].norm() ** 2) for i in (0, 1)]
+            assert np.mean(errors) == pytest.approx(sample.attention[0][0][1], rel=1e-3)
+    for i, keep in enumerate(KEEPS):
+        velocities, _, _ = really(pipe, make, keep=keep)
+        assert float((velocities[0] - dense[0]).norm() ** 2) == pytest.approx(sample.together[0][i], rel=1e-3)
+        if i == sample.reference:
+            gram = np.array(sample.gram)
+            assert torch.allclose(velocities[0] - dense[0], vectors.errors[0], atol=1e-5)
+            assert gram[STEPS, STEPS] == pytest.approx(sample.together[0][i], rel=1e-3)
+    assert sample.noise == sorted(sample.noise, reverse=True) and sample.roles == ["transformer"] * STEPS
+
+
+def test_solver_weights_are_exact(pipe, make, measured) -> None:
+    sample, vectors = measured
+    push = torch.randn(vectors.velocities[2].shape) * 0.1
+
+    def on_step(step: int, velocity: torch.Tensor) -> torch.Tensor:
+        return vectors.velocities[step] + (push if step == 2 else 0)
+
+    with walk(pipe.scheduler, on_step) as noted:
+        make()
+    assert torch.allclose(noted.final - vectors.final, sample.weights[2] * push, atol=1e-5)
+    assert solver_weights(noted.scheduler) == sample.weights
+    assert "step" not in pipe.scheduler.__dict__
+
+
+def test_gains_are_those_of_a_run_that_goes_wrong_at_one_step(pipe, make, measured) -> None:
+    sample, vectors = measured
+    counted = []
+    gains = measure_gains(pipe, vectors, sample.weights, 2, make, lambda: counted.append(1))
+    assert gains.steps == perturbed_steps(STEPS, 2) == [1, 3]
+    assert len(counted) == 2 * 2 * 2  # both kinds, behind step 1, both branches
+    assert gains.reuse[1] == pytest.approx(1, rel=1e-3), "nothing comes behind the last step: the solver's own weight"
+    assert gains.sparse[1] == pytest.approx(1, rel=1e-3)
+    assert "forward" not in pipe.transformer.__dict__
+
+    def on_step(step: int, velocity: torch.Tensor) -> torch.Tensor:
+        return velocity + (vectors.velocities[0] - vectors.velocities[1] if step == 1 else 0)
+
+    with walk(pipe.scheduler, on_step) as noted:
+        make()
+    error = float((vectors.velocities[0] - vectors.velocities[1]).norm())
+    moved = float((noted.final - vectors.final).norm()) / (abs(sample.weights[1]) * error)
+    assert gains.reuse[0] == pytest.approx(moved, rel=1e-2)
+
+    problem = make_problem([sample], gains, 2, 1.0)
+    assert problem.loss(problem.dense()) == 0 and problem.cost(problem.dense()) == 1
+    last = Allocation((True, True, True, False), ((0, 0),) * LAYERS)
+    _, _, frames = really(pipe, make, dense_layers=(0, 1), cache={"name": "latent", "schedule": "1110", "min_steps": 0})
+    assert frames.shape == vectors.frames.shape
+    apart = float((vectors.velocities[2] - vectors.velocities[3]).norm() * abs(sample.weights[3])) ** 2
+    assert problem.loss(last) == pytest.approx(apart / sample.elements, rel=1e-3)
+
+
+def test_what_cannot_be_measured_is_said(pipe, make) -> None:
+    with pytest.raises(UsageError, match="nothing can run sparse here.*fewer than"):
+        measure(pipe, dataclasses.replace(SPARSE, min_tokens=10**6), KEEPS, STEPS, 1, make, lambda: None)
+    assert "step" not in pipe.scheduler.__dict__ and not pipe.transformer._forward_hooks
+    with pytest.raises(DitAccelError, match="no sum of them"):
+        branch_shares([torch.randn(1, 8), torch.randn(1, 8)], torch.randn(1, 8))
+    cond, uncond = torch.randn(1, 8), torch.randn(1, 8)
+    assert branch_shares([cond, uncond], 5 * cond - 4 * uncond) == pytest.approx([5, -4])
+    assert branch_shares([torch.cat([uncond, cond])], 5 * cond - 4 * uncond) == pytest.approx([-4, 5])
+
+
+def test_close_steps_lie_in_the_middle_of_their_parts() -> None:
+    assert close_steps(20, 3) == {3, 10, 16}
+    assert close_steps(4, 9) == {0, 1, 2, 3}
+
+
+def test_idle_gives_forwards_back(pipe, make) -> None:
+    with pytest.raises(RuntimeError, match="stop"), idle(pipe, lambda: False, torch.zeros(1), lambda: None):
+        raise RuntimeError("stop")
+    assert "forward" not in pipe.transformer.__dict__
