@@ -45,6 +45,7 @@ def bench(
 ) -> Iterator[Callable[..., int]]:
     """`dit-accel bench` in this process; returns the exit code. The doctor's kernel tests have tests of their own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(doctor, "check_kernels", lambda: iter(()))
     Path("dit-accel.toml").write_text(PRESETS)
     log = diffusers.utils.logging

@@ -100,7 +100,7 @@ def test_few_tokens_are_told_not_to_pay(cli: Callable, tmp_path: Path) -> None:
 def test_no_sparse_step_is_explained(cli: Callable, tmp_path: Path) -> None:
     few = told(cli, tmp_path, "--preset", "tiny-wan-fast")
     assert few["sparse_steps"] == 0 and any("fewer than its min_tokens" in note for note in few["notes"])
-    noisy = told(cli, tmp_path, "--preset", "flux-fast", "--size", "4096x4096")
+    noisy = told(cli, tmp_path, "--preset", "flux-fast", "--size", "4096x4096", "--set", "dense_above=0.96")
     assert noisy["sparse_steps"] == 0 and any("noise level" in note for note in noisy["notes"])
 
 

@@ -16,7 +16,7 @@ from dit_accel.pipelines.video import read_clip
 from dit_accel.preset import GenerateOptions
 
 FLUX = ("generate", "--preset", "flux-fast", "--size", "96x64", "--steps", "2", "--seed", "7")
-SPARSE = ("--set", "block=16", "--set", "min_tokens=0", "--set", "dense_above=1.0")
+SPARSE = ("--set", "block=16", "--set", "min_tokens=0", "--set", "dense_above=1.0", "--set", "dense_first=0.0")
 I2V = (
     "generate",
     "--preset",
