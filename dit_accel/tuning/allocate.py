@@ -1,10 +1,10 @@
 """Allocate: give time up where it costs the least error, layers, noise levels and steps on one scale. Pure.
 
-Greedy first: from dense on, the move with the least error for the time it saves, until the time fits; of all moves,
-and of either kind alone, for a made-up step is worth the less the less its computing takes. Then exchanges:
-one move taken back and others made in its place, as long as that lowers the error in no more time. Moves are a layer in
-a bucket to any smaller keep, a whole bucket or a whole layer to it, and one step less. On small problems this is
-compared with trying everything (tests/tuning).
+Greedy first, for every way to make steps up: from dense on, the move with the least error for the time it saves, until
+the time fits; of all moves, and of either kind alone, for a made-up step is worth the less the less its computing
+takes. Then exchanges, for the best two ways: one move taken back and others made in its place, as long as that lowers
+the error in no more time. Moves are a layer in a bucket to any smaller keep, a whole bucket or a whole layer to it, and
+one step less. On small problems this is compared with trying everything (tests/tuning).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dit_accel.tuning.predictor import HOLD, PREDICTORS
 from dit_accel.tuning.problem import Allocation, Problem
 
 _ROUNDS = 12  # exchanges at most
+_WAYS = 2  # to make steps up, from whose starts exchanges begin: the best after the descent
 _CLOSE = 1e-9
 _HALVINGS = 7
 _MANY = 100  # layers times buckets above which single ones are not exchanged: that would take minutes
@@ -29,11 +31,14 @@ def fit_time(problem: Problem, time: float) -> Allocation:
     Returns:
         The cheapest there is where none fits.
     """
-    starts = _greedy(problem, time)
-    fitting = [start for start in starts if problem.cost(start) <= time + _CLOSE]
-    if not fitting:
-        return min(starts, key=problem.cost)
-    return min((_improve(problem, start, time) for start in fitting), key=problem.loss)
+    ways = PREDICTORS if not problem.forced.all() else (HOLD,)
+    starts = [(way, _greedy(way, time)) for way in map(problem.made_up_by, ways)]
+    fitting = [(way, [one for one in found if problem.cost(one) <= time + _CLOSE]) for way, found in starts]
+    ranked = sorted((pair for pair in fitting if pair[1]), key=lambda pair: min(map(problem.loss, pair[1])))
+    if not ranked:
+        every = [one for _, found in starts for one in found]
+        return min(every, key=lambda one: (problem.cost(one), problem.loss(one)))
+    return min((_improve(way, one, time) for way, found in ranked[:_WAYS] for one in found), key=problem.loss)
 
 
 def _greedy(problem: Problem, time: float) -> list[Allocation]:
@@ -75,7 +80,7 @@ def _bisect(problem: Problem, fits: Callable[[Allocation], bool]) -> Allocation:
 def _cheapest(problem: Problem) -> Allocation:
     place = int(problem.saved.argmax())
     keeps = ((place,) * problem.n_buckets,) * problem.n_layers
-    return Allocation(tuple(bool(forced) for forced in problem.forced), keeps)
+    return Allocation(tuple(bool(forced) for forced in problem.forced), keeps, problem.predictor)
 
 
 def _descend(problem: Problem, start: Allocation, time: float, moves: str = "both") -> Allocation:
@@ -97,7 +102,7 @@ def _descend(problem: Problem, start: Allocation, time: float, moves: str = "bot
         # beyond what is needed, saved time is worth nothing
         best = int(np.argmin((losses - loss) / (cost - np.maximum(costs, time))))
         computed, keeps, cost, loss = more[0][best], more[1][best], costs[best], losses[best]
-    return _allocation(computed, keeps)
+    return _allocation(problem, computed, keeps)
 
 
 def _exchange(problem: Problem, found: Allocation, time: float) -> Allocation | None:
@@ -105,7 +110,7 @@ def _exchange(problem: Problem, found: Allocation, time: float) -> Allocation | 
     best, least = None, problem.loss(found) * (1 - 1e-6)
     slower = _slower(problem, np.array(found.computed), np.array(found.keeps))
     for computed, keeps in zip(*slower, strict=True):
-        other = _descend(problem, _allocation(computed, keeps), time)
+        other = _descend(problem, _allocation(problem, computed, keeps), time)
         if problem.cost(other) <= time + _CLOSE and (loss := problem.loss(other)) < least:
             best, least = other, loss
     return best
@@ -144,5 +149,5 @@ def _groups(problem: Problem, alone: bool) -> np.ndarray:
     return np.concatenate([both, rows, columns] if alone else [rows, columns])
 
 
-def _allocation(computed: np.ndarray, keeps: np.ndarray) -> Allocation:
-    return Allocation(tuple(computed.tolist()), tuple(map(tuple, keeps.tolist())))
+def _allocation(problem: Problem, computed: np.ndarray, keeps: np.ndarray) -> Allocation:
+    return Allocation(tuple(computed.tolist()), tuple(map(tuple, keeps.tolist())), problem.predictor)

@@ -51,7 +51,9 @@ def tables_of(
             told["sparse"]["rules"] = written
     if not all(allocation.computed):
         few = {"min_steps": len(noise)} if len(noise) < _FEW else {}
-        told["cache"] = {"name": "latent", "schedule": "".join("01"[x] for x in allocation.computed), **few}
+        schedule = "".join("01"[x] for x in allocation.computed)
+        way = dataclasses.asdict(allocation.predictor) if allocation.predictor.order else {}
+        told["cache"] = {"name": "latent", "schedule": schedule, **way, **few}
     return told
 
 

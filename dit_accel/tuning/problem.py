@@ -6,18 +6,19 @@ at which keep. Its error is that of the final latents, to first order: the sum o
     solver's weight x gain x (velocity it would have had - dense velocity)
 
 as vectors, of which only the products with one another are needed (`Sample.gram`): errors of neighbouring steps look
-alike, and add up where independent ones would not. A made-up step has the velocity of the step computed last, with the
-error of sparse attention there. The direction of that error is the measured one; its length follows the layers' shares,
-whose squares are taken to add up.
+alike, and add up where independent ones would not. A made-up step has a combination of the velocities computed last
+(`predictor.py`), with the same of sparse attention's errors there. The direction of those is the measured one; their
+length follows the layers' shares, whose squares are taken to add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dit_accel.tuning.predictor import HOLD, Predictor, coefficients
 from dit_accel.tuning.tables import Gains, Sample
 
 
@@ -30,6 +31,7 @@ class Allocation:
 
     computed: tuple[bool, ...]  # [n]; the first is
     keeps: tuple[tuple[int, ...], ...]  # [L][B]
+    predictor: Predictor = HOLD  # of the steps between
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Problem:
     saved: np.ndarray  # [1 + K] share of a forward's time that one layer saves
     step_cost: float  # a dense step's share of a dense run's time; n of them and what is left make 1
     elements: int  # of the latents
+    noise: np.ndarray  # [n] noise level of each step
+    begins: np.ndarray  # [n] int: the first step of the transformer that runs a step
+    predictor: Predictor = HOLD  # how steps are made up now
 
     @property
     def n_steps(self) -> int:
@@ -61,7 +66,11 @@ class Problem:
 
     def dense(self) -> Allocation:
         """The allocation that leaves everything as it is."""
-        return Allocation((True,) * self.n_steps, ((0,) * self.n_buckets,) * self.n_layers)
+        return Allocation((True,) * self.n_steps, ((0,) * self.n_buckets,) * self.n_layers, self.predictor)
+
+    def made_up_by(self, predictor: Predictor) -> Problem:
+        """The same, with steps made up in another way."""
+        return replace(self, predictor=predictor)
 
     def cost(self, allocation: Allocation) -> float:
         """Time as a share of a dense run's."""
@@ -69,7 +78,7 @@ class Problem:
 
     def loss(self, allocation: Allocation) -> float:
         """Mean squared error of the final latents, over samples."""
-        return float(self.losses(*_as_arrays(allocation))[0])
+        return float(self.made_up_by(allocation.predictor).losses(*_as_arrays(allocation))[0])
 
     def costs(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """`cost` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
@@ -78,11 +87,9 @@ class Problem:
 
     def losses(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """`loss` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
-        steps = np.arange(self.n_steps)
-        source = np.maximum.accumulate(np.where(computed, steps, 0), 1)
-        serves = (source[:, :, None] == steps).astype(float)  # [M, n, n] whether a step's velocity is that of another
-        velocity = self.reuse @ serves - self.reuse
-        errors = self._lengths(keeps) * (self.sparse @ serves)  # [S, M, n]
+        made = coefficients(self.predictor, computed, self.noise, self.begins)
+        velocity = self.reuse @ made - self.reuse
+        errors = self._lengths(keeps) * (self.sparse @ made)  # [S, M, n]
         vectors = np.concatenate([np.broadcast_to(velocity, errors.shape), errors], 2)
         squared = (vectors @ self.gram * vectors).sum(2)
         return np.maximum(squared.mean(0), 0) / self.elements
@@ -95,16 +102,13 @@ class Problem:
 
     def velocity_error(self, allocation: Allocation) -> float:
         """Root mean square over samples and steps of the relative error of the velocity."""
-        n = self.n_steps
-        lengths, own = self._lengths(_as_arrays(allocation)[1])[:, 0], np.arange(n)
-        source = np.maximum.accumulate(np.where(allocation.computed, own, 0))
+        computed, keeps = _as_arrays(allocation)
+        lengths, n = self._lengths(keeps)[:, 0], self.n_steps
+        made = coefficients(allocation.predictor, computed, self.noise, self.begins)[0]
         total = 0.0
         for gram, length in zip(self.gram, lengths, strict=True):
-            v, e, mixed = gram[:n, :n], gram[n:, n:], gram[n:, :n]
-            apart = v[source, source] - 2 * v[source, own] + v[own, own]
-            both = 2 * length[source] * (mixed[source, source] - mixed[source, own])
-            squared = apart + both + length[source] ** 2 * e[source, source]
-            total += float((squared / v[own, own]).mean())
+            vectors = np.concatenate([made - np.eye(n), made * length], 1)  # [n, 2n]
+            total += float((((vectors @ gram) * vectors).sum(1) / np.diag(gram)[:n]).mean())
         return float(np.sqrt(max(total, 0.0) / len(self.gram)))
 
 
@@ -126,6 +130,7 @@ def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_
     weights = np.array(first.weights)
     gain = {kind: _between(places, gains.steps, getattr(gains, kind)) for kind in ("sparse", "reuse")}
     forced = np.array([i == 0 or first.roles[i] != first.roles[i - 1] for i in places])
+    begins = np.maximum.accumulate(np.where(forced, places, 0))
     return Problem(
         shares=np.stack([layer_shares(sample) for sample in samples]),
         gram=np.stack([np.array(sample.gram) for sample in samples]),
@@ -136,6 +141,8 @@ def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_
         saved=np.concatenate([[0.0], saved_by_layer(samples)]),
         step_cost=forward_share / n,
         elements=first.elements,
+        noise=np.array(first.noise),
+        begins=begins,
     )
 
 

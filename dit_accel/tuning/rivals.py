@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dit_accel.caches.trials import Trial
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset
 from dit_accel.report import Report
+from dit_accel.tuning.predictor import Predictor
 from dit_accel.tuning.problem import Problem
 
 CACHE = "latent"
@@ -30,12 +31,13 @@ class Rival:
     name: str
     values: Mapping[str, Any]  # put over the dense preset
     threshold: float | None
+    way: Mapping[str, Any] = field(default_factory=dict)  # of its cache to make steps up
 
     def preset(self, dense: Preset, threshold: float | None = None) -> Preset:
         """It as a preset, with a threshold of its cache in place of its own."""
         values = dict(self.values)
         if self.threshold is not None:
-            values["cache"] = {"name": CACHE, "threshold": threshold or self.threshold}
+            values["cache"] = {"name": CACHE, "threshold": threshold or self.threshold, **self.way}
         return dense.with_values(values, "rival")
 
 
@@ -60,9 +62,20 @@ def run_cost(problem: Problem, keeps: Sequence[float], report: Report | None, ke
 
 
 def list_rivals(
-    problem: Problem, keeps: Sequence[float], base: Preset, options: SparseOptions, cost: float, trials: list[Trial]
+    problem: Problem,
+    keeps: Sequence[float],
+    base: Preset,
+    options: SparseOptions,
+    cost: float,
+    trials: list[Trial],
+    predictor: Predictor,
 ) -> Iterator[Rival]:
-    """Fewer steps, and hand-set settings: those of the base preset and uniform keeps, without and with a cache."""
+    """Fewer steps, and hand-set settings: those of the base preset and uniform keeps, without and with a cache.
+
+    Args:
+        predictor: what the tuned preset makes steps up by; the cache that is set by hand holds, and with dense
+            attention is also tried with this.
+    """
     n = problem.n_steps
     fewer = min(n, math.ceil(n - (1 - cost) / problem.step_cost - 1e-6))
     if fewer >= 1:
@@ -88,6 +101,9 @@ def list_rivals(
         threshold = match_threshold(problem, trials, saved, cost)
         values = {} if sparse is None else {"sparse": sparse}
         yield Rival(f"{name}, {CACHE} cache", values, threshold)
+        if sparse is None and predictor.order:
+            way = f"{CACHE} cache of order {predictor.order} over {predictor.over}"
+            yield Rival(f"{name}, {way}", values, threshold, asdict(predictor))
 
 
 def _saved_of(problem: Problem, keeps: Sequence[float], sparse: SparseOptions) -> float:

@@ -20,6 +20,7 @@ from dit_accel.tuning.as_preset import load, tables_of, to_toml
 from dit_accel.tuning.budget import Budget
 from dit_accel.tuning.interpose import transformers_of
 from dit_accel.tuning.measure import forwards, measure
+from dit_accel.tuning.predictor import Predictor
 from dit_accel.tuning.problem import Allocation, Problem, additivity, make_problem
 from dit_accel.tuning.rivals import CACHE, LEAST_STEPS, Rival, list_rivals, run_cost
 from dit_accel.tuning.runs import Clip, Likeness, Made, Maker, compare
@@ -174,7 +175,7 @@ class Tuner:
             met, key=lambda i: tries[i].figure("psnr")
         )
         chosen, allocation, method = tries[by], allocations[by], which[by]
-        rivals = self._rivals(problems[method], plan.methods[method], chosen, dense)
+        rivals = self._rivals(problems[method], plan.methods[method], chosen, allocation.predictor, dense)
         return Tuned(
             tables=self._tables(allocation, method, samples[method][0], problems[method]),
             allocation=allocation,
@@ -312,7 +313,7 @@ class Tuner:
         return Tried(name, preset, cost, likeness, tuple(one.report and one.report.to_dict() for one in made))
 
     def _rivals(
-        self, problem: Problem, options: SparseOptions, chosen: Tried, dense: Sequence[Made]
+        self, problem: Problem, options: SparseOptions, chosen: Tried, way: Predictor, dense: Sequence[Made]
     ) -> list[Tried]:
         plan, found = self.plan, []
         self.bar.set_description("rivals")
@@ -321,7 +322,7 @@ class Tuner:
             with accelerate(self.pipe, None, cache={"name": CACHE, "dry_run": True}) as handle:
                 self.maker.frames(plan.dense, plan.held_out[0])
                 trials = handle.trials()
-        for rival in list_rivals(problem, plan.keeps, plan.base, options, chosen.cost, trials):
+        for rival in list_rivals(problem, plan.keeps, plan.base, options, chosen.cost, trials, way):
             found.append(self._match(rival, problem, chosen.cost, dense))
         return found
 

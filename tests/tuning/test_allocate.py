@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_accel.tuning.allocate import fit_loss, fit_time, fit_velocity_error
+from dit_accel.tuning.predictor import PREDICTORS, Predictor
 from dit_accel.tuning.problem import Allocation, Problem
 
 
@@ -26,6 +27,8 @@ def make(
         saved=np.array(saved),
         step_cost=1 / n,
         elements=1,
+        noise=np.linspace(1, 0.1, n),
+        begins=np.zeros(n, int),
     )
 
 
@@ -41,12 +44,13 @@ def draw(seed: int, n: int, layers: int, buckets: int, keeps: int) -> Problem:
 
 
 def everything(problem: Problem) -> list[Allocation]:
+    """Every allocation, with every way to make steps up."""
     n, cells = problem.n_steps, problem.n_layers * problem.n_buckets
     steps = [(True, *rest) for rest in itertools.product((True, False), repeat=n - 1)]
     found = []
     for row in itertools.product(range(len(problem.saved)), repeat=cells):
         keeps = tuple(row[i :: problem.n_layers] for i in range(problem.n_layers))
-        found += [Allocation(computed, keeps) for computed in steps]
+        found += [Allocation(computed, keeps, way) for computed in steps for way in PREDICTORS]
     return found
 
 
@@ -75,6 +79,17 @@ def test_the_step_that_changes_nothing_is_made_up() -> None:
     assert problem.velocity_error(held) == pytest.approx(np.sqrt((0.25 + 0.25) / 4))
 
 
+def test_a_velocity_on_a_line_is_continued() -> None:
+    """Over the number of the step; every second step tells all others."""
+    velocities = np.outer(np.arange(6), [1.0, 2.0]) + np.array([3.0, 0.0])
+    vectors = np.concatenate([velocities, np.zeros((6, 2))])
+    problem = make(np.zeros((1, 6, 1)), vectors @ vectors.T, weights=np.ones(6), bucket=[0] * 6, saved=[0.0])
+    found = fit_time(problem, 2 / 6)
+    assert found == Allocation((True, True, False, False, False, False), ((0,),), Predictor(1, "step"))
+    assert problem.loss(found) == pytest.approx(0, abs=1e-12)
+    assert problem.velocity_error(found) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_made_up_step_carries_the_error_of_sparse_attention() -> None:
     velocities, errors = np.ones((3, 1)), np.array([[0.1], [0.2], [0.4]])
     vectors = np.concatenate([velocities, errors])
@@ -91,7 +106,7 @@ def test_a_made_up_step_carries_the_error_of_sparse_attention() -> None:
 def test_greedy_with_exchanges_comes_near_the_best_of_all(seed: int) -> None:
     problem = draw(seed, n=4, layers=2, buckets=2, keeps=2)
     table = [(problem.cost(one), problem.loss(one)) for one in everything(problem)]
-    assert len(table) == 8 * 81
+    assert len(table) == 8 * 81 * len(PREDICTORS)
     for time in (0.8, 0.6, 0.45):
         found = fit_time(problem, time)
         assert problem.cost(found) <= time + 1e-9
