@@ -31,7 +31,9 @@ class SparseProcessor:
         transformer: a diffusers transformer of a known family. Left out only where diffusers itself makes an
             empty copy (`load_ip_adapter`); such a copy is adopted at the next forward.
         method: a method's name, or an object with `predict` (see `dit_accel.methods`).
-        options: as `SparseOptions`; the method's own options beside them.
+        keep, top_p, order, block, dense_above, dense_below, dense_layers, impl, min_tokens, strict: as of
+            `SparseOptions`.
+        method_options: the method's own options, and the other options of `SparseOptions`.
 
     Raises:
         UnknownModelError: a transformer of no known family.
