@@ -74,7 +74,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side in pixels instead of the preset's (256)")
     parser.add_argument("--steps", type=int, help="denoising steps instead of the preset's (20)")
     parser.add_argument("--guidance", type=float, help="guidance scale instead of the preset's (4)")
-    parser.add_argument("--text-tokens", type=int, default=48, help="length that prompts are padded to (48)")
+    parser.add_argument(
+        "--text-tokens", type=int, help="length that prompts are padded to (what the model's T5 was trained with)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of prompts and noise (1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="auto")
@@ -128,11 +130,12 @@ def evaluate(
         torch.cuda.set_device(device.index or 0)
     pipe = load_pipeline(options.model, device, options.dtype)
     guidance, sampling = GUIDANCE[type(pipe).__name__], preset.generate
+    tokens = options.text_tokens or text_tokens(pipe)
     call = {
         guidance: sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
-        "max_sequence_length": options.text_tokens,
+        "max_sequence_length": tokens,
     }
     record = {
         "environment": describe_environment(device),
@@ -145,7 +148,7 @@ def evaluate(
         "frames": 1,
         "steps": sampling.steps,
         "guidance": sampling.guidance,
-        "text_tokens": options.text_tokens,
+        "text_tokens": tokens,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.transformer.dtype),
         "seed": options.seed,
@@ -169,6 +172,11 @@ def evaluate(
     shown = measure_variants(run, variants, prompts, record, options, device)
     write_pictures(shown, prompts, sampling.fps, out, f"{shard[0]}of{shard[1]}")
     return record
+
+
+def text_tokens(pipe: Any) -> int:
+    """Tokens that the T5 was trained with; padding is read like words."""
+    return getattr(pipe, "tokenizer_3", pipe.tokenizer_2).model_max_length
 
 
 def load_pipeline(model: str, device: Any, dtype: str) -> Any:

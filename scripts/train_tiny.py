@@ -100,7 +100,7 @@ def _add_image(commands: Any) -> None:
     command.add_argument(
         "--text-from",
         type=Path,
-        help="folder with the text encoder, without --resume (the tiny-wan that ships)",
+        help="folder with the text encoder: shards or a pipeline, without --resume (the tiny-wan that ships)",
     )
     command.add_argument(
         "--graphed", action="store_true", help="replay steps as CUDA graphs: small models wait for the host"

@@ -6,6 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
 from tiny_models.pool import Drawn
 from tiny_models.students import ClipStudent
+from tiny_models.text import CAPTION_TOKENS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,11 +31,14 @@ class ImageStudent(ClipStudent):
 
 
 class FluxStudent(ImageStudent):
-    """FLUX reads the words of the text encoder, padding included, and the pooled output of one CLIP."""
+    """FLUX reads the words of the text encoder, padding included, and the pooled output of one CLIP.
+
+    Padding is longer than a caption: cuDNN's attention can then be trained with (`tiny_models.attention`).
+    """
 
     folders = {"transformer": "transformer", "text_encoder": "text_encoder_2", "clip.0": "text_encoder"}  # noqa: RUF012
     tapped = 5
-    text_tokens = 48
+    text_tokens = 64
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -48,14 +52,15 @@ class FluxStudent(ImageStudent):
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def forward(self, latents: Tensor, sigma: Tensor, drawn: Drawn) -> Tensor:
-        self.words = encode(self.text_encoder, drawn.ids)
+        said = encode(self.text_encoder, F.pad(drawn.ids, (0, self.text_tokens - CAPTION_TOKENS)))
+        self.words = said[:, :CAPTION_TOKENS]
         batch, channels, height, width = latents.shape
         velocity = self.transformer(
             hidden_states=FluxPipeline._pack_latents(latents, batch, channels, height, width),
             timestep=sigma,
             pooled_projections=self.clip[0](drawn.ids).pooler_output,
-            encoder_hidden_states=self.words,
-            txt_ids=latents.new_zeros(drawn.ids.shape[1], 3),
+            encoder_hidden_states=said,
+            txt_ids=latents.new_zeros(self.text_tokens, 3),
             img_ids=self._places(batch, height // 2, width // 2, latents),
             return_dict=False,
         )[0]
@@ -69,14 +74,13 @@ class FluxStudent(ImageStudent):
         return self._known_places[size]
 
     def make_pipeline(self, vae: nn.Module) -> FluxPipeline:
-        tokenizer = load_tokenizer()
         return FluxPipeline(
             scheduler=make_scheduler(),
             vae=vae.eval(),
             text_encoder=self.clip[0].eval(),
-            tokenizer=tokenizer,
+            tokenizer=load_tokenizer(),
             text_encoder_2=self.text_encoder.eval(),
-            tokenizer_2=tokenizer,
+            tokenizer_2=load_tokenizer(self.text_tokens),
             transformer=self.transformer.eval(),
         )
 

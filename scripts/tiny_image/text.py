@@ -21,14 +21,14 @@ from dit_accel.presets import model_path
 from dit_accel.quality.scenes import sample_still
 
 
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """tiny-wan's, for captions of at most `CAPTION_TOKENS`: what the pipelines pad the CLIP encoders' ids to."""
+def load_tokenizer(tokens: int = CAPTION_TOKENS) -> PreTrainedTokenizerFast:
+    """tiny-wan's, which pads to so many tokens: captions fill `CAPTION_TOKENS` of them at most."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(model_path("tiny-wan") / "tokenizer" / "tokenizer.json")),
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=CAPTION_TOKENS,
+        model_max_length=tokens,
     )
 
 
@@ -54,12 +54,13 @@ def make_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def load_encoder(folder: Path | None, vocabulary: int) -> T5EncoderModel:
-    """An encoder (fp32) from `text-*` shards or from a tiny-wan folder; without a folder a fresh one."""
+    """An encoder (fp32) from `text-*` shards or a pipeline's folder, tiny-wan's or an image model's; or a fresh one."""
     encoder = make_encoder(vocabulary)
     if folder is None:
         return encoder
-    if (folder / "text_encoder").is_dir():
-        given = load_file(folder / "text_encoder" / "model.safetensors")
+    encoders = sorted(folder.glob("text_encoder*"))  # an image model's T5 is the last, behind its CLIPs
+    if encoders:
+        given = load_file(encoders[-1] / "model.safetensors")
     else:
         given = load_shards(folder, "text")
     wanted = encoder.state_dict()

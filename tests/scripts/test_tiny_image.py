@@ -16,6 +16,7 @@ from dit_accel.quality.scenes import COLOURS, SHAPES, sample_still, write_captio
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FAMILIES = ("flux", "sd3")
+WORDS = {"flux": 64, "sd3": 48}  # tokens that the T5 reads
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -106,7 +107,7 @@ def test_a_student_is_called_as_its_pipeline_calls_it(family, vae):
     guided = {"flux": "true_cfg_scale", "sd3": "guidance_scale"}[family]
     got = pipe(
         caption, negative_prompt="", height=32, width=48, num_inference_steps=1, latents=start.clone(),
-        max_sequence_length=48, output_type="latent", return_dict=False, **{guided: 3.0},
+        max_sequence_length=WORDS[family], output_type="latent", return_dict=False, **{guided: 3.0},
     )[0]  # fmt: skip
     if family == "flux":
         got = FluxPipeline._unpack_latents(got, 32, 48, 2)
@@ -237,12 +238,14 @@ def test_training_exports_what_the_stock_pipeline_loads_without_a_word(family, v
         pipe.set_progress_bar_config(disable=True)
         (image,) = pipe(
             "a red star over a striped background", height=64, width=64, num_inference_steps=1,
-            max_sequence_length=48, output_type="np",
+            max_sequence_length=WORDS[family], output_type="np",
         ).images  # fmt: skip
     assert heard.said == []
     assert image.shape == (64, 64, 3) and image.std() > 0
     assert pipe.vae_scale_factor == 2 and pipe.default_sample_size * pipe.vae_scale_factor == 256
     assert pipe.tokenizer.model_max_length == 48
+    last = pipe.tokenizer_2 if family == "flux" else pipe.tokenizer_3
+    assert last.model_max_length == WORDS[family], "the recipe goes by that"
 
     trained, shipped = make_student(family), make_student(family)
     trained.load(tmp_path / "b")
