@@ -120,6 +120,10 @@ METHODS: Mapping[str, Entry] = {
     "rectified, all back, one plan for both": Entry(
         _and(RECTIFIED, compensation="all", share_plans=True), of="rectified", keeps=FEW
     ),
+    "rectified, first frame free": Entry(
+        ({"anchor": False}, *_and(RECTIFIED[1:], anchor=False)), of="rectified", keeps=FEW
+    ),
+    "svg1, all back": Entry(({"compensation": "all"},), of="svg1", keeps=FEW),
     "svg2, blocks of 128": Entry(_and(SVG2, block=128), knob="top_p", of="svg2", keeps=FEW),
     "nabla, no floor": Entry(({"keep": 0.001},), knob="top_p", of="nabla", keeps=FEW),
     "pooled, packed": Entry(({"order": "packed"},), of="pooled", keeps=FEW),

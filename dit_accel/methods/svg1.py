@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel.arrangement import Arrangement
-from dit_accel.errors import UsageError
+from dit_accel.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Probabilities held at once when heads are tried, in fp32 4 MB and 128 MB.
 PROBABILITIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
 KINDS = ("spatial", "temporal")
+COMPENSATIONS = ("none", "all")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Method:
     ones executed, and the first frame is the first frame.
 
     Source: Sparse VideoGen, arXiv:2502.01776. Published keep: 0.3 for Wan at 720p with its first frame, 0.25 (720p)
-    and 0.2 (480p) for HunyuanVideo; 64 rows.
+    and 0.2 (480p) for HunyuanVideo; 64 rows. `compensation` is ours: a band leaves out the same places at every step,
+    and what is lost there adds up.
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
@@ -53,6 +55,7 @@ class Method:
     keep: float  # share of the video's keys that a video token reads, first frame included
     first_frame: bool = False  # also read every token of the first frame
     rows: int = 64  # query tokens by which a head is told
+    compensation: str = "none"  # "all": means of blocks stand in for those that are not read; "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1:
@@ -61,6 +64,8 @@ class Method:
             raise UsageError(
                 f"first_frame={self.first_frame!r} is not possible: first_frame is true or false."
             )
+        if self.compensation not in COMPENSATIONS:
+            raise unknown_name("compensation", self.compensation, COMPENSATIONS)
 
     def predict(self, query: Tensor, key: Tensor, layout: TokenLayout, call: Call, state: Any) -> BlockPlan:
         """Tell the heads' kinds and give each its order and band.
@@ -69,10 +74,12 @@ class Method:
             query: `[B, S, H, D]`, post-RoPE, in the layout's order; as is `key`.
 
         Returns:
-            A plan with orders for every batch row and head; one list for all, or with `first_frame` one for each.
+            A plan with orders for every batch row and head; one list for all, or with `first_frame` one for each. With
+            `coarse` weights, if means stand in.
         """
         import torch
 
+        from dit_accel.methods.parts.compensation import with_means
         from dit_accel.methods.parts.runs import plan_of_runs
 
         parts = self._parts(layout)
@@ -86,7 +93,10 @@ class Method:
             chosen = of_kind("counts"), of_kind("indices")
         else:  # both kinds read the same of their positions
             chosen = (parts[name][:1, None].to(query.device) for name in ("counts", "indices"))
-        return plan_of_runs(*chosen, layout, of_kind("q_order"), of_kind("k_order"))
+        plan = plan_of_runs(*chosen, layout, of_kind("q_order"), of_kind("k_order"))
+        if self.compensation == "none":
+            return plan
+        return with_means(plan, ~plan.to_mask(), (query.shape[0], query.shape[2]))
 
     def _is_temporal(self, query: Tensor, key: Tensor, layout: TokenLayout, gain: Tensor) -> Tensor:
         """Whether the temporal blocks cover more of the sampled rows' attention, bool `[B, H]`; a tie is spatial."""

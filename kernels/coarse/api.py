@@ -39,7 +39,7 @@ def add_block_means(
         out: `[B, H, S, D]`, what `block_sparse` gave for the plan; overwritten.
         lse: `[B, H, S]`, what it gave beside it.
         q, k, v: `[B, H, S, D]`, what it was given.
-        plan: has `coarse`, and no orders of its own.
+        plan: has `coarse`; where it has orders of its own, its blocks' means are of tokens in those orders.
         scale: factor of the scores; None is `D ** -0.5`.
         impl: "reference", "triton", or "auto": "triton" on CUDA, else "reference". A named one runs or raises.
 
@@ -54,8 +54,8 @@ def add_block_means(
     Source: the second form is Rectified SpaAttn's `R O_s + sum_j P_j v_j` (arXiv:2511.19835). The first, ours, takes
     the mass of what was read from reading it, and each row's own scores with the means.
     """
-    if plan.coarse is None or plan.q_order is not None or plan.k_order is not None:
-        raise UsageError("add_block_means needs a plan with coarse weights and without orders of its own.")
+    if plan.coarse is None:
+        raise UsageError("add_block_means needs a plan with coarse weights.")
     wanted = (*out.shape[:2], plan.n_q, plan.n_k)
     if plan.coarse.shape != wanted or plan.coarse.dtype != torch.float32:
         raise UsageError(
@@ -73,10 +73,18 @@ def add_block_means(
         from .op import add_block_means_op as add
     else:
         add = run
+    from dit_accel.kernels.block_sparse.api import in_order
+    from dit_accel.kernels.reorder import put_rows, take_rows
+
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    ends = plan.max_q_block, plan.max_k_block
-    add(out, lse, q, k, v, plan.coarse, plan.rest, plan.q_starts, plan.k_starts, *ends, scale, impl)
-    return out
+    rest = plan.coarse, plan.rest, plan.q_starts, plan.k_starts, plan.max_q_block, plan.max_k_block, scale, impl
+    q, k, v, _ = in_order(q, k, v, plan)
+    if plan.q_order is None:
+        add(out, lse, q, k, v, *rest)
+        return out
+    rows = take_rows(out, plan.q_order)
+    add(rows, take_rows(lse[..., None], plan.q_order)[..., 0], q, k, v, *rest)
+    return out.copy_(put_rows(rows, plan.q_order))
 
 
 def run(

@@ -113,6 +113,34 @@ def test_any_strides_and_broadcast_offsets(impl, device):
     torch.testing.assert_close(given, true, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ordered", ["q", "k", "both"])
+def test_blocks_of_orders_of_their_own(impl, device, ordered):
+    """As if queries and keys had come in those orders, which differ from row to row and head to head."""
+    q, k, v, plan = make(device)
+    generator = torch.Generator().manual_seed(4)
+    q_order, k_order = (
+        torch.rand(2, 3, n, generator=generator).argsort(-1).to(device, torch.int32) for n in (45, 33)
+    )
+    if ordered != "q":
+        plan = replace(plan, k_order=k_order)
+    if ordered != "k":
+        plan = replace(plan, q_order=q_order)
+
+    def taken(x, order):
+        return x if order is None else x.gather(2, order.long()[..., None].expand(-1, -1, -1, x.shape[3]))
+
+    sorted_q, sorted_k, sorted_v = taken(q, plan.q_order), taken(k, plan.k_order), taken(v, plan.k_order)
+    plain = replace(plan, q_order=None, k_order=None)
+    out, lse = block_sparse(sorted_q, sorted_k, sorted_v, plain, layout="bhsd")
+    true = by_hand(out, lse, sorted_q, sorted_k, sorted_v, plain)
+
+    out, lse = block_sparse(q, k, v, plan, layout="bhsd")
+    before = out.clone()
+    given = add_block_means(out, lse, q, k, v, plan, impl=impl)
+    assert given is out and not torch.equal(given, before)
+    torch.testing.assert_close(taken(given, plan.q_order).double().cpu(), true, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input_gets_one_clear_error(device):
     q, k, v, plan = make(device)
     with pytest.raises(UsageError, match="needs a plan with coarse weights"):

@@ -29,15 +29,24 @@ def test_expected_attention_is_exact_where_blocks_are_uniform():
     torch.testing.assert_close(shares[:, :, block_of], true)
 
 
-@pytest.mark.parametrize("mass", ["measured", "predicted"])
-@pytest.mark.parametrize("compensation", ["gain", "all"])
-def test_compensation_sums_to_one(compensation, mass):
+FREE = dict(top_p=0.01, neighbours=None, anchor=False)  # little is forced, so that much is left to the means
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param("rectified", {**FREE, "compensation": kind, "mass": mass}, id=f"rectified-{kind}-{mass}")
+        for kind in ("gain", "all")
+        for mass in ("measured", "predicted")
+    ]
+    + [pytest.param("svg1", {"compensation": "all"}, id="svg1-all")],
+)
+def test_compensation_sums_to_one(name, options):
     """Values that are all alike come out as they are, however little is read."""
     layout = build_layout((3, 5, 7), "gilbert", 16, text=9)
     query, key = (3 * torch.randn(2, layout.n_tokens, 3, 8) for _ in range(2))
     value = torch.ones_like(query) * torch.tensor([1.0, -2.0, 3.0])[:, None]
-    options = dict(keep=0.15, top_p=0.01, neighbours=None, anchor=False, compensation=compensation, mass=mass)
-    plan = load_method("rectified", **options).predict(query, key, layout, None, None)
+    plan = load_method(name, keep=0.15, **options).predict(query, key, layout, None, None)
     assert plan.coarse.isfinite().any()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse = block_sparse(q, k, v, plan, layout="bhsd")

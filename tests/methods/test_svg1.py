@@ -15,6 +15,7 @@ from by_token import (
 
 from dit_accel.errors import UsageError
 from dit_accel.kernels.block_sparse import block_sparse
+from dit_accel.kernels.coarse import add_block_means
 from dit_accel.layout import build_layout
 from dit_accel.methods import load_method
 from dit_accel.methods.parts.cluster import spread_tokens
@@ -91,6 +92,38 @@ def test_svg1_takes_the_kind_that_covers_more_and_reads_its_blocks(grid, text, f
 
 
 @pytest.mark.parametrize("first_frame", [False, True])
+@pytest.mark.parametrize("text", [0, 5])
+def test_means_stand_in_for_what_a_band_leaves_out(text, first_frame):
+    """Token by token: a row's attention goes on over the means of its head's blocks, each as many tokens as it has."""
+    layout = build_layout((3, 5, 7), "raster", 8, text=text)
+    query, key = inputs(layout, heads=4, batch=2, seed=2)
+    value = randn(*query.shape, seed=5)
+    options = {"keep": 0.3, "first_frame": first_frame, "rows": 16}
+    bare = svg1(layout, query, key, **options)
+    plan = svg1(layout, query, key, **options, compensation="all")
+    assert torch.equal(plan.to_mask(), bare.to_mask().expand_as(plan.to_mask())) and bare.coarse is None
+
+    true = torch.empty(*query.shape, dtype=torch.float64)
+    mask = token_mask(bare, 8, layout)
+    for b, h in itertools.product(range(2), range(4)):
+        order = bare.k_order.expand(2, 4, -1)[b, h].long()
+        runs = [order[a:z] for a, z in itertools.pairwise(bare.k_starts.expand(2, 4, -1)[b, h].tolist())]
+        q, k, v = (x[b, :, h].double() for x in (query, key, value))
+        for t in range(layout.n_tokens):
+            read = [i for i in range(layout.n_tokens) if mask[b, h, t, i]]
+            unread = [run for run in runs if not mask[b, h, t, run].any()]
+            keys = torch.stack([*k[read], *(k[run].mean(0) for run in unread)])
+            values = torch.stack([*v[read], *(v[run].mean(0) for run in unread)])
+            weights = torch.tensor([1.0] * len(read) + [float(len(run)) for run in unread], dtype=torch.float64)
+            scores = (keys @ q[t] * 8**-0.5).exp() * weights
+            true[b, t, h] = scores @ values / scores.sum()
+    by_head = [x.transpose(1, 2) for x in (query, key, value)]
+    out, lse = block_sparse(*by_head, plan, layout="bhsd", impl="reference")
+    got = add_block_means(out, lse, *by_head, plan, impl="reference").transpose(1, 2)
+    torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_frame", [False, True])
 @pytest.mark.parametrize("keep", [0.2, 0.35, 0.6, 1.0])
 def test_svg1_reads_about_what_is_asked_for(keep, first_frame):
     layout = build_layout((9, 11, 13), "raster", 16)
@@ -146,6 +179,8 @@ def test_svg1_refuses(wrong):
         load_method("svg1", keep=0.3, **wrong)
     with pytest.raises(UsageError, match="needs keep"):
         load_method("svg1")
+    with pytest.raises(UsageError, match="Unknown compensation 'gain'. Allowed: all, none"):
+        load_method("svg1", keep=0.3, compensation="gain")
 
 
 def test_a_batch_row_is_the_same_in_other_company():

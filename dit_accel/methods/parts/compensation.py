@@ -41,10 +41,22 @@ def with_compensation(
     if kind == "gain":
         stands_in &= worth_pooling(query, key, query_means, key_means, layout)
     if mass == "measured":
-        sizes = layout.sizes.to(logits.device).log().expand_as(logits)
-        return replace(plan, coarse=sizes.masked_fill(~stands_in, -torch.inf))
+        return with_means(plan, stands_in, logits.shape[:2])
     coarse = logits.masked_fill(~stands_in, -torch.inf)
     return replace(plan, coarse=coarse, rest=logits.masked_fill(stands_in, -torch.inf).logsumexp(-1))
+
+
+def with_means(plan: BlockPlan, stands_in: Tensor, lead: tuple[int, int]) -> BlockPlan:
+    """The plan, with the means of these key blocks standing in for them, each as so many tokens as it has.
+
+    What they weigh is told by each row's own scores with them, beside what reading finds (`kernels.coarse`).
+
+    Args:
+        stands_in: bool `[B|1, H|1, Nq, Nk]`.
+        lead: batch rows and heads of the queries.
+    """
+    sizes = plan.k_starts.diff(dim=-1).float().log()[:, :, None]
+    return replace(plan, coarse=sizes.masked_fill(~stands_in, -torch.inf).expand(*lead, plan.n_q, plan.n_k))
 
 
 def worth_pooling(
