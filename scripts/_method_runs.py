@@ -110,13 +110,21 @@ def run_sparse(bench: Bench, name: str, sparse: SparseOptions, whole_run: bool =
 
     Parts are timed in the few steps that also served to find options, or in a run of all of them.
     """
-    told = watch(bench, sparse)
-    told |= measure(bench, Variant(name, sparse, bench.steps, None))
+    told: dict[str, Any] = {}
+
+    def watch_meanwhile() -> None:
+        told.update(watch(bench, sparse))
+
+    told |= measure(bench, Variant(name, sparse, bench.steps, None), watch_meanwhile)
     return {**told, "parts": time_parts(bench, sparse, bench.steps if whole_run else bench.fit_steps)}
 
 
-def measure(bench: Bench, variant: Variant) -> dict:
-    """Generate every prompt, judge the clips and compare them with dense ones of the same noise."""
+def measure(bench: Bench, variant: Variant, meanwhile: Callable[[], None] = lambda: None) -> dict:
+    """Generate every prompt, judge the clips and compare them with dense ones of the same noise.
+
+    Args:
+        meanwhile: called while the clips are judged; nothing in it should be timed.
+    """
     pipe, batches = bench.pipe, range(0, len(bench.prompts), bench.batch)
     is_dense = variant.name == "dense"  # what runs first
     if pipe.device.type == "cuda" or is_dense:  # compile and warm up outside the timing
@@ -135,6 +143,7 @@ def measure(bench: Bench, variant: Variant) -> dict:
         submit_clip(bench.judges, pipe.device, prompt, clip, None if is_dense else dense, cost)
         for (prompt, clip, cost), dense in zip(made, bench.dense, strict=True)
     ]
+    meanwhile()
     found = [row.result() for row in rows]
     frames = len(bench.dense[0])
     one = {"variants": ["it"], "frames": frames, "rows": {"it": found}, "calls": {"it": calls}}

@@ -182,9 +182,7 @@ def test_a_budget_below_what_is_forced_is_no_answer(table):
     found = table.fit(table.Entry(), 0.15, lambda options: max(forced, options["keep"]), layout, close=0.01)
     assert found.options["keep"] == 0.15
     # nor is one that forced blocks make a multiple of, though a little nearer
-    found = table.fit(
-        table.Entry(), 0.15, lambda o: 0.163 if o["keep"] < 0.08 else 0.168, layout, close=0.01
-    )
+    found = table.fit(table.Entry(), 0.15, lambda o: 0.163 if o["keep"] < 0.08 else 0.168, layout, close=0.01)
     assert found.reached and found.keep == 0.168
 
 
@@ -230,6 +228,17 @@ def test_work_is_shared_out_evenly_and_controls_are_shared(table):
     for keep in (0.25, 0.1):
         of = [where[bench_methods.Job(name, keep)] for name in table.METHODS if name.startswith("rectified")]
         assert len(set(of)) == 1, "entries of one method share their controls"
+
+
+def test_what_keeps_too_much_at_a_tenth_is_not_searched_at_a_twentieth(table):
+    from bench_methods import Job, least_kept
+
+    found = {"unreached": [{"method": "lite", "wanted": 0.1, "nearest": 0.175}]}
+    assert least_kept([found], Job("lite", 0.05)) == {"method": "lite", "wanted": 0.05, "nearest": 0.175}
+    others = (Job("lite", 0.1), Job("lite", 0.25), Job("radial", 0.05), Job(None, dense="steps=4"))
+    assert not any(least_kept([found], job) for job in others)
+    too_little = {"unreached": [{"method": "clear", "wanted": 0.5, "nearest": 0.3}]}
+    assert least_kept([too_little], Job("clear", 0.35)) is None, "too little at a half may do at a third"
 
 
 def test_variations_are_for_few_keeps(table):
