@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.pipelines.limits import SizeRule, refuse_branches, vae_step
+from dit_accel.errors import UsageError
+from dit_accel.pipelines.limits import SizeRule, refuse_branches, refuse_second_guidance, vae_step
 from dit_accel.pipelines.loading import load_stock
 from dit_accel.pipelines.running import run_stock
 from dit_accel.pipelines.weights import Models, read_config
@@ -63,8 +64,9 @@ def generate(
     """Run the pipeline once.
 
     Args:
-        options: size, steps and the like; `guidance` is what dev was distilled to take (schnell takes none), so there
-            is one branch and no negative prompt.
+        options: size, steps and the like. `guidance` is what dev was distilled to take, so there is one branch and no
+            negative prompt. A model that was not distilled so has a second branch where `guidance` is above 1; schnell
+            is meant to run without.
         seed: seeds a CPU generator, so that the same seed starts from the same noise on every device.
         callback: called after each step with the number of steps done. What it raises ends the run.
 
@@ -76,8 +78,25 @@ def generate(
         NotFiniteError: the run produced values that are not finite.
     """
     size_rule_of(pipe).check(options.width, options.height, options.frames)
-    refuse_branches(options)
-    return run_stock(pipe, options, prompt, seed=seed, callback=callback, max_sequence_length=text_tokens(pipe))
+    more: dict[str, Any] = {"max_sequence_length": text_tokens(pipe)}
+    if pipe.transformer.config.guidance_embeds:
+        refuse_branches(options)
+    else:
+        refuse_second_guidance(options)
+        more |= _second_branch(options)
+    return run_stock(pipe, options, prompt, seed=seed, callback=callback, **more)
+
+
+def _second_branch(options: GenerateOptions) -> dict[str, Any]:
+    """The pipeline's arguments for classifier-free guidance, which it knows by another name than its built-in one."""
+    if options.guidance > 1:
+        return {"true_cfg_scale": options.guidance, "negative_prompt": options.negative_prompt}
+    if options.negative_prompt:
+        raise UsageError(
+            f"negative_prompt: with guidance={options.guidance:g} there is no negative branch; leave it out, or give "
+            "guidance above 1"
+        )
+    return {}
 
 
 def text_tokens(pipe: Any) -> int:

@@ -67,7 +67,18 @@ def flux_of_short_prompts() -> Any:
 NEGATIVE = {"negative_prompt": ""}
 CASES = {
     "flux dev": Case("flux", lambda: testing.tiny_flux_with_text(guidance_embeds=True), IMAGE, {}),
-    "flux schnell": Case("flux", testing.tiny_flux_with_text, IMAGE, {"max_sequence_length": 256}),
+    "flux schnell": Case(
+        "flux",
+        testing.tiny_flux_with_text,
+        dataclasses.replace(IMAGE, guidance=0.0),
+        {"max_sequence_length": 256},
+    ),
+    "flux not distilled": Case(
+        "flux",
+        testing.tiny_flux_with_text,
+        IMAGE,
+        {**NEGATIVE, "true_cfg_scale": 3.5, "max_sequence_length": 256},
+    ),
     "flux of short prompts": Case("flux", flux_of_short_prompts, IMAGE, {"max_sequence_length": 24}),
     "sd3.5": Case("sd3", testing.tiny_sd3_with_text, IMAGE, NEGATIVE),
     "sd3.5 without T5": Case("sd3", lambda: testing.tiny_sd3_with_text(t5=False), IMAGE, NEGATIVE),
@@ -182,16 +193,16 @@ def test_an_image_has_one_frame(folders: Callable) -> None:
         recipe("flux").generate(pipe, GenerateOptions(width=64, height=48), "x", seed=0)
 
 
-@pytest.mark.parametrize("name", ["flux dev", "hunyuanvideo", "sd3.5"])
+@pytest.mark.parametrize("name", ["flux dev", "flux schnell", "flux not distilled", "hunyuanvideo", "sd3.5"])
 @pytest.mark.parametrize("wrong", [{"negative_prompt": "grey"}, {"guidance_2": 3.0}])
 def test_guidance_that_a_model_does_not_have_is_refused(name: str, wrong: dict, folders: Callable) -> None:
     """The pipelines would take a negative prompt and never look at it."""
     case = CASES[name]
     options = dataclasses.replace(case.options, **wrong)
     pipe = load(name, folders(name), False)
-    if name == "sd3.5" and "negative_prompt" in wrong:  # it has a negative branch
-        plain = recipe("sd3").generate(pipe, case.options, "x", seed=0)
-        assert not np.array_equal(recipe("sd3").generate(pipe, options, "x", seed=0), plain)
+    if name in ("sd3.5", "flux not distilled") and "negative_prompt" in wrong:  # they have a negative branch
+        plain, other = (recipe(case.recipe).generate(pipe, x, "x", seed=0) for x in (case.options, options))
+        assert not np.array_equal(plain, other)
         return
     with pytest.raises(UsageError, match=next(iter(wrong))):
         recipe(case.recipe).generate(pipe, options, "x", seed=0)
