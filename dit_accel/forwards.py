@@ -17,7 +17,7 @@ from dit_accel.errors import UsageError
 from dit_accel.guards import Guards
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
-from dit_accel.methods import Method, Weights
+from dit_accel.methods import Method, Weights, load_method
 from dit_accel.options import BREAK_EVEN_TOKENS, SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Tally
@@ -78,7 +78,9 @@ class Forwards:
         # of the forward under way
         self.call: Call | None = None
         self.layout: TokenLayout | None = None  # of its tokens
-        self.order: TokenLayout | None = None  # what brings them into another order, where that is done once for all
+        self.order: TokenLayout | None = (
+            None  # what brings them into another order, where that is done once for all
+        )
         self.text = 0  # text tokens of this forward, padding included
         self.groups: tuple[RowGroup, ...] = ()  # its batch rows by their padding; none: calls have no mask
         # why all of this forward is dense, and whether that was planned
@@ -164,7 +166,9 @@ class Forwards:
             return "a rule", True
         return None
 
-    def _why_call_dense(self, place: Place, query: Tensor, key: Tensor, call: dict[str, Any]) -> Reason | None:
+    def _why_call_dense(
+        self, place: Place, query: Tensor, key: Tensor, call: dict[str, Any]
+    ) -> Reason | None:
         """Why one self-attention is dense: query and key `[B, S, H, D]`, and the host's other arguments."""
         reason = self.why_dense_at(place.layer)
         if reason is not None:
@@ -216,3 +220,8 @@ def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int) -> frozens
                 f"{n_layers - 1}, or -1 to {-n_layers} to count from the last."
             )
     return frozenset(layer % n_layers for layer in layers)
+
+
+def method_of(options: SparseOptions) -> Method:
+    """The method that some options name."""
+    return load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)

@@ -16,7 +16,14 @@ from dit_accel.integrations.comfyui.nodes.sparse import SparseNode
 
 __all__ = ["NODES", "DitAccelExtension", "comfy_entrypoint"]
 
-NODES: tuple[type[io.ComfyNode], ...] = (PresetNode, SparseNode, CacheNode, ReportNode, CompareNode, MaskViewNode)
+NODES: tuple[type[io.ComfyNode], ...] = (
+    PresetNode,
+    SparseNode,
+    CacheNode,
+    ReportNode,
+    CompareNode,
+    MaskViewNode,
+)
 
 
 class DitAccelExtension(ComfyExtension):

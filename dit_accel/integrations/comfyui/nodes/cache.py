@@ -23,7 +23,9 @@ class CacheNode(io.ComfyNode):
                 "nodes before it and leaves their sparse attention."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A diffusion model. It is not changed: the result is a clone."),
+                io.Model.Input(
+                    "model", tooltip="A diffusion model. It is not changed: the result is a clone."
+                ),
                 io.Combo.Input(
                     "cache",
                     options=list(cache_choices()),
@@ -40,8 +42,8 @@ class CacheNode(io.ComfyNode):
                     max=10.0,
                     step=0.005,
                     tooltip=(
-                        "A step is left out while the expected error is below this: 0.05 is gentle, 0.1 to 0.2 faster. 0 "
-                        "computes every step."
+                        "A step is left out while the expected error is below this: 0.05 is gentle, 0.1 to 0.2 faster. "
+                        "0 computes every step."
                     ),
                 ),
                 io.String.Input(

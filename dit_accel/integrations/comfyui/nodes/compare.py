@@ -24,7 +24,8 @@ class CompareNode(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="Frames of the faster run."),
                 io.Image.Input(
-                    "reference", tooltip="Frames of the dense run: as many, of the same size and with the same seed."
+                    "reference",
+                    tooltip="Frames of the dense run: as many, of the same size and with the same seed.",
                 ),
                 io.Float.Input(
                     "gain",
@@ -32,13 +33,14 @@ class CompareNode(io.ComfyNode):
                     min=1.0,
                     max=64.0,
                     step=0.5,
-                    tooltip="By how much differences are multiplied in the picture: 4 shows a difference of 0.1 as 0.4.",
+                    tooltip="By how much differences are multiplied in the picture: 4 shows 0.1 as 0.4.",
                 ),
             ],
             outputs=[
                 io.String.Output(display_name="text"),
                 io.Image.Output(
-                    display_name="worst frame", tooltip="Reference, faster run and their difference, side by side."
+                    display_name="worst frame",
+                    tooltip="Reference, faster run and their difference, side by side.",
                 ),
             ],
             is_output_node=True,

@@ -18,8 +18,8 @@ class MaskViewNode(io.ComfyNode):
             display_name="DiT-Accel Mask View",
             category=CATEGORY,
             description=(
-                "Runs one step of a model with sparse attention, and draws which key blocks the heads of one layer read. "
-                "Steps and levels that would be dense are sparse for this look."
+                "Runs one step of a model with sparse attention, and draws which key blocks the heads of one layer "
+                "read. Steps and levels that would be dense are sparse for this look."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A model behind a Preset or Sparse node."),

@@ -23,14 +23,16 @@ class PresetNode(io.ComfyNode):
                 "Replaces what DiT-Accel nodes before it said; Sparse and Cache nodes behind it change their part."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A diffusion model. It is not changed: the result is a clone."),
+                io.Model.Input(
+                    "model", tooltip="A diffusion model. It is not changed: the result is a clone."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=list(preset_choices()),
                     default=AUTO,
                     tooltip=(
-                        "auto takes the balanced preset of the model's family. Fast presets read about a quarter to two "
-                        "fifths of the keys, balanced ones two fifths to a half. off gives the model as it was."
+                        "auto takes the balanced preset of the model's family. Fast presets read about a quarter to "
+                        "two fifths of the keys, balanced ones two fifths to a half. off gives the model as it was."
                     ),
                 ),
             ],
@@ -39,4 +41,6 @@ class PresetNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, preset: str) -> io.NodeOutput:
-        return io.NodeOutput(put_settings(model, None if preset == OFF else settings_of_preset(preset, model)))
+        return io.NodeOutput(
+            put_settings(model, None if preset == OFF else settings_of_preset(preset, model))
+        )

@@ -20,8 +20,8 @@ class ReportNode(io.ComfyNode):
             display_name="DiT-Accel Report",
             category=CATEGORY,
             description=(
-                "What ran in the latest sampling of a model: sparse and dense calls with reasons, share of the keys that "
-                "were read, steps that were left out, seconds."
+                "What ran in the latest sampling of a model: sparse and dense calls with reasons, share of the keys "
+                "that were read, steps that were left out, seconds."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler was given."),

@@ -23,14 +23,16 @@ class SparseNode(io.ComfyNode):
                 "it and leaves their step cache."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A diffusion model. It is not changed: the result is a clone."),
+                io.Model.Input(
+                    "model", tooltip="A diffusion model. It is not changed: the result is a clone."
+                ),
                 io.Combo.Input(
                     "method",
                     options=list(method_choices()),
                     default="rectified",
                     tooltip=(
-                        "How the keys are chosen. rectified also gives back a mean of what is dropped, and keeps most at "
-                        "the same share. off makes every attention dense."
+                        "How the keys are chosen. rectified also gives back a mean of what is dropped, and keeps most "
+                        "at the same share. off makes every attention dense."
                     ),
                 ),
                 io.Float.Input(
@@ -59,15 +61,16 @@ class SparseNode(io.ComfyNode):
                     "dense_layers",
                     default="",
                     tooltip=(
-                        "Numbers of layers that stay dense, from 0; negative ones count from the last. Example: 0, 1, -1."
+                        "Numbers of layers that stay dense, from 0; negative ones count from the last. "
+                        "Example: 0, 1, -1."
                     ),
                 ),
                 io.Boolean.Input(
                     "strict",
                     default=False,
                     tooltip=(
-                        "Stop with an error where a call would run dense against these settings. Off: it runs dense, and "
-                        "the report says why."
+                        "Stop with an error where a call would run dense against these settings. Off: it runs dense, "
+                        "and the report says why."
                     ),
                 ),
                 io.String.Input(
@@ -85,7 +88,14 @@ class SparseNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, method: str, keep: float, dense_first: float, dense_layers: str, strict: bool, options: str
+        cls,
+        model,
+        method: str,
+        keep: float,
+        dense_first: float,
+        dense_layers: str,
+        strict: bool,
+        options: str,
     ) -> io.NodeOutput:
         sparse = sparse_options(method, keep, dense_first, dense_layers, strict, options)
         return io.NodeOutput(change_settings(model, sparse=sparse))
