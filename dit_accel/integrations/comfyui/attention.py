@@ -52,8 +52,9 @@ class AttentionCall:
         query, key, value = (self._named[name] for name in "qkv")
         if self._named.get("skip_reshape"):  # [B, H, S, D]
             return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        width = query.shape[2] // self._named["heads"]  # [B, S, H D]; of fewer heads where these are shared
-        return query.unflatten(2, (-1, width)), key.unflatten(2, (-1, width)), value.unflatten(2, (-1, width))
+        width = query.shape[2] // self._named["heads"]
+        # [B, S, H D], of fewer heads where these are shared; SD3's values have theirs apart already
+        return tuple(x.reshape(*x.shape[:2], -1, width) for x in (query, key, value))
 
     def give(self, out: Tensor) -> Tensor:
         """`[B, S, H, D]` as this call is to return it."""
