@@ -1,0 +1,1 @@
+"""Other hosts than diffusers: thin, over the same engine, with no logic of their own."""
