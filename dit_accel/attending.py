@@ -7,12 +7,11 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.adapters.dispatch import Seat
 from dit_accel.errors import FallbackError
 from dit_accel.guards import Attended, Guards
 from dit_accel.layout import TokenLayout
@@ -24,6 +23,9 @@ from dit_accel.planner import Planner
 from dit_accel.report import Tally
 from dit_accel.rows import RowGroup
 from dit_accel.trajectory import Call
+
+if TYPE_CHECKING:
+    from dit_accel.adapters.dispatch import Seat
 
 logger = logging.getLogger("dit_accel")
 # Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
@@ -407,7 +409,7 @@ class Attending:
             self._say_once(f"dense attention runs on the {name} kernel")
             self.tally.dense_kernels[name] += 1
             return dense.attend(query, key, value, scale=call["scale"], impl=name, plan=plan)
-        self.tally.dense_kernels[f"diffusers ({seat.backend})"] += 1
+        self.tally.dense_kernels[seat.kernel] += 1
         return (seat.dense_whole if whole else seat.dense)(query, key, value, **call)
 
     def _say_once(self, what: str) -> None:

@@ -104,10 +104,10 @@ class Seat:
         return dense(query, key, value, backend=self._chosen(), parallel_config=None, **call)
 
     @property
-    def backend(self) -> str:
-        """The name of the backend by which `dense` runs."""
+    def kernel(self) -> str:
+        """By what `dense` runs, for the report: diffusers' backend."""
         chosen = _host_backend(self._chosen())
-        return str(getattr(chosen, "value", chosen))
+        return f"diffusers ({getattr(chosen, 'value', chosen)})"
 
     def _chosen(self) -> Any:
         # A stock processor without the attribute calls torch's own attention, whatever was chosen for the process.
