@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ _MASKS = ("attn_mask", "full_attn_spans")
 class AttentionFunction:
     """The plugin. One serves a whole process: the dispatcher gives every layer the same."""
 
-    capabilities = {"supports_attention_mask": False, "supports_full_attn_spans": False}
+    capabilities: ClassVar[dict[str, bool]] = {"supports_attention_mask": False, "supports_full_attn_spans": False}
 
     def __init__(self) -> None:
         self._by_options: dict[tuple, SparseAttention] = {}
