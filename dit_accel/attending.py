@@ -25,7 +25,7 @@ from dit_accel.rows import RowGroup
 from dit_accel.trajectory import Call
 
 if TYPE_CHECKING:
-    from dit_accel.adapters.dispatch import Seat
+    from dit_accel.forwards import Place
 
 logger = logging.getLogger("dit_accel")
 # Told of each sparse call, or group of rows in one, before it runs: where it is, its layout, query, key and value
@@ -78,7 +78,7 @@ class Attending:
     def attend_guarded(
         self,
         compute: Callable[[], Attended],
-        seat: Seat,
+        seat: Place,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -134,7 +134,7 @@ class Attending:
         call: dict[str, Any],
         now: Call,
         laid: Laid,
-        seat: Seat,
+        seat: Place,
     ) -> Tensor:
         """Attend to all tokens of a forward, with all heads of this process.
 
@@ -315,7 +315,7 @@ class Attending:
         value: Tensor,
         call: dict[str, Any],
         now: Call,
-        seat: Seat,
+        seat: Place,
         groups: tuple[RowGroup, ...] = (),
     ) -> Tensor:
         """Attend in a layer that trained weights have as linear attention alone.
@@ -381,7 +381,7 @@ class Attending:
 
     def attend_densely(
         self,
-        seat: Seat,
+        seat: Place,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -389,14 +389,14 @@ class Attending:
         call: dict[str, Any],
         whole: bool = False,
     ) -> Tensor:
-        """As diffusers would; or, where that was asked for and the call is a plain one, by the fastest kernel.
+        """As the host would; or, where that was asked for and the call is a plain one, by the fastest kernel.
 
         Args:
             whole: whether these are whole sequences also where context parallelism splits them (see
                 `parallel.attend_whole`).
         """
         special = call["is_causal"] or call["dropout_p"] or call["enable_gqa"]
-        alone = whole or getattr(seat.stock, "_parallel_config", None) is None
+        alone = whole or not seat.splits
         plain = call["attn_mask"] is None and not special and alone and query.shape == key.shape
         if self.options.dense == "fastest" and planned and plain:
             from dit_accel.kernels import dense
@@ -409,7 +409,7 @@ class Attending:
             self._say_once(f"dense attention runs on the {name} kernel")
             self.tally.dense_kernels[name] += 1
             return dense.attend(query, key, value, scale=call["scale"], impl=name, plan=plan)
-        self.tally.dense_kernels[seat.kernel] += 1
+        self.tally.dense_kernels[seat.title] += 1
         return (seat.dense_whole if whole else seat.dense)(query, key, value, **call)
 
     def _say_once(self, what: str) -> None:

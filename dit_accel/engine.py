@@ -1,7 +1,6 @@
 """Engine: one transformer wired for sparse attention. It installs and removes everything, and decides about forwards.
 
-What it decides with and about: `seating` (whose processors are set), `layouts` (how tokens are ordered and cut),
-`planner` (which blocks are read), `attending` (one attention computed).
+Beside what `Forwards` decides with it has `seating` (whose processors are set), and with it region sampling.
 """
 
 from __future__ import annotations
@@ -19,18 +18,13 @@ from torch import Tensor, nn
 
 from dit_accel.adapters import arguments_of, find_adapter, parallel
 from dit_accel.adapters.dispatch import Seat
-from dit_accel.arrangement import arrange
-from dit_accel.attending import Attending, Laid, Observer
+from dit_accel.attending import Laid
 from dit_accel.errors import UsageError
-from dit_accel.guards import Guards
+from dit_accel.forwards import Forwards, Reason
 from dit_accel.hooks import Enter, Leave, Listener, Reorder, keeps_tokens
-from dit_accel.layout import TokenLayout
-from dit_accel.layouts import Layouts
 from dit_accel.methods import Method, Weights
 from dit_accel.options import SparseOptions
-from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
-from dit_accel.rows import RowGroup, group_rows
 from dit_accel.seating import Seating
 from dit_accel.trajectory import Call, Facts, Trajectory
 
@@ -45,8 +39,8 @@ _BLENDED = "blended with a linear layer in training"
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
 
 
-class Engine:
-    """Everything of ours on one transformer.
+class Engine(Forwards):
+    """Everything of ours on one transformer of diffusers.
 
     Args:
         transformer: of a known family.
@@ -75,36 +69,14 @@ class Engine:
         weights: Weights | None = None,
     ) -> None:
         self.adapter: ModuleType = find_adapter(transformer)
-        self.options, self.method, self.role = options, method, role
-        self.trajectory, self.tally = trajectory, tally
         layers = dict(self.adapter.self_attentions(transformer))
-        self.n_layers = len(layers)
-        self.dense_layers = resolve_layers("dense_layers", options.dense_layers, self.n_layers)
-        if options.dense_first and trajectory.n_steps() is None:
-            raise UsageError(
-                f"dense_first={options.dense_first:g} is a share of a run's steps, and only a pipeline's scheduler "
-                "knows how many there are. Give `accelerate` the pipeline, or use dense_above, a noise level."
-            )
-        self.planner = Planner(options, method, trajectory, tally, self.n_layers)
-        self.layouts = Layouts(arrange(method, options))
+        super().__init__(options, method, trajectory, tally, role, len(layers))
         sparse = [layer for layer in layers.values() if layer not in self.dense_layers]
         if weights is None and sparse and hasattr(method, "weights_for"):
             weights = method.weights_for(transformer, sparse, self.layouts.arrangement, role)
-        self.weights = weights
-        self.attending = Attending(
-            options, self.planner, self.layouts, tally, Guards(options, self.planner, trajectory), weights
-        )
-        self.why_dense_now: str | None = None  # set while all forwards shall be dense, to say why
-        self.observer: Observer | None = None
+        self._make_attending(weights)
         self.probe: Probe | None = None  # measures attention, while it is set
         self.region: RegionEngine | None = None  # region sampling, which sets itself here
-        self.call: Call | None = None  # the forward under way
-        self.layout: TokenLayout | None = None  # of its tokens
-        self.order: TokenLayout | None = None  # what the order hooks apply in it
-        self.text = 0  # text tokens of this forward, padding included
-        self.groups: tuple[RowGroup, ...] = ()  # its batch rows by their padding; none: calls have no mask
-        # why all of this forward is dense, and whether that was planned
-        self._dense_reason: tuple[str, bool] | None = None
         self._counted = False  # whether these dense calls are counted as the forward begins
         self._foreseen: list[tuple[str, int]] = []  # dense calls that never reach `attend`: why, and how many
         # once the forward returns: calls of cross-attention, and the order of its tokens where it is sparse
@@ -141,10 +113,7 @@ class Engine:
             self.region.remove()
         if self.weights is not None:
             self.weights.remove()
-        self.planner.clear()
-        self.layouts.clear()
-        self.attending.clear()
-        self.call = self.layout = self.order = None
+        self.clear()
 
     def remove(self) -> None:
         """Restore every processor by identity and take every hook away. Does nothing the second time."""
@@ -164,15 +133,8 @@ class Engine:
         """Whether sparse attention is differentiable here, for the sake of weights that are being trained."""
         return self.weights is not None and self.weights.trains
 
-    @property
-    def keep_requested(self) -> float | None:
-        """The share of key blocks asked for; None where a method has no such option."""
-        return getattr(self.method, "keep", None)
-
     def bytes_held(self) -> int:
-        """Memory this engine keeps between forwards."""
-        parts = (self.planner, self.layouts, self.region, self.weights)
-        return sum(part.bytes_held() for part in parts if part is not None)
+        return super().bytes_held() + (0 if self.region is None else self.region.bytes_held())
 
     # -- around one forward
 
@@ -207,29 +169,20 @@ class Engine:
         """Sparse or dense, and the order of the tokens, for a forward of all of them."""
         self._dense_reason = self._why_adapter_dense(given) or self._why_all_dense(given["hidden_states"], facts)
         if self._dense_reason is None:
-            self._to_count[1] = self._lay_out(given, facts)
+            self._to_count[1] = self._lay_out_as(given, facts)
         elif self._dense_reason[1] and (keeps_tokens(self._module()) or self._by_blocks()):
-            self._lay_out(given, facts)  # what is kept of this forward may be used in a sparse one
+            self._lay_out_as(given, facts)  # what is kept of this forward may be used in a sparse one
 
     def _by_blocks(self) -> bool:
         """Whether region sampling computes whole blocks, and attends sparsely with them."""
         return self.region is not None and self.region.region.unit == "block"
 
-    def _lay_out(self, given: dict[str, Any], facts: Facts) -> str:
-        """Choose the order of this forward's tokens, lay them out in it, and say which and why."""
-        order, why_raster = self.layouts.arrangement.order, None
-        if order != "raster":
+    def _lay_out_as(self, given: dict[str, Any], facts: Facts) -> str:
+        """`_lay_out` with what the adapter says of these arguments."""
+        why_raster, hidden = None, given["hidden_states"]
+        if self.layouts.arrangement.order != "raster":
             why_raster = facts.loose or self.adapter.why_raster(self._module(), given)
-            order = "raster" if why_raster else order
-        text = facts.text if facts.text_valid is None else facts.text_valid[0]
-        # plans shared by branches must not depend on how rows are grouped in either
-        batch = len(given["hidden_states"])
-        self.text, self.groups = facts.text, group_rows(facts, batch, apart=self.options.share_plans)
-        kind = facts.text_first, facts.first_frame_apart
-        device = given["hidden_states"].device
-        self.layout = self.layouts.find(facts.grid, order, device, text, *kind, len(self.groups))
-        self.order = None if order == "raster" else self.layout
-        return f"raster: {why_raster}" if why_raster else order
+        return self._lay_out(facts, len(hidden), hidden.device, why_raster)
 
     def _with(self, changed: dict[str, Any], args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward's arguments with some of them changed, each given as it was: by place or by name."""
@@ -294,22 +247,10 @@ class Engine:
         self._foreseen.append((reason, self.n_layers))
         return reason, False
 
-    def _why_all_dense(self, hidden: Tensor, facts: Facts) -> tuple[str, bool] | None:
-        call, options = self.call, self.options
-        assert call is not None
-        if self.method is None:
-            return "sparse attention is off", True
-        if self.why_dense_now is not None:
-            return self.why_dense_now, True
-        if call.noise > options.dense_above:
-            return f"noise level above {options.dense_above:g}", True
-        if call.noise < options.dense_below:
-            return f"noise level below {options.dense_below:g}", True
-        if options.dense_first and call.step < options.n_dense_first(self.trajectory.n_steps() or 0):
-            return f"one of the first {options.dense_first:.3g} of the steps", True
-        tokens, least = call.segments[-1][2], options.least_tokens(hidden.device.type)
-        if tokens < least:
-            return f"fewer than {least} tokens, where dense is faster", True
+    def _why_all_dense(self, hidden: Tensor, facts: Facts) -> Reason | None:
+        reason = self._why_asked_dense(hidden.device)
+        if reason is not None:
+            return reason
         module = self._module()
         wants_gradients = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
         if torch.is_grad_enabled() and wants_gradients and not self.trains:
@@ -317,9 +258,7 @@ class Engine:
         why_local = parallel.why_dense(module, self.adapter, facts.text)
         if why_local is not None:
             return why_local, False
-        if facts.loose and getattr(self.method, "needs_grid", False):
-            return f"the method looks at places, and the tokens are no one grid ({facts.loose})", False
-        return None
+        return self._why_no_grid(facts)
 
     # -- again, after the forward
 
@@ -399,55 +338,25 @@ class Engine:
 
         return parallel.attend_whole(seat.stock, query, key, value, call["scale"], attend)
 
-    def is_linear(self, layer: int) -> bool:
-        """Whether a self-attention is linear attention alone, as trained weights may have it."""
-        return self.weights is not None and layer in self.weights.linear_layers
-
     def _why_dense(
         self, seat: Seat, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
     ) -> tuple[str, bool] | None:
         if self.call is None or not self.installed:
             hint = "; checkpoint by its enable_gradient_checkpointing" if self.trains else ""
             return f"attention outside a forward of its transformer{hint}", False
-        if self._dense_reason is not None:
-            return self._dense_reason
-        if seat.layer in self.dense_layers:
-            return "dense layer", True
-        if self.planner.is_dense(self.call.at(seat.layer)):
-            return "a rule", True
-        if call["attn_mask"] is not None and not self._is_padding(call["attn_mask"], query):
-            return "an attention mask", False
-        if call["is_causal"] or call["dropout_p"]:
-            return "causal attention or dropout", False
-        if query.shape != key.shape:
-            return "queries and keys of different shape", False
-        video = self.layout.n_video_tokens
-        whole = (video + self.text,) if self.groups else (video + self.text, video)
-        expected = [parallel.tokens_here(tokens, seat.stock) for tokens in whole]
-        if query.shape[1] not in expected:
-            return f"{query.shape[1]} tokens where the grid has {expected[0]}", False
-        return None
+        return self._why_call_dense(seat, query, key, call)
+
+    def _tokens_here(self, tokens: int, place: Seat) -> int:
+        return parallel.tokens_here(tokens, place.stock)
 
     def why_dense_part(self, seat: Seat, call: dict[str, Any]) -> tuple[str, bool] | None:
         """Why an attention of some query blocks runs dense, and whether that was planned; or None."""
-        if self._dense_reason is not None:
-            return self._dense_reason
-        if seat.layer in self.dense_layers:
-            return "dense layer", True
-        if self.planner.is_dense(self.call.at(seat.layer)):
-            return "a rule", True
+        reason = self.why_dense_at(seat.layer)
+        if reason is not None:
+            return reason
         if call["attn_mask"] is not None or call["is_causal"] or call["dropout_p"]:
             return "an attention mask, causal attention or dropout", False
         return None
-
-    def _is_padding(self, mask: Tensor, query: Tensor) -> bool:
-        """Whether a call's mask is the one that keeps out the padding the adapter told of. Its numbers are not read."""
-        shape = (query.shape[0], 1, 1, query.shape[1])
-        return bool(self.groups) and mask.dtype == torch.bool and mask.shape == shape
-
-    def count_dense(self, reason: str, planned: bool, calls: int) -> None:
-        """As `Attending.count_dense`."""
-        self.attending.count_dense(reason, planned, calls)
 
     # -- copying
 
@@ -479,21 +388,3 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.role}, {self.method!r}, {len(self.seating.seats)} attentions, {self.planner!r})"
-
-
-def resolve_layers(name: str, layers: tuple[int, ...], n_layers: int) -> frozenset[int]:
-    """The numbers of layers, those that count from the last included.
-
-    Args:
-        name: what the option is called.
-
-    Raises:
-        UsageError: a layer that there is not.
-    """
-    for layer in layers:
-        if not -n_layers <= layer < n_layers:
-            raise UsageError(
-                f"{name} names layer {layer}, but this transformer has {n_layers}: give 0 to "
-                f"{n_layers - 1}, or -1 to {-n_layers} to count from the last."
-            )
-    return frozenset(layer % n_layers for layer in layers)

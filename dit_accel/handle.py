@@ -18,10 +18,11 @@ from dit_accel.caches.engine import CacheEngine, remove_cache
 from dit_accel.caches.off import Off
 from dit_accel.engine import Engine, Probe
 from dit_accel.errors import UsageError
+from dit_accel.forwards import method_of
 from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.planner import Experiment
-from dit_accel.processor import SparseProcessor, method_of
+from dit_accel.processor import SparseProcessor
 from dit_accel.region import Region, load_region
 from dit_accel.region.engine import RegionEngine
 from dit_accel.region.sampler import Sampler

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dit_accel.engine import Engine
 from dit_accel.errors import UsageError
-from dit_accel.methods import Method, load_method
+from dit_accel.forwards import method_of
+from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Trajectory
@@ -221,8 +222,3 @@ class SparseProcessor:
 
     def __repr__(self) -> str:
         return f"SparseProcessor({self.engine!r})"
-
-
-def method_of(options: SparseOptions) -> Method:
-    """The method that some options name."""
-    return load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)

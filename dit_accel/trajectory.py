@@ -14,6 +14,9 @@ equal
 - another latent shape;
 - new conditioning in a branch that had another;
 - `begin()`, and the pipeline resetting its stateful hooks at its end.
+
+A host that says when a run begins and which step a forward belongs to (ComfyUI) is believed: then none of these but
+`begin()` and a forward that never returned starts a run.
 """
 
 from __future__ import annotations
@@ -88,11 +91,16 @@ class Trajectory:
 
     Two experts of one pipeline are two roles on one trajectory. Owners of per-run state subscribe with
     `on_new_run`; they are called before the first forward of each run.
+
+    Args:
+        pipe: the pipeline, where there is one.
+        train_timesteps: noise levels the model was trained with, unless its scheduler says.
+        told_steps: how many steps a run has, where the host says when one begins.
     """
 
-    def __init__(self, pipe: Any = None, train_timesteps: int = 1000) -> None:
+    def __init__(self, pipe: Any = None, train_timesteps: int = 1000, *, told_steps: int | None = None) -> None:
         self._pipe = None if pipe is None else weakref.ref(pipe)
-        self._train_timesteps = train_timesteps
+        self._train_timesteps, self._told_steps = train_timesteps, told_steps
         self._timesteps: object = None
         self._listeners: list[Callable[[], None]] = []
         self._counters: list[Callable[[], None]] = []
@@ -146,7 +154,9 @@ class Trajectory:
         )
 
     def n_steps(self) -> int | None:
-        """How many steps the scheduler was set to; None where the pipeline is not known."""
+        """How many steps the scheduler was set to; None where neither pipeline nor host says."""
+        if self._told_steps is not None:
+            return self._told_steps
         timesteps = self._timesteps_now()
         return None if timesteps is None else len(timesteps)
 
@@ -175,6 +185,8 @@ class Trajectory:
     ) -> bool:
         if self._over or self._open or self._timesteps_now() is not self._timesteps:
             return True
+        if self._told_steps is not None:
+            return False  # the host would have said so
         if self._noise is not None and noise > self._noise:
             return True
         if self._shapes.get(role, shape) != shape:
@@ -196,7 +208,7 @@ class Trajectory:
     def _branch(self, context: Context, identity: tuple | None, condition: Tensor | None) -> str | None:
         if context.name is not None:
             known = self._branches.get(context.name)
-            if known is not None and known[0] != identity:
+            if known is not None and known[0] != (identity or ()):
                 # New conditioning in mid-run (a callback may swap the prompt): whatever was learnt about this
                 # branch is about another prompt.
                 for listener in self._listeners:
@@ -245,7 +257,7 @@ class Trajectory:
     def __deepcopy__(self, memo: dict) -> Trajectory:
         """A copied pipeline starts with a clock of its own that has seen nothing."""
         pipe = None if self._pipe is None else memo.get(id(self._pipe()))
-        new = type(self)(pipe, self._train_timesteps)
+        new = type(self)(pipe, self._train_timesteps, told_steps=self._told_steps)
         memo[id(self)] = new
         new._listeners = [copy.deepcopy(listener, memo) for listener in self._listeners]
         new._counters = [copy.deepcopy(counter, memo) for counter in self._counters]

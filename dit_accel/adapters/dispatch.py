@@ -104,10 +104,15 @@ class Seat:
         return dense(query, key, value, backend=self._chosen(), parallel_config=None, **call)
 
     @property
-    def kernel(self) -> str:
-        """By what `dense` runs, for the report: diffusers' backend."""
+    def title(self) -> str:
+        """Which backend `dense` runs, for the report."""
         chosen = _host_backend(self._chosen())
         return f"diffusers ({getattr(chosen, 'value', chosen)})"
+
+    @property
+    def splits(self) -> bool:
+        """Whether diffusers was told to share out the sequence over processes here."""
+        return getattr(self.stock, "_parallel_config", None) is not None
 
     def _chosen(self) -> Any:
         # A stock processor without the attribute calls torch's own attention, whatever was chosen for the process.

@@ -30,7 +30,7 @@ from dit_accel.caches.cache import Cache
 from dit_accel.errors import UsageError, unknown_name
 from dit_accel.roles import ROLES, merge, split_roles
 
-_NO_CACHES = {"cache", "engine", "memory", "off", "schedule", "trials", "walk"}
+_NO_CACHES = {"cache", "decider", "engine", "memory", "off", "schedule", "trials", "walk"}
 
 
 def cache_names() -> list[str]:

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from dit_accel.arrangement import arrange
 from dit_accel.attending import Attending, Laid
 from dit_accel.errors import UsageError
+from dit_accel.forwards import method_of
 from dit_accel.guards import Guards
 from dit_accel.layouts import Layouts
-from dit_accel.methods import Method, load_method
+from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Report, Tally
@@ -164,10 +165,11 @@ class SparseAttention:
 
 
 class _Torch:
-    """Dense attention by torch, in the place of a diffusers processor (`adapters.dispatch.Seat`)."""
+    """Dense attention by torch, where a host has attention of its own (`forwards.Place`)."""
 
-    stock = None
-    kernel = "torch"
+    layer = 0
+    title = "torch"
+    splits = False
 
     def dense(
         self,
@@ -216,7 +218,7 @@ def _load(options: SparseOptions) -> Method:
     Raises:
         UsageError: one that needs more than a bare call tells.
     """
-    method = load_method(options.method, keep=options.keep, top_p=options.top_p, **options.method_options)
+    method = method_of(options)
     why = "learns from step to step" if hasattr(method, "learn") else None
     why = "has weights trained for one transformer" if hasattr(method, "weights_for") else why
     if why is not None:

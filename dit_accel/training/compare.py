@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from dit_accel.engine import Engine
+from dit_accel.forwards import method_of
 from dit_accel.handle import set_processor
 from dit_accel.options import SparseOptions
-from dit_accel.processor import SparseProcessor, method_of
+from dit_accel.processor import SparseProcessor
 from dit_accel.report import Report, Tally
 from dit_accel.sla.spec import SlaSpec, file_for, read_spec, untrained_layers
 from dit_accel.training.draws import spread_levels

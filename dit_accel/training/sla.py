@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from dit_accel.adapters import parallel
 from dit_accel.arrangement import Arrangement
-from dit_accel.engine import Engine, resolve_layers
+from dit_accel.engine import Engine
 from dit_accel.errors import UsageError
+from dit_accel.forwards import resolve_layers
 from dit_accel.handle import set_processor
 from dit_accel.methods import sla
 from dit_accel.options import SparseOptions

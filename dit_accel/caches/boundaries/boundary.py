@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
 
     from dit_accel.caches.cache import Parts, View
-    from dit_accel.caches.engine import CacheEngine, Verdict
+    from dit_accel.caches.decider import Verdict
+    from dit_accel.caches.engine import CacheEngine
     from dit_accel.trajectory import Call
 
 Hooked = tuple[nn.Module, "ModelHook"]

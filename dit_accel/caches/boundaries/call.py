@@ -12,7 +12,7 @@ from dit_accel.caches.boundaries.boundary import Boundary, Hooked
 from dit_accel.caches.cache import Parts, View
 
 if TYPE_CHECKING:
-    from dit_accel.caches.engine import Verdict
+    from dit_accel.caches.decider import Verdict
     from dit_accel.trajectory import Call
 
 

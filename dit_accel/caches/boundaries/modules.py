@@ -29,7 +29,8 @@ from dit_accel.caches.parts.rows import put_rows, take_rows
 from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
-    from dit_accel.caches.engine import CacheEngine, Verdict
+    from dit_accel.caches.decider import Verdict
+    from dit_accel.caches.engine import CacheEngine
     from dit_accel.trajectory import Call
 
 ATTENTION, ROWS, FEED = "attention", "rows", "feed"

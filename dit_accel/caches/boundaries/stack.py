@@ -14,7 +14,8 @@ from dit_accel.caches.cache import Parts, View
 from dit_accel.errors import UsageError
 
 if TYPE_CHECKING:
-    from dit_accel.caches.engine import CacheEngine, Verdict
+    from dit_accel.caches.decider import Verdict
+    from dit_accel.caches.engine import CacheEngine
     from dit_accel.trajectory import Call
 
 

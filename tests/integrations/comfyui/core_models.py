@@ -1,0 +1,74 @@
+"""Small random models of ComfyUI's core, made of its own classes, as its loaders give them to nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+WIDTH, HEADS = 64, 2
+_WAN = dict(
+    image_model="wan2.1", model_type="t2v", dim=WIDTH, ffn_dim=128, num_heads=HEADS, num_layers=3, text_dim=32,
+    freq_dim=32,
+)  # fmt: skip
+_STREAMS = dict(
+    in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=32, hidden_size=WIDTH, mlp_ratio=2.0, num_heads=HEADS,
+    depth=2, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=256, qkv_bias=True,
+)  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wan": ("WAN21_T2V", {**_WAN}),
+    "hunyuan": (
+        "HunyuanVideo",
+        {
+            **_STREAMS, "image_model": "hunyuan_video", "patch_size": [1, 2, 2], "guidance_embed": True, "byt5": False,
+            "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+        },
+    ),
+    "flux": (
+        "Flux", {**_STREAMS, "image_model": "flux", "patch_size": 2, "guidance_embed": True, "txt_ids_dims": []}
+    ),
+    "sd3": (
+        "SD3",
+        {
+            "in_channels": 16, "patch_size": 2, "depth": HEADS, "num_blocks": 3, "adm_in_channels": 24, "context_size": 32,
+            "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}},
+            "pos_embed_max_size": 64, "num_patches": 4096, "input_size": None, "pos_embed_scaling_factor": None,
+            "qk_norm": "rms", "x_block_self_attn_layers": [0],
+        },
+    ),
+}  # fmt: skip
+FAMILIES = tuple(CONFIGS)
+VIDEO = ("wan", "hunyuan")
+
+
+def build(family: str) -> Any:
+    """A ModelPatcher of a small random model. Two builds of a family are equal."""
+    name, config = CONFIGS[family]
+    model_config = getattr(comfy.supported_models, name)({**config, "dtype": torch.float32})
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model({}, device=torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=draw)
+        parameter.data = drawn * (0.3 / max(1, parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.3)
+        parameter.requires_grad_(False)
+    for name, buffer in model.diffusion_model.named_buffers():
+        if name == "pos_embed":  # left for a checkpoint to fill
+            buffer.copy_(torch.randn(buffer.shape, generator=draw))
+    device = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def conditioning(family: str, seed: int = 1, tokens: int = 7) -> list[Any]:
+    """A prompt's embeddings, as a text encode node gives them."""
+    draw = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, 32, generator=draw)
+    return [[text, {"pooled_output": torch.randn(1, 24, generator=draw)}]]
+
+
+def latents(family: str, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Empty latents of so many frames, rows and columns."""
+    shape = (1, 16, *size) if family in VIDEO else (1, 16, *size[1:])
+    return {"samples": torch.zeros(shape)}
