@@ -125,8 +125,8 @@ def _is_trained(method: str) -> bool:
 def _refuse_roles(what: str, roles: Mapping[str, Any]) -> None:
     if roles:
         raise UsageError(
-            f"{what} options for {', '.join(roles)} were given, but a model of ComfyUI is one transformer: give its node "
-            "these options by themselves."
+            f"{what} options for {', '.join(roles)} were given, but a model of ComfyUI is one transformer: give its "
+            "node these options by themselves."
         )
 
 

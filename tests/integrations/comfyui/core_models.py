@@ -14,8 +14,8 @@ _WAN = dict(
     freq_dim=32,
 )  # fmt: skip
 _STREAMS = dict(
-    in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=32, hidden_size=WIDTH, mlp_ratio=2.0, num_heads=HEADS,
-    depth=2, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=256, qkv_bias=True,
+    in_channels=16, out_channels=16, vec_in_dim=24, context_in_dim=32, hidden_size=WIDTH, mlp_ratio=2.0,
+    num_heads=HEADS, depth=2, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=256, qkv_bias=True,
 )  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("WAN21_T2V", {**_WAN}),
@@ -32,8 +32,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3": (
         "SD3",
         {
-            "in_channels": 16, "patch_size": 2, "depth": HEADS, "num_blocks": 3, "adm_in_channels": 24, "context_size": 32,
-            "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}},
+            "in_channels": 16, "patch_size": 2, "depth": HEADS, "num_blocks": 3, "adm_in_channels": 24,
+            "context_size": 32, "context_embedder_config": {
+                "target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}
+            },
             "pos_embed_max_size": 64, "num_patches": 4096, "input_size": None, "pos_embed_scaling_factor": None,
             "qk_norm": "rms", "x_block_self_attn_layers": [0],
         },
@@ -61,11 +63,11 @@ def build(family: str) -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
-def conditioning(family: str, seed: int = 1, tokens: int = 7) -> list[Any]:
+def conditioning(family: str, seed: int = 1, tokens: int = 7, **more: Any) -> list[Any]:
     """A prompt's embeddings, as a text encode node gives them."""
     draw = torch.Generator().manual_seed(seed)
     text = torch.randn(1, tokens, 32, generator=draw)
-    return [[text, {"pooled_output": torch.randn(1, 24, generator=draw)}]]
+    return [[text, {"pooled_output": torch.randn(1, 24, generator=draw), **more}]]
 
 
 def latents(family: str, size: tuple[int, int, int]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A stand-in for the part of ComfyUI that nodes are written against."""
