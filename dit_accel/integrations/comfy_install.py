@@ -83,9 +83,10 @@ def uninstall(comfy: Path) -> Path:
         _sweep(nodes)
         if not place.exists():
             raise UsageError(f"{place} is not there: nothing of dit_accel is installed in this ComfyUI.")
-        gone = _aside(nodes)
-        place.rename(gone / FOLDER)
-        _sweep(nodes)
+        try:
+            place.rename(_aside(nodes) / FOLDER)
+        finally:
+            _sweep(nodes)
     return place
 
 
@@ -110,7 +111,8 @@ def _place_in(nodes: Path) -> Path:
     """
     place = nodes / FOLDER
     if place.is_symlink():
-        raise UsageError(f"{place} is a link to {os.readlink(place)}, which is not ours to replace: remove the link first.")
+        target = os.readlink(place)
+        raise UsageError(f"{place} is a link to {target}, and what it leads to is not ours: remove the link first.")
     if place.exists() and not _is_ours(place):
         raise UsageError(
             f"{place} is not a pack of dit_accel's: its pyproject.toml does not name it {_NAME}. Move it away first."

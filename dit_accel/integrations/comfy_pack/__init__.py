@@ -3,12 +3,13 @@
 try:
     from dit_accel.integrations.comfyui import comfy_entrypoint
 except ModuleNotFoundError as error:
-    if error.name != "dit_accel":
+    if error.name is None or error.name.partition(".")[0] != "dit_accel":
         raise
     import sys
 
     raise ModuleNotFoundError(
-        f"dit_accel is not installed in the Python that runs ComfyUI. Run: {sys.executable} -m pip install dit-accel",
+        "dit_accel is not installed in the Python that runs ComfyUI, or too old. Run: "
+        f"{sys.executable} -m pip install --upgrade dit-accel",
         name=error.name,
     ) from error
 
