@@ -72,6 +72,8 @@ class SparseAttention:
         """Note that the next call is the first of a run: what failed in the one before is tried again."""
         self._call = None
 
+    # A host's compiled blocks go around it: grid, step and plan change from call to call.
+    @torch.compiler.disable(recursive=True)
     def __call__(
         self,
         query: Tensor,

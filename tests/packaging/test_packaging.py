@@ -71,10 +71,20 @@ def test_the_wheel_holds_every_module_preset_and_model_file(wheel: Path) -> None
     for name in tracked():
         top = name.split("/")[0]
         inside = f"dit_accel/{name}" if top in MAPPED else name
-        ships = name.endswith((".py", ".toml", ".j2", ".css", ".js")) or name.startswith("presets/models/")
+        ships = name.endswith((".py", ".toml", ".j2", ".css", ".js"))
+        ships = ships or name.startswith(("presets/models/", "dit_accel/integrations/comfy_pack/"))
         if top in ("dit_accel", *MAPPED) and ships:
             assert inside in names, f"{name} is not in the wheel"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_names_what_other_programs_look_for(wheel: Path) -> None:
+    """vLLM-Omni finds its plugin by the installed metadata."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    told = archive.read(name).decode()
+    assert "[vllm_omni.sparse_attn]\ndit_accel = dit_accel.integrations.vllm_omni:attn_fn\n" in told
+    assert "dit-accel = dit_accel.cli:main" in told
 
 
 def test_the_wheel_and_the_models_in_it_stay_small(wheel: Path) -> None:
