@@ -26,7 +26,7 @@ def install(path: Folder) -> None:
 
     print(comfy_install.install(path.expanduser()))
     remark(
-        "start ComfyUI anew: its nodes are under DiT-Accel, its examples under Templates. dit-accel must be installed in "
+        "start ComfyUI anew: nodes are under DiT-Accel, examples under Templates. dit-accel must be installed in "
         "ComfyUI's Python."
     )
 

@@ -101,6 +101,16 @@ def test_the_version_is_one() -> None:
     assert re.search(rf"^## {re.escape(dit_accel.__version__)}\b", changes, re.M)
 
 
+def test_the_oldest_diffusers_is_the_one_that_is_tested_with() -> None:
+    """The floor that is promised, the one that `.ci/run` installs, and the page's; the newest is in constraints.txt."""
+    (named,) = (one for one in project()["project"]["optional-dependencies"]["diffusers"] if "diffusers" in one)
+    floor = named.removeprefix("diffusers>=")
+    assert f"'diffusers=={floor}.*'" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"oldest that is supported, {floor}." in (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    newest = re.search(r"^diffusers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    assert newest and float(newest[1]) > float(floor)
+
+
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, dit_accel, dit_accel.cli.app\n"
