@@ -45,7 +45,7 @@ class AttentionFunction:
     capabilities: ClassVar[dict[str, bool]] = {"supports_attention_mask": False, "supports_full_attn_spans": False}
 
     def __init__(self) -> None:
-        self._by_options: dict[tuple, SparseAttention] = {}
+        self._by_options: dict[str, SparseAttention] = {}
         self._unknown: set[str] = set()
 
     # Lists and counts in it change from call to call; a compiled model goes around it.
@@ -102,9 +102,9 @@ class AttentionFunction:
     def _sparse(self, params: Mapping[str, Any]) -> SparseAttention:
         method = params.get("method", SparseOptions.method)
         allowed = {f.name for f in dataclasses.fields(SparseOptions)} | method_options(method)
-        options = {name: _plain(value) for name, value in params.items() if name in allowed}
+        options = {name: value for name, value in params.items() if name in allowed}
         self._remark(set(params) - allowed - _HOST, allowed)
-        key = tuple(sorted(options.items()))
+        key = repr(sorted(options.items()))  # lists and tables among them cannot be keys
         if key not in self._by_options:
             try:
                 self._by_options[key] = SparseAttention(**options)
@@ -121,11 +121,6 @@ class AttentionFunction:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             logger.warning(f"vLLM-Omni's parameter {name!r} is no option of dit_accel and changes nothing.{hint}")
         self._unknown |= unknown
-
-
-def _plain(value: Any) -> Any:
-    """A value that options can be told apart by."""
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _first(value: Any) -> int | None:

@@ -141,6 +141,8 @@ def test_a_wrong_option_says_where_it_is_given(host) -> None:
         host({"min_tokens": 0})(*qkv(), told(0, 4, LATENT))
     with pytest.raises(UsageError, match="Unknown method 'poled'"):
         host({"method": "poled"})(*qkv(), told(0, 4, LATENT))
+    with pytest.raises(UsageError, match="rules=.* is not possible here: .*without its layer or noise level"):
+        host({**OPTIONS, "rules": [{"above": 0.5, "keep": 0.5}]})(*qkv(), told(0, 4, LATENT))
 
 
 @each_host
