@@ -91,10 +91,9 @@ def draw_masks(
     height, width = (max(1, round(n * zoom * shrink)) for n in (n_q, n_k))
     left = 12 + max(round(font.getlength(label)) for label in rows)
     top, gap = 64, 14
-    size = (
-        max(left + len(columns) * (width + gap), 26 + round(font.getlength(title))),
-        top + len(rows) * (height + gap) + 24,
-    )
+    note = f"down: {n_q} query blocks, across: {n_k} key blocks; dark is read"
+    texts = 26 + max(round(font.getlength(title)), left + round(font.getlength(note)))
+    size = (max(left + len(columns) * (width + gap), texts), top + len(rows) * (height + gap) + 24)
     picture = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(picture)
     pen.text((8, 8), title, font=font, fill=_INK)
@@ -111,7 +110,6 @@ def draw_masks(
             picture.paste(Image.merge("RGB", [share.resize((width, height), way)] * 3), corner)
             frame = (corner[0] - 1, corner[1] - 1, corner[0] + width, corner[1] + height)
             pen.rectangle(frame, outline=_FAINT)
-    note = f"down: {n_q} query blocks, across: {n_k} key blocks; dark is read"
     pen.text((left, size[1] - 22), note, font=font, fill=_FAINT)
     return picture
 

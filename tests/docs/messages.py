@@ -25,7 +25,7 @@ ERRORS = {
     "UsageError",
 }
 SAID = {"remark", "warning", "info", "_say", "_say_once"}
-WHY = re.compile(r"_?why_(adapter_|all_)?dense(_part)?$")
+WHY = re.compile(r"_?why_(\w+_)?dense(_part|_at)?$|_?why_no_grid$")
 # A caller's mistakes with tensors, in parts that users do not call by hand, and tools of developers.
 LEFT_OUT = ("kernels", "dit_accel/training", "dit_accel/testing", "dit_accel/quality", "dit_accel/plan.py")
 

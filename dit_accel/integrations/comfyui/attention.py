@@ -64,6 +64,10 @@ class AttentionCall:
         """What ComfyUI attends, by the very arguments it gave."""
         return self._attend(*self._args, **self._kwargs)
 
+    def without_override(self) -> Tensor:
+        """The same by ComfyUI's function alone."""
+        return self._function(*self._args, **self._kwargs)
+
     def dense(self, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
         """What ComfyUI attends to other tensors, `[B, S, H, D]` each."""
         given = {**self._named, "skip_reshape": False, "skip_output_reshape": False, "heads": query.shape[2]}

@@ -49,7 +49,7 @@ class SparseForwards(Forwards):
     ) -> None:
         super().__init__(options, method, trajectory, tally, role, sum(map(len, slots.values())))
         self._make_attending(None)
-        self._slots = slots
+        self._slots, self._inside = slots, False
         self._seen: Counter[Any] = Counter()  # self-attentions of this forward, by block
 
     def enter(self, call: Call, facts: Facts, latents: Tensor, prompt: int) -> None:
@@ -78,20 +78,23 @@ class SparseForwards(Forwards):
         Args:
             before: the override that is there, to which everything goes that is not sparse.
         """
-        inside = False
 
         def attend(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal inside
-            call = AttentionCall(function, before, args, kwargs)
-            if inside:  # one that stood before us leads back here
-                return call.as_called()
-            inside = True
-            try:
-                return self._attend(call, kwargs.get("transformer_options") or {})
-            finally:
-                inside = False
+            return self._attend_once(
+                AttentionCall(function, before, args, kwargs), kwargs.get("transformer_options")
+            )
 
         return attend
+
+    @torch.compiler.disable  # a compiled graph would apply what is counted and chosen here behind the forward
+    def _attend_once(self, place: AttentionCall, options: dict[str, Any] | None) -> Tensor:
+        if self._inside:  # an override that stood before us leads back here
+            return place.without_override()
+        self._inside = True
+        try:
+            return self._attend(place, options or {})
+        finally:
+            self._inside = False
 
     def _attend(self, place: AttentionCall, options: dict[str, Any]) -> Tensor:
         query, key, value = place.tensors()
@@ -120,8 +123,9 @@ class SparseForwards(Forwards):
 
     def _is_self_attention(self, query: Tensor, key: Tensor) -> bool:
         """Whether a call's keys are its queries' own, and no text alone: HunyuanVideo refines that first."""
-        refines = query.shape[1] == self._facts.text and not self._facts.text_first
-        return query.shape[1] == key.shape[1] and not refines
+        facts, tokens = self._facts, query.shape[1]
+        refines = facts.text and not facts.text_first and tokens in (facts.text, self._prompt)
+        return tokens == key.shape[1] and not refines
 
     def _layer(self, options: dict[str, Any], keys: int) -> tuple[int | None, Reason | None]:
         """The number of a self-attention, or why it is dense; neither: it is none."""

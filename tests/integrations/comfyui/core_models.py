@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
 WIDTH, HEADS = 64, 2
 _WAN = dict(
@@ -41,6 +44,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+_PARAMS = {"flux": FluxParams, "hunyuan": HunyuanVideoParams}
 FAMILIES = tuple(CONFIGS)
 VIDEO = ("wan", "hunyuan")
 
@@ -48,6 +52,9 @@ VIDEO = ("wan", "hunyuan")
 def build(family: str) -> Any:
     """A ModelPatcher of a small random model. Two builds of a family are equal."""
     name, config = CONFIGS[family]
+    if family in _PARAMS:  # cores differ in what these hold
+        known = {field.name for field in dataclasses.fields(_PARAMS[family])} | {"image_model"}
+        config = {key: value for key, value in config.items() if key in known}
     model_config = getattr(comfy.supported_models, name)({**config, "dtype": torch.float32})
     model_config.set_inference_dtype(torch.float32, None)
     model = model_config.get_model({}, device=torch.device("cpu"))

@@ -255,6 +255,38 @@ def test_an_override_that_takes_our_place_within_the_model_is_told_of(host: Any)
     assert calls == 2 * len(model.model.diffusion_model.blocks)
 
 
+def test_compiled_models_are_sparse_in_the_same_places(host: Any, family: str) -> None:
+    """As the core's TorchCompileModel has it: what runs inside ours is compiled."""
+    plain = with_settings(host.build(family), sparse=sparse(dense_first=0.5, more="dense_layers = [1]"))
+    expected = sample(host, plain, family, steps=4)
+    compiled = with_settings(host.build(family), sparse=sparse(dense_first=0.5, more="dense_layers = [1]"))
+    diffusion = compiled.model.diffusion_model
+    diffusion.forward = torch.compile(diffusion.forward, backend="eager")
+    torch.testing.assert_close(sample(host, compiled, family, steps=4), expected, rtol=1e-4, atol=1e-4)
+    assert report_of(compiled).sparse_calls == report_of(plain).sparse_calls > 0
+    assert report_of(compiled).dense_reasons == report_of(plain).dense_reasons
+
+
+def test_an_override_that_leads_back_to_ours_ends(host: Any) -> None:
+    """One that was set while ours was in place holds on to it."""
+    model, held = with_settings(host.build("wan"), sparse=sparse(dense_first=0.5)), []
+
+    def other(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return held[-1](function, *args, **kwargs) if held else function(*args, **kwargs)
+
+    def hold(executor: Any, x: Any, t: Any, concat: Any, text: Any, control: Any, options: dict, **given: Any) -> Any:
+        held.append(options["optimized_attention_override"])
+        return executor(x, t, concat, text, control, options, **given)
+
+    expected = sample(host, model, "wan")
+    stacked = model.clone()
+    stacked.model_options["transformer_options"]["optimized_attention_override"] = other
+    stacked.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "hold", hold)
+    assert torch.equal(sample(host, stacked, "wan"), expected)
+    assert report_of(stacked).sparse_calls == report_of(model).sparse_calls
+    assert held
+
+
 def test_calls_of_no_sampler_are_left_alone(host: Any) -> None:
     model = with_settings(host.build("wan"), sparse=sparse())
     latent, text = host.latents("wan", SMALL)["samples"] + 0.5, host.conditioning("wan")[0][0]

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from dit_accel.integrations.comfyui.comparing import compare_images
 from dit_accel.integrations.comfyui.nodes import CATEGORY
+from dit_accel.integrations.comfyui.nodes.showing import show_text
 
 
 class CompareNode(io.ComfyNode):
@@ -43,10 +44,12 @@ class CompareNode(io.ComfyNode):
                     tooltip="Reference, faster run and their difference, side by side.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, images, reference, gain: float) -> io.NodeOutput:
         text, picture = compare_images(images, reference, gain)
+        show_text(cls, text)
         return io.NodeOutput(text, picture, ui=ui.PreviewText(text))

@@ -44,7 +44,7 @@ class MaskViewNode(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of that noise.",
+                    tooltip="Seed of the noise that is mixed in.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="masks")],

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from dit_accel.integrations.comfyui.nodes import CATEGORY
+from dit_accel.integrations.comfyui.nodes.showing import show_text
 from dit_accel.integrations.comfyui.patch import report_on
 
 
@@ -31,10 +32,12 @@ class ReportNode(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model, after: Any) -> io.NodeOutput:
         text = report_on(model)
+        show_text(cls, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -25,7 +25,10 @@ class _Kind:
 
 class io:
     class ComfyNode:
-        pass
+        hidden = None
+
+    class Hidden:
+        unique_id = "UNIQUE_ID"
 
     class Schema:
         def __init__(self, node_id: str, display_name: str, category: str, **more: Any) -> None:
