@@ -110,7 +110,7 @@ class SparseAttention:
         call = {"attn_mask": None, "dropout_p": 0.0, "is_causal": is_causal, "scale": scale}
         call["enable_gqa"] = query.shape[2] != key.shape[2]
         now = self._enter(grid or (1, 1, tokens), step)
-        reason = self._why_dense(query, key, grid, step, steps, is_causal)
+        reason = self._why_dense((query, key, value), grid, step, steps, is_causal)
         if reason is not None:
             self._attending.count_dense(*reason, 1)
             return self._attending.attend_densely(_TORCH, query, key, value, reason[1], call)
@@ -140,14 +140,14 @@ class SparseAttention:
 
     def _why_dense(
         self,
-        query: Tensor,
-        key: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
         grid: tuple[int, int, int] | None,
         step: int | None,
         steps: int | None,
         is_causal: bool,
     ) -> tuple[str, bool] | None:
         """Why a call is dense, and whether that was planned; or None."""
+        query, key, _ = qkv
         if query.shape != key.shape:
             return "queries and keys of different shape", False
         least = self.options.least_tokens(query.device.type)
@@ -161,7 +161,7 @@ class SparseAttention:
             return f"one of the first {self.options.dense_first:.3g} of the steps", True
         if grid is None and getattr(self.method, "needs_grid", False):
             return _NO_GRID, False
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
             return _GRADIENTS, False
         return None
 

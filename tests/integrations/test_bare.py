@@ -100,10 +100,11 @@ def test_few_tokens_and_wanted_gradients_are_dense() -> None:
     given = qkv()
     few = make(min_tokens=TOKENS + 1)
     assert torch.equal(few(*given, grid=GRID), dense(*given)) and not few.report().fallbacks
-    attend = make()
-    query = given[0].requires_grad_()
-    attend(query, *given[1:], grid=GRID).sum().backward()
-    assert query.grad is not None and sum(attend.report().fallbacks.values()) == 1
+    for wanted in range(3):
+        attend = make()
+        now = [x.detach().requires_grad_(place == wanted) for place, x in enumerate(given)]
+        attend(*now, grid=GRID).square().sum().backward()
+        assert now[wanted].grad is not None and sum(attend.report().fallbacks.values()) == 1
 
 
 def test_first_steps_are_dense_where_steps_are_told() -> None:
