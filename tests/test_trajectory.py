@@ -181,3 +181,24 @@ def weakrefable(pipe):
 
     pipe.owner = Pipe()
     return pipe.owner
+
+
+def test_a_host_that_tells_runs_and_steps_is_believed(clock):
+    """Levels may rise and sizes change within its runs: samplers look twice, and areas of a picture differ."""
+    clock.trajectory = Trajectory(told_steps=4)
+    cleared = []
+    clock.trajectory.on_new_run(lambda: cleared.append(1))
+    places = [(900, "cond", 0), (500, "cond", 1), (900, "cond", 0), (500, "uncond", 1)]
+    calls = [clock(t, None, name, step, shape=(4, i)) for i, (t, name, step) in enumerate(places)]
+    assert runs(calls) == [1] * 4
+    assert [call.step for call in calls] == [0, 1, 0, 1]
+    assert cleared == [1]
+    assert clock.trajectory.n_steps() == 4
+    clock.trajectory.begin()
+    assert clock(900, None, "cond", 0).run == 2
+
+
+def test_a_told_run_that_broke_off_is_over(clock):
+    clock.trajectory = Trajectory(told_steps=4)
+    clock(900, None, "cond", 0, ends=False)
+    assert clock(900, None, "cond", 0).run == 2

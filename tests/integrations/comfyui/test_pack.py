@@ -11,6 +11,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from running import LARGE, SMALL, cache, report_of, sample, sparse, with_settings
 
 from dit_accel.errors import FallbackError, UnknownModelError, UsageError
+from dit_accel.integrations.comfyui import sampling as sampling_module
 from dit_accel.integrations.comfyui.patch import KEY, patch_on, put_settings, report_on
 from dit_accel.integrations.comfyui.settings import Settings, method_choices, sparse_options
 
@@ -297,6 +298,14 @@ def test_calls_of_no_sampler_are_left_alone(host: Any) -> None:
         plain = model.model.apply_model(latent, torch.tensor([0.5]), c_crossattn=text, transformer_options={})
     assert torch.equal(there, plain)
     assert "left alone, because no sampler of ComfyUI ran them: 1 calls" in report_on(model)
+
+
+@pytest.mark.parametrize(
+    "noise, step", [(1.0, 0), (0.9, 1), (0.8, 1), (0.80001, 1), (0.5, 2), (0.2, 3), (0.0, 3)], ids=str
+)
+def test_the_step_is_how_many_levels_lie_behind(noise: float, step: int) -> None:
+    """Also between two of them, where samplers of a higher order look, and where a device rounds."""
+    assert sampling_module._step({"sample_sigmas": torch.tensor([1.0, 0.8, 0.5, 0.0])}, noise) == step
 
 
 # -- what is told
