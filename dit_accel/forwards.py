@@ -18,7 +18,7 @@ from dit_accel.guards import Guards
 from dit_accel.layout import TokenLayout
 from dit_accel.layouts import Layouts
 from dit_accel.methods import Method, Weights, load_method
-from dit_accel.options import BREAK_EVEN_TOKENS, SparseOptions
+from dit_accel.options import SparseOptions
 from dit_accel.planner import Planner
 from dit_accel.report import Tally
 from dit_accel.rows import RowGroup, group_rows
@@ -124,9 +124,7 @@ class Forwards:
             return f"noise level below {options.dense_below:g}", True
         if options.dense_first and call.step < options.n_dense_first(self.trajectory.n_steps() or 0):
             return f"one of the first {options.dense_first:.3g} of the steps", True
-        tokens, least = call.segments[-1][2], options.min_tokens
-        if least is None:
-            least = BREAK_EVEN_TOKENS.get(device.type, max(BREAK_EVEN_TOKENS.values()))
+        tokens, least = call.segments[-1][2], options.least_tokens(device.type)
         if tokens < least:
             return f"fewer than {least} tokens, where dense is faster", True
         return None

@@ -124,6 +124,11 @@ class SparseOptions:
         """How many of a run's steps `dense_first` makes dense: its share of them, rounded up."""
         return math.ceil(self.dense_first * steps - 1e-9)  # 0.1 of 30 is 3, though floats say a little more
 
+    def least_tokens(self, device: str) -> int:
+        """From how many tokens on attention is sparse on a type of device: `min_tokens`, or where it breaks even."""
+        measured = BREAK_EVEN_TOKENS.get(device, max(BREAK_EVEN_TOKENS.values()))
+        return measured if self.min_tokens is None else self.min_tokens
+
     def _check_arrangement(self) -> None:
         fits = self.block is None or (_is_int(self.block) and 8 <= self.block <= 128)
         _need(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 import dit_accel
-from dit_accel.cli import bench, compare, doctor, estimate, generate, inspect, presets, tune
+from dit_accel.cli import bench, comfy, compare, doctor, estimate, generate, inspect, presets, tune
 from dit_accel.cli.terminal import complain
 from dit_accel.errors import DitAccelError
 
@@ -36,6 +36,7 @@ app.command("bench", epilog=EXIT_CODES)(bench.bench)
 app.command("tune", epilog=EXIT_CODES)(tune.tune)
 app.command("doctor", epilog="Exit codes: 0 sound; 1 something is broken.")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
+app.add_typer(comfy.app, name="comfy")
 
 
 def _version(asked: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dit_accel.estimate.architectures import Published
 from dit_accel.estimate.gpus import nearest_head
-from dit_accel.estimate.run_plan import RunPlan, least_tokens
+from dit_accel.estimate.run_plan import RunPlan
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset
 
@@ -42,7 +42,7 @@ def notes_on(preset: Preset, model: Published, plan: RunPlan, most: int | None, 
 
 def _sparse_notes(options: SparseOptions, plan: RunPlan) -> Iterator[str]:
     if plan.fast is None:
-        least = least_tokens(options)
+        least = options.least_tokens("cuda")
         few = plan.work.tokens < least
         why = f"{plan.work.tokens:,} tokens are fewer than its min_tokens, {least:,}" if few else (
             f"each is among the first {options.dense_first:g} of the steps, or its noise level at this size is outside "

@@ -12,7 +12,6 @@ from dit_accel.estimate.gpus import Gpu
 from dit_accel.estimate.keeping import sparse_call
 from dit_accel.estimate.steps import layer_keeps, noise_levels
 from dit_accel.estimate.timing import Sparse, Times, dense_ms, forward_times, region_times
-from dit_accel.options import BREAK_EVEN_TOKENS, SparseOptions
 from dit_accel.preset import Preset
 from dit_accel.region.options import Region
 from dit_accel.region.steps import count_active, whole_steps
@@ -108,15 +107,11 @@ def _layers_of(
 ) -> list[list[Sparse | None] | None]:
     """For each step its layers' sparse calls; None for a dense step."""
     options, steps = preset.sparse, preset.generate.steps
-    if options is None or work.tokens < least_tokens(options):
+    if options is None or work.tokens < options.least_tokens("cuda"):
         return [None] * steps
     levels = noise_levels(model, steps, preset.generate.flow_shift, work.tokens)
     found = (calls.at(noise, step, steps) for step, noise in enumerate(levels))
     return [layers if layers and any(layers) else None for layers in found]
-
-
-def least_tokens(options: SparseOptions) -> int:
-    return BREAK_EVEN_TOKENS["cuda"] if options.min_tokens is None else options.min_tokens
 
 
 def break_even(

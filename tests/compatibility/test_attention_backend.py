@@ -69,3 +69,15 @@ def test_ours_cannot_be_chosen_by_name(family):
     """It needs what `accelerate` installs, so the host refuses the name and says which there are."""
     with pytest.raises(ValueError, match="must be one of the following"):
         family.make().set_attention_backend("dit_accel")
+
+
+def test_diffusers_has_no_public_way_to_register_a_backend():
+    """Where one appears, the name could be offered there (docs/integrations.md): look at it when this fails."""
+    import diffusers
+    from diffusers.models import attention_dispatch
+
+    names = {name for module in (diffusers, attention_dispatch) for name in dir(module) if not name.startswith("_")}
+    assert not [name for name in names if "regist" in name.lower() and "backend" in name.lower()]
+    assert not hasattr(AttentionBackendName, "register")
+    with pytest.raises(ValueError, match="'dit_accel' is not a valid"):
+        AttentionBackendName("dit_accel")

@@ -71,10 +71,20 @@ def test_the_wheel_holds_every_module_preset_and_model_file(wheel: Path) -> None
     for name in tracked():
         top = name.split("/")[0]
         inside = f"dit_accel/{name}" if top in MAPPED else name
-        ships = name.endswith((".py", ".toml", ".j2", ".css", ".js")) or name.startswith("presets/models/")
+        ships = name.endswith((".py", ".toml", ".j2", ".css", ".js"))
+        ships = ships or name.startswith(("presets/models/", "dit_accel/integrations/comfy_pack/"))
         if top in ("dit_accel", *MAPPED) and ships:
             assert inside in names, f"{name} is not in the wheel"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_names_what_other_programs_look_for(wheel: Path) -> None:
+    """vLLM-Omni finds its plugin by the installed metadata."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    told = archive.read(name).decode()
+    assert "[vllm_omni.sparse_attn]\ndit_accel = dit_accel.integrations.vllm_omni:attn_fn\n" in told
+    assert "dit-accel = dit_accel.cli:main" in told
 
 
 def test_the_wheel_and_the_models_in_it_stay_small(wheel: Path) -> None:
@@ -89,6 +99,16 @@ def test_the_version_is_one() -> None:
     assert project()["project"]["version"] == dit_accel.__version__
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(rf"^## {re.escape(dit_accel.__version__)}\b", changes, re.M)
+
+
+def test_the_oldest_diffusers_is_the_one_that_is_tested_with() -> None:
+    """The floor that is promised, the one that `.ci/run` installs, and the page's; the newest is in constraints.txt."""
+    (named,) = (one for one in project()["project"]["optional-dependencies"]["diffusers"] if "diffusers" in one)
+    floor = named.removeprefix("diffusers>=")
+    assert f"'diffusers=={floor}.*'" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"oldest that is supported, {floor}." in (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    newest = re.search(r"^diffusers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    assert newest and float(newest[1]) > float(floor)
 
 
 def test_importing_is_cheap() -> None:
