@@ -82,11 +82,15 @@ def dense_gradients(q, k, v, plan, grad_out: Tensor, grad_lse: Tensor, scale: fl
     return torch.autograd.grad(loss, leaves)
 
 
-def assert_within_low_precision_error(found, plain, exact) -> None:
-    """Each gradient's error against float64 is at most twice that of the reference in the inputs' own type."""
-    for name, x, y, z in zip(("dq", "dk", "dv"), found, plain, exact, strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype and x.isfinite().all(), name
-        allowed = 2 * (y - z).norm() + 8 * torch.finfo(torch.float32).eps * z.norm()
+def assert_within_low_precision_error(found, plains, exact) -> None:
+    """Each gradient's error against float64 is at most twice that of the reference in the inputs' own type.
+
+    Args:
+        plains: the reference's gradients, of one run or of several; the largest error counts.
+    """
+    for name, x, ys, z in zip(("dq", "dk", "dv"), found, zip(*plains, strict=True), exact, strict=True):
+        assert x.shape == ys[0].shape and x.dtype == ys[0].dtype and x.isfinite().all(), name
+        allowed = 2 * max((y - z).norm() for y in ys) + 8 * torch.finfo(torch.float32).eps * z.norm()
         assert (x - z).norm() <= allowed, (name, float((x - z).norm() / allowed))
         assert (x[z == 0] == 0).all(), name  # what nothing reads
 
@@ -96,7 +100,7 @@ def check(q, k, v, plan, impl: str, **options) -> None:
     found = gradients(q, k, v, plan, impl, grad_out, grad_lse, **options)
     plain = gradients(q, k, v, plan, "reference", grad_out, grad_lse, **options)
     exact = dense_gradients(q, k, v, plan, grad_out, grad_lse, **options)
-    assert_within_low_precision_error(found, plain, exact)
+    assert_within_low_precision_error(found, [plain], exact)
 
 
 @pytest.mark.parametrize("plan", ["random", "empty", "shared", "none"])
@@ -302,4 +306,18 @@ def test_large_scores_do_not_overflow(impl: str, device: str):
     q, k, v, plan = make("odd lengths", torch.float32, 16, device)
     k = 30 * k.abs()
     q = torch.where(torch.arange(77, device=device)[:, None] % 2 == 0, q * 30, -30 * q.abs())
-    check(q, k, v, plan, impl)
+    grad_out, grad_lse = pulls(q)
+    found = gradients(q, k, v, plan, impl, grad_out, grad_lse)
+    exact = dense_gradients(q, k, v, plan, grad_out, grad_lse)
+    # The last bit of a score of thousands is a part in ten thousand of its weight, so it matters whether the backward
+    # adds scores up in the order in which the forward did: some matrix products do and some do not.
+    given = block_sparse(q, k, v, plan, layout="bhsd", impl="reference")
+    plains = []
+    for seed in range(4):
+        order = torch.randperm(q.shape[3], generator=torch.Generator().manual_seed(seed)).to(device)
+        turned = (q[..., order], k[..., order], v)
+        dq, dk, dv = differentiate(
+            grad_out, grad_lse, *turned, *given, plan, q.shape[3] ** -0.5, impl="reference"
+        )
+        plains.append((dq[..., order.argsort()], dk[..., order.argsort()], dv))
+    assert_within_low_precision_error(found, plains, exact)
