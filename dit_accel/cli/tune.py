@@ -21,7 +21,8 @@ from dit_accel.roles import split_roles
 from dit_accel.tuning.budget import Budget, parse_budget
 
 if TYPE_CHECKING:
-    from dit_accel.tuning.tune import Plan, Tuned
+    from dit_accel.tuning.plan import Plan
+    from dit_accel.tuning.results import Tuned
 
 CACHES = ("latent", "none")
 # of a preset's sparse options: what tuning decides anew, or what would disturb a measurement
@@ -114,8 +115,8 @@ def tune(
             f"held-out clips must be others than those tuned on: {both[0]} is among both; give other seeds"
         )
     request, folder = requests.prepare(request)
+    from dit_accel.tuning.plan import Plan
     from dit_accel.tuning.runs import Clip
-    from dit_accel.tuning.tune import Plan
 
     plan = Plan(
         base=request.preset,

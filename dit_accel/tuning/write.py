@@ -15,7 +15,8 @@ from dit_accel.pipelines.staging import Stage
 from dit_accel.preset import Preset
 from dit_accel.tuning.as_preset import load, to_toml
 from dit_accel.tuning.budget import Budget
-from dit_accel.tuning.tune import Plan, Tuned
+from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.results import Tuned
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,12 +45,15 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
             },
             "tuned": chosen,
             "times_as_fast": round(1 / chosen["time"], 4),
+            "way": tuned.way,
             "predicted": tuned.predicted,
             "gain_db_over_best_hand_set": None if hand is None else round(chosen["psnr"] - hand["psnr"], 4),
             "best_hand_set": hand and hand["name"],
             "best_rival": best and best["name"],
             "additivity": [round(value, 4) for value in tuned.additivity],
         },
+        "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward",
+        "ways": [one.to_dict() for one in tuned.entrants],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
         "allocation": dataclasses.asdict(tuned.allocation),

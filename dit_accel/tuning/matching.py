@@ -1,0 +1,77 @@
+"""Matching: a cache's threshold, moved until real runs take the time that they are to take.
+
+Time here is computed: forwards run and blocks read, by the seconds that were measured of them. It is the same on a busy
+machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_accel.preset import Preset
+from dit_accel.report import Report
+from dit_accel.tuning.problem import Problem
+from dit_accel.tuning.runs import Made
+
+TRIES = 3
+HEADROOM = 0.02  # how far from the time that was asked for is near enough, as a share of dense
+_STEP = 0.8, 1.2  # factors of a threshold
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Runs of clips, and what they took."""
+
+    preset: Preset
+    cost: float  # computed time as a share of dense, the mean over clips
+    made: tuple[Made, ...]
+    threshold: float | None
+
+
+def match_time(
+    run: Callable[[float | None], Matched], threshold: float | None, time: float, at_least: bool
+) -> Matched:
+    """The runs that are nearest to a time, and on the right side of it where any are.
+
+    Args:
+        run: makes the clips with a threshold; the smaller, the more it computes.
+        threshold: to begin with; None: there is none to move, and one run is made.
+        at_least: whether no less time is to be taken than this, or no more.
+    """
+    found: list[Matched] = []
+    for _ in range(1 if threshold is None else TRIES):
+        one = run(threshold)
+        found.append(one)
+        over = one.cost - time
+        if threshold is None or (0 <= (over if at_least else -over) + 1e-6 and abs(over) <= HEADROOM):
+            break
+        threshold *= _STEP[0] if over < 0 else _STEP[1]
+
+    def misfit(one: Matched) -> tuple[bool, float]:
+        over = one.cost - time
+        return (over if at_least else -over) < -1e-6, abs(over)
+
+    return min(found, key=misfit)
+
+
+def run_cost(problem: Problem, keeps: Sequence[float], report: Report | None, keep: float | None, steps: int) -> float:
+    """The computed time of a run as a share of dense.
+
+    Args:
+        keeps: what `problem.saved` is of, dense left out.
+        report: of the run; None: it was dense.
+        keep: what its sparse calls were asked to keep.
+        steps: of its schedule.
+    """
+    computed = float(steps)
+    saved = 0.0
+    if report is not None:
+        forwards = sum(report.forwards.values())
+        computed *= report.forwards["computed"] / forwards if forwards else 1
+        if keep is not None:
+            ascending = sorted(zip((1.0, *keeps), problem.saved, strict=True))
+            saved = report.sparse_share * problem.n_layers * float(np.interp(keep, *zip(*ascending, strict=True)))
+    return 1 - problem.step_cost * (problem.n_steps - computed * (1 - saved))
