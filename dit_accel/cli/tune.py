@@ -34,7 +34,7 @@ _DECIDED = (
 
 def tune(
     budget: Annotated[
-        str, typer.Option(help="psnr>=30 (dB), time<=0.5 (share of dense) or error<=0.05 (of the velocity).")
+        str, typer.Option(help="psnr>=30 (dB), time<=0.5 (computed, share of dense) or error<=0.05 (of the velocity).")
     ],
     preset: Annotated[
         str | None,
