@@ -57,6 +57,7 @@ def tune(
     buckets: Annotated[int, typer.Option(help="Parts of the noise levels that get keeps of their own.")] = 5,
     close: Annotated[int, typer.Option(help="Steps at which each layer is tried alone.")] = 3,
     perturbed: Annotated[int, typer.Option(help="Steps at which runs go wrong on purpose.")] = 5,
+    polish: Annotated[int, typer.Option(help="Schedules at most that clips tuned on try for real, for a time.")] = 12,
     name: Annotated[str | None, typer.Option(help="Of the preset to be (default: PRESET-tuned).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for it.")] = Path("presets"),
     resume: Annotated[
@@ -107,6 +108,8 @@ def tune(
     for flag, value in (("--buckets", buckets), ("--close", close), ("--perturbed", perturbed)):
         if value < 1:
             raise UsageError(f"{flag} {value}: at least 1 is needed")
+    if polish < 0:
+        raise UsageError(f"--polish {polish}: a number from 0 on, 0 trying none")
     pairs = [(text, seed) for text in texts for seed in _whole(seeds, "--seeds")]
     others = [(text, seed) for text in held for seed in _whole(held_out_seeds, "--held-out-seeds")]
     both = [pair for pair in others if pair in pairs]
@@ -128,6 +131,7 @@ def tune(
         buckets=buckets,
         close=close,
         perturbed=perturbed,
+        polish=polish,
     )
     record, paths = _run(request, folder, plan, asked, told, files, resume, quiet, verbose)
     print(json.dumps(record, indent=2) if as_json else "\n".join(map(str, paths)))

@@ -17,7 +17,8 @@ from dit_accel.tuning.shelf import Shelf
 from dit_accel.tuning.tables import Gains, Sample
 from dit_accel.tuning.threshold import LEAST_STEPS
 
-_LATER = 6  # runs of the clips that come behind, ways, tries and rivals, in dense ones
+# what comes behind: tries and rivals, in dense runs of the held-out clips, and ways, in halves of those tuned on
+_LATER, _WAYS = 6, 6
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Measurer:
         )
         if not self.shelf.has_gains:
             left += perturb.forwards_of(steps, plan.perturbed, branches)
-        left += in_a_run * len(plan.held_out) * _LATER
+        left += in_a_run * (len(plan.held_out) * _LATER + len(plan.clips) * (_WAYS + plan.polish) // 2)
         self.bar.total = self.bar.n + left
         self.bar.refresh()
 

@@ -25,6 +25,7 @@ class Plan:
     buckets: int  # parts of the noise levels that have keeps of their own
     close: int  # steps looked at closely
     perturbed: int  # steps at which runs go wrong on purpose
+    polish: int = 12  # allocations, at most, that are tried for real next to the best schedule
 
     @property
     def dense(self) -> Preset:

@@ -50,13 +50,18 @@ class Entrant:
     """A way that was really run on the clips tuned on."""
 
     way: Way
+    allocation: Allocation
     cost: float  # computed time as a share of dense
     psnr: float  # dB, mean over clips
     predicted: float  # dB
+    polished: bool = False  # the best of several such runs
+
+    def __str__(self) -> str:
+        return f"{self.way}{', polished' if self.polished else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         told = {"computed_time": self.cost, "psnr": self.psnr, "predicted_psnr": self.predicted}
-        return {"way": str(self.way), "method": self.way.method, **{key: round(x, 4) for key, x in told.items()}}
+        return {"way": str(self), "method": self.way.method, **{key: round(x, 4) for key, x in told.items()}}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dit_accel.tuning.budget import Budget
 from dit_accel.tuning.matching import TRIES, Matched, match_time, run_cost
 from dit_accel.tuning.measuring import Measured, Measurer
 from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.polish import polish
 from dit_accel.tuning.problem import Allocation, Problem, additivity, make_problem
 from dit_accel.tuning.results import Entrant, Tried, Tuned
 from dit_accel.tuning.rivals import Rival, list_rivals
@@ -64,9 +65,9 @@ class Tuner:
                 f"{plan.methods[i].method}: squared errors of single layers add up to {min(sums):.2f} to "
                 f"{max(sums):.2f} times that of all together (1: independent, as taken for granted)"
             )
-        way, entrants = self._choose_way(name, problems, measured)
+        way, sure, entrants = self._choose_way(name, problems, measured)
         problem = problems[way.method]
-        tries, allocations = self._aim(name, problem, way, measured)
+        tries, allocations = self._aim(name, problem, way, sure, measured)
         by = self._best(tries)
         chosen, allocation = tries[by], allocations[by]
         return Tuned(
@@ -87,35 +88,58 @@ class Tuner:
 
     def _choose_way(
         self, name: str, problems: dict[int, Problem], measured: Measured
-    ) -> tuple[Way, list[Entrant]]:
-        """The way that comes out best at the budget's time in real runs of the clips tuned on."""
+    ) -> tuple[Way, Allocation | None, list[Entrant]]:
+        """The way that comes out best at the budget's time in real runs of the clips tuned on.
+
+        Returns:
+            With it the allocation that came out best, where the budget is a time that it keeps for sure.
+        """
         budget, pixels = self.budget, measured.pixels
         ways = list_ways(problems)
         first = {way: fit_aim(problems[way.method], way, budget, budget.limit, pixels) for way in ways}
         costs = [problems[way.method].cost(one) for way, one in first.items() if one is not None]
-        if len(ways) == 1 or not costs:
-            return ways[0], []
         time = budget.limit if budget.kind == "time" else min(costs)
         entrants = []
         for way in ways:
-            if first[way] is None:
-                continue
             problem = problems[way.method]
-            allocation = fit_way(problem, way, "time", time)
+            allocation = None if first[way] is None else fit_way(problem, way, "time", time)
             if allocation is None or problem.cost(allocation) > time + 1e-9:
                 continue
             self.bar.set_description(f"clips tuned on, {way}")
             matched = self._match_way(name, problem, way.method, allocation, time, measured)
-            likeness = [psnr(one.frames, dense) for one, dense in zip(matched.made, measured.frames, strict=True)]
+            allocation = dataclasses.replace(allocation, threshold=matched.threshold)
             told = predict(problem, allocation, pixels)["psnr"]
-            entrants.append(Entrant(way, matched.cost, float(np.mean(likeness)), told))
-            self.say(
-                f"{way}: PSNR {entrants[-1].psnr:.2f} dB on the clips tuned on at computed time {matched.cost:.3f}, "
-                f"{told:.2f} dB predicted"
-            )
+            entrants.append(Entrant(way, allocation, matched.cost, _likeness(matched, measured), told))
+            self._tell(entrants[-1])
+        schedules = [one for one in entrants if not one.way.adaptive]
+        if budget.kind == "time" and self.plan.cache and schedules:
+            entrants.append(self._polish(name, problems, max(schedules, key=_psnr), time, measured))
+            self._tell(entrants[-1])
         if not entrants:
-            return ways[0], []
-        return max(entrants, key=lambda one: one.psnr).way, entrants
+            return ways[0], None, []
+        best = max(entrants, key=_psnr)
+        sure = budget.kind == "time" and not best.way.adaptive
+        return best.way, best.allocation if sure else None, entrants
+
+    def _polish(
+        self, name: str, problems: dict[int, Problem], entrant: Entrant, time: float, measured: Measured
+    ) -> Entrant:
+        way = entrant.way
+        problem = problems[way.method]
+        self.bar.set_description(f"clips tuned on, polishing {way}")
+
+        def run(allocation: Allocation) -> float:
+            return _likeness(self._match_way(name, problem, way.method, allocation, time, measured), measured)
+
+        best, reached = polish(problem, entrant.allocation, entrant.psnr, time, self.plan.polish, run)
+        told = predict(problem, best, measured.pixels)["psnr"]
+        return Entrant(way, best, problem.cost(best), reached, told, polished=True)
+
+    def _tell(self, one: Entrant) -> None:
+        self.say(
+            f"{one}: PSNR {one.psnr:.2f} dB on the clips tuned on at computed time {one.cost:.3f}, "
+            f"{one.predicted:.2f} dB predicted"
+        )
 
     def _match_way(
         self, name: str, problem: Problem, method: int, allocation: Allocation, time: float, measured: Measured
@@ -131,15 +155,19 @@ class Tuner:
     # -- aiming
 
     def _aim(
-        self, name: str, problem: Problem, way: Way, measured: Measured
+        self, name: str, problem: Problem, way: Way, sure: Allocation | None, measured: Measured
     ) -> tuple[list[Tried], list[Allocation]]:
-        """Allocate, run, and correct the aim by how far off it was."""
+        """Allocate, run, and correct the aim by how far off it was.
+
+        Args:
+            sure: an allocation that keeps the budget whatever comes of it: it is run, and no other.
+        """
         budget, pixels = self.budget, measured.pixels
         tries: list[Tried] = []
         allocations: list[Allocation] = []
         aim = budget.limit
         for number in range(TRIES):
-            allocation = fit_aim(problem, way, budget, aim, pixels)
+            allocation = sure or fit_aim(problem, way, budget, aim, pixels)
             if allocation is None or allocation in allocations:
                 break  # never at the first: a way that has nothing for the budget is not chosen
             self.bar.set_description(f"held-out clips, try {number + 1}")
@@ -207,6 +235,15 @@ class Tuner:
             return Matched(preset, cost, made, threshold)
 
         return match_time(run, rival.threshold, time, at_least=True)
+
+
+def _psnr(entrant: Entrant) -> float:
+    return entrant.psnr
+
+
+def _likeness(matched: Matched, measured: Measured) -> float:
+    """Mean PSNR in dB of the clips tuned on."""
+    return float(np.mean([psnr(one.frames, dense) for one, dense in zip(matched.made, measured.frames, strict=True)]))
 
 
 def _cost(problem: Problem, allocation: Allocation, made: Sequence[Made]) -> float:

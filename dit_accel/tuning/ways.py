@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from dit_accel.tuning.allocate import fit_loss, fit_time, fit_velocity_error
 from dit_accel.tuning.problem import Allocation, Problem
@@ -31,10 +33,13 @@ class Way:
 
 
 def list_ways(problems: dict[int, Problem]) -> list[Way]:
-    """Every way there is; dense attention without sparse moves counts once."""
+    """Every way there is; dense attention counts once, for it is the same beside any method."""
     first = min(problems)
     ways = [Way(i, False, True) for i in problems]
-    if not problems[first].forced.all() and problems[first].thresholds():
+    if problems[first].forced.all():
+        return ways
+    ways.append(Way(first, False, False))
+    if problems[first].thresholds():
         ways += [Way(i, True, True) for i in problems] + [Way(first, True, False)]
     return ways
 
@@ -49,7 +54,9 @@ def fit_way(problem: Problem, way: Way, kind: str, limit: float) -> Allocation |
         None where no threshold keeps the bound; of schedules the cheapest where none does.
     """
     if not way.adaptive:
-        return _fit(problem, kind, limit)
+        # where nothing is saved by reading less, no move reads less
+        moves = problem if way.sparse else replace(problem, saved=np.zeros_like(problem.saved))
+        return _fit(moves, kind, limit)
     found = [_under(problem.under(threshold), way, kind, limit) for threshold in problem.thresholds()]
     found = [one for one in found if one is not None]
     if not found:

@@ -14,7 +14,9 @@ from dit_accel.tuning.ways import Way, fit_way, list_ways
 sys.path.insert(0, str(Path(__file__).parent))
 from drawn_problems import draw
 
-SCHEDULE, THRESHOLD, DENSE = Way(0, False, True), Way(0, True, True), Way(0, True, False)
+SCHEDULE, STEPS, THRESHOLD, DENSE = (
+    Way(0, adaptive, sparse) for adaptive, sparse in [(False, True), (False, False), (True, True), (True, False)]
+)
 
 
 @pytest.fixture
@@ -28,13 +30,13 @@ def problem():
 
 
 def test_ways_there_are(problem) -> None:
-    assert list_ways({0: problem}) == [SCHEDULE, THRESHOLD, DENSE]
+    assert list_ways({0: problem}) == [SCHEDULE, STEPS, THRESHOLD, DENSE]
     assert list_ways({0: replace(problem, forced=np.ones(8, bool))}) == [SCHEDULE]
-    assert list_ways({0: replace(problem, expected=np.full_like(problem.expected, np.inf))}) == [SCHEDULE]
-    assert len(list_ways({0: problem, 1: problem})) == 5
+    assert list_ways({0: replace(problem, expected=np.full_like(problem.expected, np.inf))}) == [SCHEDULE, STEPS]
+    assert len(list_ways({0: problem, 1: problem})) == 6
 
 
-@pytest.mark.parametrize("way", [SCHEDULE, THRESHOLD, DENSE], ids=str)
+@pytest.mark.parametrize("way", [SCHEDULE, STEPS, THRESHOLD, DENSE], ids=str)
 def test_bounds_hold(problem, way: Way) -> None:
     for time in (0.8, 0.6, 0.45):
         found = fit_way(problem, way, "time", time)
