@@ -19,7 +19,8 @@ _CLOSE = 1e-9
 
 def neighbours(problem: Problem, found: Allocation, time: float) -> list[Allocation]:
     """Allocations next to a fixed schedule that take no more than a time, the best by what is predicted first."""
-    fitting = [one for one in dict.fromkeys(_moved(problem, found)) if problem.cost(one) <= time + _CLOSE]
+    others = dict.fromkeys(one for one in _moved(problem, found) if one != found)
+    fitting = [one for one in others if problem.cost(one) <= time + _CLOSE]
     return sorted(fitting, key=problem.loss)
 
 
