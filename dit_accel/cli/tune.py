@@ -80,8 +80,8 @@ def tune(
 
     Measures once how much each layer, noise level and step matters, shares the budget out, and tries the preset on
     prompts and seeds that it was not tuned on, beside fewer steps and hand-set options of the same computed time.
-    Writes NAME.toml, which generate --preset NAME finds, and NAME.json, its record; measurements stay in
-    NAME.measured for --resume. Their paths go to stdout, everything else to stderr.
+    Writes NAME.toml, which generate --preset NAME finds, NAME.json, its record, and NAME-rival.toml, the best set by
+    hand; measurements stay in NAME.measured for --resume. Their paths go to stdout, everything else to stderr.
     """
     asked = parse_budget(budget)
     texts = _prompts(prompt, prompts)
@@ -197,7 +197,7 @@ def _files(name: str, out: Path, resume: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: name a folder")
     if not resume:
-        for path in (out / f"{name}.toml", out / f"{name}.json"):
+        for path in (out / f"{name}.toml", out / f"{name}.json", out / f"{name}-rival.toml"):
             if path.exists():
                 raise UsageError(f"{path} exists; choose another --name or --out, or make it anew with --resume")
     return out / f"{name}.measured"

@@ -65,7 +65,16 @@ def test_a_preset_is_made_found_and_run(
     cost = record["summary"]["tuned"]["computed_time"]
     assert cost < 1, "12 dB is little: something was given up"
 
+    rival = load_preset("mine-rival")
+    best = next(one for one in record["rivals"] if one["name"] == record["summary"]["best_hand_set"])
+    assert rival.description == best["name"] and rival.generate == load_preset("mine").generate
+    for key in ("sparse", "cache"):
+        part = getattr(rival, key)
+        assert (part and json.loads(json.dumps(part.to_mapping()))) == best["options"][key]
+    assert record["options"]["tuned"] == record["summary"]["tuned"]["options"]["sparse"]
+
     preset = load_preset("mine")
+    assert preset.provenance.gpu == record["environment"]["chip"]
     assert preset.status == "measured" and preset.provenance.record == "mine.json"
     assert preset.provenance.figures["psnr_db"].value == record["summary"]["tuned"]["psnr"]
     assert preset.generate.steps == 10 and preset.generate.width == 64
