@@ -6,6 +6,7 @@ machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from dit_accel.report import Report
 from dit_accel.tuning.problem import Problem
 from dit_accel.tuning.runs import Made
 
-TRIES = 3
+TRIES = 4
 HEADROOM = 0.02  # how far from the time that was asked for is near enough, as a share of dense
-_STEP = 0.8, 1.2  # factors of a threshold
+_STEP = 1.3  # factor of a threshold, until it lies between two that were tried
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,21 @@ def match_time(
         at_least: whether no less time is to be taken than this, or no more.
     """
     found: list[Matched] = []
+    slow, fast = 0.0, math.inf  # thresholds known to take more time, and less
     for _ in range(1 if threshold is None else TRIES):
         one = run(threshold)
         found.append(one)
         over = one.cost - time
         if threshold is None or (0 <= (over if at_least else -over) + 1e-6 and abs(over) <= HEADROOM):
             break
-        threshold *= _STEP[0] if over < 0 else _STEP[1]
+        if over > 0:
+            slow = max(slow, threshold)
+        else:
+            fast = min(fast, threshold)
+        if slow > 0 and fast < math.inf:
+            threshold = math.sqrt(slow * fast)
+        else:
+            threshold *= _STEP if over > 0 else 1 / _STEP
 
     def misfit(one: Matched) -> tuple[bool, float]:
         over = one.cost - time

@@ -7,10 +7,10 @@ are predicted alike, some turn out several dB better (docs/tune.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from dit_accel.tuning.predictor import PREDICTORS
+from dit_accel.tuning.predictor import HOLD, PREDICTORS
 from dit_accel.tuning.problem import Allocation, Problem
 
 _FARTHEST = 2  # steps by which a computed one is moved at once
@@ -48,7 +48,13 @@ def _moved(problem: Problem, found: Allocation) -> Iterator[Allocation]:
 
 
 def polish(
-    problem: Problem, start: Allocation, figure: float, time: float, runs: int, run: Callable[[Allocation], float]
+    problem: Problem,
+    start: Allocation,
+    figure: float,
+    time: float,
+    runs: int,
+    run: Callable[[Allocation], float],
+    schedules: Sequence[tuple[bool, ...]] = (),
 ) -> tuple[Allocation, float]:
     """The best allocation found in so many real runs.
 
@@ -57,10 +63,13 @@ def polish(
         time: computed time that none may take more of.
         runs: at most.
         run: gives the figure of an allocation.
+        schedules: which steps to compute, to be tried first (what a cache chose of clips, say).
     """
     best, seen = start, {start}
+    told = [replace(start, computed=computed, predictor=HOLD) for computed in schedules]
+    told = sorted((one for one in dict.fromkeys(told) if problem.cost(one) <= time + _CLOSE), key=problem.loss)
     while runs > 0:
-        fresh = [one for one in neighbours(problem, best, time) if one not in seen]
+        fresh = [one for one in (*told, *neighbours(problem, best, time)) if one not in seen]
         if not fresh:
             break
         runs -= 1

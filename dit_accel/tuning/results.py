@@ -54,6 +54,7 @@ class Entrant:
     cost: float  # computed time as a share of dense
     psnr: float  # dB, mean over clips
     predicted: float  # dB
+    schedules: tuple[tuple[bool, ...], ...] = ()  # which steps were computed of each clip
     polished: bool = False  # the best of several such runs
 
     def __str__(self) -> str:

@@ -109,21 +109,30 @@ class Tuner:
             matched = self._match_way(name, problem, way.method, allocation, time, measured)
             allocation = dataclasses.replace(allocation, threshold=matched.threshold)
             told = predict(problem, allocation, pixels)["psnr"]
-            entrants.append(Entrant(way, allocation, matched.cost, _likeness(matched, measured), told))
+            schedules = tuple(one.computed for one in matched.made if one.computed is not None)
+            entrants.append(Entrant(way, allocation, matched.cost, _likeness(matched, measured), told, schedules))
             self._tell(entrants[-1])
-        schedules = [one for one in entrants if not one.way.adaptive]
-        if budget.kind == "time" and self.plan.cache and schedules:
-            entrants.append(self._polish(name, problems, max(schedules, key=_psnr), time, measured))
+        fixed = [one for one in entrants if not one.way.adaptive]
+        if budget.kind == "time" and self.plan.cache and fixed:
+            seen = [schedule for one in entrants if one.way.adaptive for schedule in one.schedules]
+            entrants.append(self._polish(name, problems, max(fixed, key=_psnr), time, seen, measured))
             self._tell(entrants[-1])
         if not entrants:
             return ways[0], None, []
-        best = max(entrants, key=_psnr)
+        best = max([one for one in entrants if one.cost <= time + 1e-6] or entrants, key=_psnr)
         sure = budget.kind == "time" and not best.way.adaptive
         return best.way, best.allocation if sure else None, entrants
 
     def _polish(
-        self, name: str, problems: dict[int, Problem], entrant: Entrant, time: float, measured: Measured
+        self,
+        name: str,
+        problems: dict[int, Problem],
+        entrant: Entrant,
+        time: float,
+        seen: Sequence[tuple[bool, ...]],
+        measured: Measured,
     ) -> Entrant:
+        """The best of a way's neighbours, and of the schedules seen where a cache chose them."""
         way = entrant.way
         problem = problems[way.method]
         self.bar.set_description(f"clips tuned on, polishing {way}")
@@ -131,7 +140,7 @@ class Tuner:
         def run(allocation: Allocation) -> float:
             return _likeness(self._match_way(name, problem, way.method, allocation, time, measured), measured)
 
-        best, reached = polish(problem, entrant.allocation, entrant.psnr, time, self.plan.polish, run)
+        best, reached = polish(problem, entrant.allocation, entrant.psnr, time, self.plan.polish, run, seen)
         told = predict(problem, best, measured.pixels)["psnr"]
         return Entrant(way, best, problem.cost(best), reached, told, polished=True)
 

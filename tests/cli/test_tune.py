@@ -41,7 +41,8 @@ def test_a_preset_is_made_found_and_run(
     (polished,) = (ways[way] for way in ways if way.endswith("polished"))
     assert polished["psnr"] >= ways[polished["way"].removesuffix(", polished")]["psnr"]
     assert all(one["computed_time"] <= 0.9 + 1e-9 for one in ways.values() if "schedule" in one["way"])
-    assert max(ways, key=lambda way: ways[way]["psnr"]).startswith(first["summary"]["way"])
+    fitting = [way for way in ways if ways[way]["computed_time"] <= 0.9 + 1e-6]
+    assert max(fitting, key=lambda way: ways[way]["psnr"]).startswith(first["summary"]["way"])
     capsys.readouterr()
     measured = here / "presets" / "mine.measured"
     before = {path.name: path.stat().st_mtime_ns for path in measured.iterdir()}

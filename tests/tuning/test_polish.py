@@ -57,3 +57,11 @@ def test_it_ends_where_nothing_is_left(problem) -> None:
     start = fit_time(problem, 0.5)
     assert polish(problem, start, 1.0, 0.5, 10**6, lambda one: asked.append(one) or 0.0) == (start, 1.0)
     assert len(asked) == len(neighbours(problem, start, 0.5))
+
+
+def test_schedules_that_are_told_come_first(problem) -> None:
+    start, asked = fit_time(problem, 0.5), []
+    told = [(True, False) * 4, (True, True) * 4, (True, False, False, True) * 2]  # the second takes too long
+    polish(problem, start, 1.0, 0.5, 3, lambda one: asked.append(one) or 0.0, told)
+    assert {one.computed for one in asked[:2]} == {told[0], told[2]} - {start.computed}
+    assert all(problem.cost(one) <= 0.5 + 1e-9 for one in asked)
