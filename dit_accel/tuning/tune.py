@@ -105,6 +105,10 @@ class Tuner:
             allocation = None if first[way] is None else fit_way(problem, way, "time", time)
             if allocation is None or problem.cost(allocation) > time + 1e-9:
                 continue
+            if not any(map(any, allocation.keeps)):
+                way = dataclasses.replace(way, sparse=False)
+            if any(one.way == way for one in entrants):
+                continue  # nothing reads less, which is a way of its own
             self.bar.set_description(f"clips tuned on, {way}")
             matched = self._match_way(name, problem, way.method, allocation, time, measured)
             allocation = dataclasses.replace(allocation, threshold=matched.threshold)
