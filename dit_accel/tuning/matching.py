@@ -33,7 +33,11 @@ class Matched:
 
 
 def match_time(
-    run: Callable[[float | None], Matched], threshold: float | None, time: float, at_least: bool
+    run: Callable[[float | None], Matched],
+    threshold: float | None,
+    time: float,
+    at_least: bool,
+    likeness: Callable[[Matched], float] | None = None,
 ) -> Matched:
     """The runs that are nearest to a time, and on the right side of it where any are.
 
@@ -41,14 +45,21 @@ def match_time(
         run: makes the clips with a threshold; the smaller, the more it computes.
         threshold: to begin with; None: there is none to move, and one run is made.
         at_least: whether no less time is to be taken than this, or no more.
+        likeness: of runs; with it every try is made, and the likest of those that are near enough is taken: the same
+            time is often taken under thresholds that are decibels apart.
     """
+
+    def misfit(one: Matched) -> tuple[bool, float]:
+        over = one.cost - time
+        return (over if at_least else -over) < -1e-6, abs(over)
+
     found: list[Matched] = []
     slow, fast = 0.0, math.inf  # thresholds known to take more time, and less
     for _ in range(1 if threshold is None else TRIES):
         one = run(threshold)
         found.append(one)
         over = one.cost - time
-        if threshold is None or (0 <= (over if at_least else -over) + 1e-6 and abs(over) <= HEADROOM):
+        if threshold is None or (likeness is None and misfit(one) <= (False, HEADROOM)):
             break
         if over > 0:
             slow = max(slow, threshold)
@@ -59,11 +70,8 @@ def match_time(
         else:
             threshold *= _STEP if over > 0 else 1 / _STEP
 
-    def misfit(one: Matched) -> tuple[bool, float]:
-        over = one.cost - time
-        return (over if at_least else -over) < -1e-6, abs(over)
-
-    return min(found, key=misfit)
+    near = [one for one in found if misfit(one) <= (False, HEADROOM)]
+    return min(found, key=misfit) if likeness is None or not near else max(near, key=likeness)
 
 
 def run_cost(problem: Problem, keeps: Sequence[float], report: Report | None, keep: float | None, steps: int) -> float:

@@ -114,7 +114,8 @@ class Tuner:
             allocation = dataclasses.replace(allocation, threshold=matched.threshold)
             told = predict(problem, allocation, pixels)["psnr"]
             schedules = tuple(one.computed for one in matched.made if one.computed is not None)
-            entrants.append(Entrant(way, allocation, matched.cost, _likeness(matched, measured), told, schedules))
+            reached = _likeness(matched, measured.frames)
+            entrants.append(Entrant(way, allocation, matched.cost, reached, told, schedules))
             self._tell(entrants[-1])
         fixed = [one for one in entrants if not one.way.adaptive]
         if budget.kind == "time" and self.plan.cache and fixed:
@@ -142,7 +143,8 @@ class Tuner:
         self.bar.set_description(f"clips tuned on, polishing {way}")
 
         def run(allocation: Allocation) -> float:
-            return _likeness(self._match_way(name, problem, way.method, allocation, time, measured), measured)
+            matched = self._match_way(name, problem, way.method, allocation, time, measured)
+            return _likeness(matched, measured.frames)
 
         best, reached = polish(problem, entrant.allocation, entrant.psnr, time, self.plan.polish, run, seen)
         told = predict(problem, best, measured.pixels)["psnr"]
@@ -233,11 +235,12 @@ class Tuner:
         found = list_rivals(
             problem, plan.keeps, plan.base, plan.methods[method], chosen.cost, expected, allocation.predictor
         )
-        return [_tried(rival.name, self._match(rival, problem, chosen.cost), measured.dense) for rival in found]
+        matched = [(rival.name, self._match(rival, problem, chosen.cost, measured)) for rival in found]
+        return [_tried(name, one, measured.dense) for name, one in matched]
 
-    def _match(self, rival: Rival, problem: Problem, time: float) -> Matched:
-        """Run a rival, its threshold moved until it takes as much time as the tuned preset, and no less."""
-        plan = self.plan
+    def _match(self, rival: Rival, problem: Problem, time: float, measured: Measured) -> Matched:
+        """Run a rival with the likest of thresholds under which it takes no less time than the tuned preset."""
+        plan, dense = self.plan, [one.frames for one in measured.dense]
 
         def run(threshold: float | None) -> Matched:
             preset = rival.preset(plan.dense, threshold)
@@ -247,16 +250,16 @@ class Tuner:
             cost = float(np.mean([run_cost(problem, plan.keeps, one.report, keep, steps) for one in made]))
             return Matched(preset, cost, made, threshold)
 
-        return match_time(run, rival.threshold, time, at_least=True)
+        return match_time(run, rival.threshold, time, True, lambda matched: _likeness(matched, dense))
 
 
 def _psnr(entrant: Entrant) -> float:
     return entrant.psnr
 
 
-def _likeness(matched: Matched, measured: Measured) -> float:
-    """Mean PSNR in dB of the clips tuned on."""
-    return float(np.mean([psnr(one.frames, dense) for one, dense in zip(matched.made, measured.frames, strict=True)]))
+def _likeness(matched: Matched, dense: Sequence[np.ndarray]) -> float:
+    """Mean PSNR in dB against dense frames."""
+    return float(np.mean([psnr(one.frames, frames) for one, frames in zip(matched.made, dense, strict=True)]))
 
 
 def _cost(problem: Problem, allocation: Allocation, made: Sequence[Made]) -> float:

@@ -34,3 +34,11 @@ def test_near_enough_is_run_once_and_so_is_what_has_no_threshold() -> None:
     assert match_time(runs(asked, lambda _: 0.5 + HEADROOM / 2), 0.2, 0.5, True).threshold == 0.2
     assert match_time(runs(asked, lambda _: 0.9), None, 0.5, False).cost == 0.9
     assert asked == [0.2, None]
+
+
+def test_the_likest_of_what_is_near_enough() -> None:
+    asked: list[float | None] = []
+    costs = iter([0.505, 0.515, 0.49, 0.51])
+    likeness = {0.505: 20.0, 0.515: 24.0, 0.49: 40.0, 0.51: 22.0}  # the third takes too little time
+    found = match_time(runs(asked, lambda _: next(costs)), 0.2, 0.5, True, lambda one: likeness[one.cost])
+    assert found.cost == 0.515 and len(asked) == TRIES
