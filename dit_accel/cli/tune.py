@@ -21,7 +21,8 @@ from dit_accel.roles import split_roles
 from dit_accel.tuning.budget import Budget, parse_budget
 
 if TYPE_CHECKING:
-    from dit_accel.tuning.tune import Plan, Tuned
+    from dit_accel.tuning.plan import Plan
+    from dit_accel.tuning.results import Tuned
 
 CACHES = ("latent", "none")
 # of a preset's sparse options: what tuning decides anew, or what would disturb a measurement
@@ -33,7 +34,7 @@ _DECIDED = (
 
 def tune(
     budget: Annotated[
-        str, typer.Option(help="psnr>=30 (dB), time<=0.5 (share of dense) or error<=0.05 (of the velocity).")
+        str, typer.Option(help="psnr>=30 (dB), time<=0.5 (computed, share of dense) or error<=0.05 (of the velocity).")
     ],
     preset: Annotated[
         str | None,
@@ -56,6 +57,7 @@ def tune(
     buckets: Annotated[int, typer.Option(help="Parts of the noise levels that get keeps of their own.")] = 5,
     close: Annotated[int, typer.Option(help="Steps at which each layer is tried alone.")] = 3,
     perturbed: Annotated[int, typer.Option(help="Steps at which runs go wrong on purpose.")] = 5,
+    polish: Annotated[int, typer.Option(help="Schedules at most that clips tuned on try for real, for a time.")] = 12,
     name: Annotated[str | None, typer.Option(help="Of the preset to be (default: PRESET-tuned).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for it.")] = Path("presets"),
     resume: Annotated[
@@ -78,8 +80,8 @@ def tune(
 
     Measures once how much each layer, noise level and step matters, shares the budget out, and tries the preset on
     prompts and seeds that it was not tuned on, beside fewer steps and hand-set options of the same computed time.
-    Writes NAME.toml, which generate --preset NAME finds, and NAME.json, its record; measurements stay in
-    NAME.measured for --resume. Their paths go to stdout, everything else to stderr.
+    Writes NAME.toml, which generate --preset NAME finds, NAME.json, its record, and NAME-rival.toml, the best set by
+    hand; measurements stay in NAME.measured for --resume. Their paths go to stdout, everything else to stderr.
     """
     asked = parse_budget(budget)
     texts = _prompts(prompt, prompts)
@@ -106,6 +108,8 @@ def tune(
     for flag, value in (("--buckets", buckets), ("--close", close), ("--perturbed", perturbed)):
         if value < 1:
             raise UsageError(f"{flag} {value}: at least 1 is needed")
+    if polish < 0:
+        raise UsageError(f"--polish {polish}: a number from 0 on, 0 trying none")
     pairs = [(text, seed) for text in texts for seed in _whole(seeds, "--seeds")]
     others = [(text, seed) for text in held for seed in _whole(held_out_seeds, "--held-out-seeds")]
     both = [pair for pair in others if pair in pairs]
@@ -114,8 +118,8 @@ def tune(
             f"held-out clips must be others than those tuned on: {both[0]} is among both; give other seeds"
         )
     request, folder = requests.prepare(request)
+    from dit_accel.tuning.plan import Plan
     from dit_accel.tuning.runs import Clip
-    from dit_accel.tuning.tune import Plan
 
     plan = Plan(
         base=request.preset,
@@ -127,6 +131,7 @@ def tune(
         buckets=buckets,
         close=close,
         perturbed=perturbed,
+        polish=polish,
     )
     record, paths = _run(request, folder, plan, asked, told, files, resume, quiet, verbose)
     print(json.dumps(record, indent=2) if as_json else "\n".join(map(str, paths)))
@@ -192,7 +197,7 @@ def _files(name: str, out: Path, resume: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: name a folder")
     if not resume:
-        for path in (out / f"{name}.toml", out / f"{name}.json"):
+        for path in (out / f"{name}.toml", out / f"{name}.json", out / f"{name}-rival.toml"):
             if path.exists():
                 raise UsageError(f"{path} exists; choose another --name or --out, or make it anew with --resume")
     return out / f"{name}.measured"

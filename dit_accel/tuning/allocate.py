@@ -25,8 +25,11 @@ _MANY = 100  # layers times buckets above which single ones are not exchanged: t
 Many = tuple[np.ndarray, np.ndarray]  # allocations: which steps are computed, bool [M, n], and keeps, int [M, L, B]
 
 
-def fit_time(problem: Problem, time: float) -> Allocation:
+def fit_time(problem: Problem, time: float, exchanges: bool = True) -> Allocation:
     """The best allocation found that takes at most this share of a dense run's time.
+
+    Args:
+        exchanges: whether to go on from what greedy moves find.
 
     Returns:
         The cheapest there is where none fits.
@@ -38,6 +41,8 @@ def fit_time(problem: Problem, time: float) -> Allocation:
     if not ranked:
         every = [one for _, found in starts for one in found]
         return min(every, key=lambda one: (problem.cost(one), problem.loss(one)))
+    if not exchanges:
+        return min(ranked[0][1], key=problem.loss)
     return min((_improve(way, one, time) for way, found in ranked[:_WAYS] for one in found), key=problem.loss)
 
 
@@ -80,7 +85,8 @@ def _bisect(problem: Problem, fits: Callable[[Allocation], bool]) -> Allocation:
 def _cheapest(problem: Problem) -> Allocation:
     place = int(problem.saved.argmax())
     keeps = ((place,) * problem.n_buckets,) * problem.n_layers
-    return Allocation(tuple(bool(forced) for forced in problem.forced), keeps, problem.predictor)
+    computed = tuple(bool(forced) for forced in problem.forced)
+    return Allocation(computed, keeps, problem.predictor, problem.threshold)
 
 
 def _descend(problem: Problem, start: Allocation, time: float, moves: str = "both") -> Allocation:
@@ -150,4 +156,5 @@ def _groups(problem: Problem, alone: bool) -> np.ndarray:
 
 
 def _allocation(problem: Problem, computed: np.ndarray, keeps: np.ndarray) -> Allocation:
-    return Allocation(tuple(computed.tolist()), tuple(map(tuple, keeps.tolist())), problem.predictor)
+    keeps = tuple(map(tuple, keeps.tolist()))
+    return Allocation(tuple(computed.tolist()), keeps, problem.predictor, problem.threshold)

@@ -12,8 +12,7 @@ from dit_accel.options import SparseOptions
 from dit_accel.preset import GenerateOptions, Preset, resolve
 from dit_accel.preset_files import SCHEMA, parse_presets, read_shipped
 from dit_accel.tuning.problem import Allocation
-
-_FEW = 10  # caches are off below so many steps unless they are told otherwise
+from dit_accel.tuning.threshold import CACHE, LEAST_STEPS
 
 
 def tables_of(
@@ -49,11 +48,13 @@ def tables_of(
         ]
         if written:
             told["sparse"]["rules"] = written
-    if not all(allocation.computed):
-        few = {"min_steps": len(noise)} if len(noise) < _FEW else {}
+    if allocation.threshold is not None:
+        told["cache"] = {"name": CACHE, "threshold": round(allocation.threshold, 6)}
+    elif not all(allocation.computed):
+        few = {"min_steps": len(noise)} if len(noise) < LEAST_STEPS else {}
         schedule = "".join("01"[x] for x in allocation.computed)
         way = dataclasses.asdict(allocation.predictor) if allocation.predictor.order else {}
-        told["cache"] = {"name": "latent", "schedule": schedule, **way, **few}
+        told["cache"] = {"name": CACHE, "schedule": schedule, **way, **few}
     return told
 
 

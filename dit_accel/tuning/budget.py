@@ -11,7 +11,7 @@ from dit_accel.errors import UsageError
 # name -> the sign that belongs to it, and what it is
 KINDS = {
     "psnr": (">=", "dB against dense, from 10 to 80"),
-    "time": ("<=", "a share of dense time, above 0 and below 1"),
+    "time": ("<=", "a share of dense's computed time, above 0 and below 1"),
     "error": ("<=", "the relative error of the velocity, above 0 and below 1"),
 }
 _FORM = re.compile(r"\s*(psnr|time|error)\s*(>=|<=)\s*([0-9.eE+-]+)\s*")
@@ -21,9 +21,9 @@ _FORM = re.compile(r"\s*(psnr|time|error)\s*(>=|<=)\s*([0-9.eE+-]+)\s*")
 class Budget:
     """A bound on one figure of held-out clips.
 
-    `psnr` is the mean over clips of the PSNR in dB of the frames against dense, `time` the seconds of the clips over
-    those of dense, `error` the root mean square over steps of |v - v_dense| / |v_dense|, v being the velocity that the
-    scheduler is given.
+    `psnr` is the mean over clips of the PSNR in dB of the frames against dense, `time` the computed time as a share of
+    dense's (what ran, by the seconds measured of each kind of forward, whatever the machine does meanwhile), `error`
+    the root mean square over steps of |v - v_dense| / |v_dense|, v being the velocity that the scheduler is given.
     """
 
     kind: str

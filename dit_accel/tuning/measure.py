@@ -24,6 +24,7 @@ from dit_accel.planner import Experiment
 from dit_accel.trajectory import Call
 from dit_accel.tuning.interpose import Walk, solver_weights, transformers_of, walk
 from dit_accel.tuning.tables import Sample
+from dit_accel.tuning.threshold import DRY, expected_of
 
 NEAR = 0.03  # relative distance to which branches must explain what the scheduler is given
 
@@ -136,6 +137,7 @@ class Watch:
     def sample(self, noted: Walk) -> Sample:
         """The tables of a run that has ended."""
         n = noted.steps
+        expected = expected_of(self.handle.trials(), n)
         table = [
             [torch.stack(self.attention[layer][step]).mean(0).tolist() for step in range(n)]
             for layer in range(self.n_layers)
@@ -155,6 +157,7 @@ class Watch:
             elements=self.velocities[0].numel(),
             dense_seconds=self.dense_seconds,
             sparse_seconds=self.sparse_seconds,
+            expected=expected,
         )
 
 
@@ -187,7 +190,7 @@ def measure(
         UsageError: nothing can run sparse here, or the scheduler draws noise.
         DitAccelError: a pipeline whose guidance is no sum of its branches.
     """
-    with accelerate(pipe, options) as handle:
+    with accelerate(pipe, options, cache=DRY) as handle:
         watch = Watch(handle, keeps, close_steps(steps, close), len(keeps) // 2, tick)
         handle.probe(watch.probe)
         hooks = [

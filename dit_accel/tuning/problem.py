@@ -20,6 +20,7 @@ import numpy as np
 
 from dit_accel.tuning.predictor import HOLD, Predictor, coefficients
 from dit_accel.tuning.tables import Gains, Sample
+from dit_accel.tuning.threshold import steps_under, thresholds_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Allocation:
     computed: tuple[bool, ...]  # [n]; the first is
     keeps: tuple[tuple[int, ...], ...]  # [L][B]
     predictor: Predictor = HOLD  # of the steps between
+    threshold: float | None = None  # a cache decides by it which steps are computed, in place of `computed`
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Problem:
     noise: np.ndarray  # [n] noise level of each step
     begins: np.ndarray  # [n] int: the first step of the transformer that runs a step
     predictor: Predictor = HOLD  # how steps are made up now
+    expected: np.ndarray | None = None  # [S, n] what a cache expects of each step held, inf where it cannot tell
+    threshold: float | None = None  # a cache decides by it now
+    schedules: np.ndarray | None = None  # bool [S, n] the steps that it computes of each sample
 
     @property
     def n_steps(self) -> int:
@@ -66,33 +71,66 @@ class Problem:
 
     def dense(self) -> Allocation:
         """The allocation that leaves everything as it is."""
-        return Allocation((True,) * self.n_steps, ((0,) * self.n_buckets,) * self.n_layers, self.predictor)
+        keeps = ((0,) * self.n_buckets,) * self.n_layers
+        return Allocation((True,) * self.n_steps, keeps, self.predictor, self.threshold)
 
     def made_up_by(self, predictor: Predictor) -> Problem:
         """The same, with steps made up in another way."""
         return replace(self, predictor=predictor)
 
+    def under(self, threshold: float) -> Problem:
+        """The same, with a cache that decides by a threshold which steps are computed: no move changes them."""
+        schedules = np.array([steps_under(one, threshold) for one in self.expected])
+        forced = np.ones_like(self.forced)
+        return replace(self, threshold=threshold, schedules=schedules, forced=forced, predictor=HOLD)
+
+    def thresholds(self) -> list[float]:
+        """Those that differ, the largest first; none where a cache could not tell what to expect."""
+        if self.expected is None:
+            return []
+        return thresholds_of([[None if np.isinf(x) else float(x) for x in one] for one in self.expected])
+
     def cost(self, allocation: Allocation) -> float:
-        """Time as a share of a dense run's."""
-        return float(self.costs(*_as_arrays(allocation))[0])
+        """Time as a share of a dense run's; where a cache decides, the mean over samples."""
+        return float(self._as_in(allocation).costs(*_as_arrays(allocation))[0])
 
     def loss(self, allocation: Allocation) -> float:
         """Mean squared error of the final latents, over samples."""
-        return float(self.made_up_by(allocation.predictor).losses(*_as_arrays(allocation))[0])
+        return float(self._as_in(allocation).losses(*_as_arrays(allocation))[0])
+
+    def _as_in(self, allocation: Allocation) -> Problem:
+        if allocation.threshold is not None:
+            return self if allocation.threshold == self.threshold else self.under(allocation.threshold)
+        return self.made_up_by(allocation.predictor)
+
+    def _computed(self, computed: np.ndarray) -> list[np.ndarray]:
+        """Of each sample, bool [M or 1, n]: a cache's schedule in place of what is said of all."""
+        if self.schedules is None:
+            return [computed] * len(self.gram)
+        return [one[None] for one in self.schedules]
 
     def costs(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """`cost` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
         saved = self.saved[keeps].sum(1)[:, self.bucket]  # [M, n]
-        return 1 - self.step_cost * np.where(computed, saved, 1).sum(1)
+        skipped = [np.where(one, saved, 1).sum(1) for one in self._computed(computed)]
+        return 1 - self.step_cost * np.mean(skipped, 0)
 
     def losses(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """`loss` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
-        made = coefficients(self.predictor, computed, self.noise, self.begins)
-        velocity = self.reuse @ made - self.reuse
-        errors = self._lengths(keeps) * (self.sparse @ made)  # [S, M, n]
-        vectors = np.concatenate([np.broadcast_to(velocity, errors.shape), errors], 2)
-        squared = (vectors @ self.gram * vectors).sum(2)
-        return np.maximum(squared.mean(0), 0) / self.elements
+        lengths = self._lengths(keeps)  # [S, M, n]
+        total = np.zeros(len(keeps))
+        for made, gram, length in zip(self._made(computed), self.gram, lengths, strict=True):
+            errors = length * (self.sparse @ made)  # [M, n]
+            velocity = np.broadcast_to(self.reuse @ made - self.reuse, errors.shape)
+            vectors = np.concatenate([velocity, errors], 1)
+            total += np.maximum((vectors @ gram * vectors).sum(1), 0)
+        return total / len(self.gram) / self.elements
+
+    def _made(self, computed: np.ndarray) -> list[np.ndarray]:
+        """Of each sample, `coefficients` [M or 1, n, n]."""
+        if self.schedules is None:
+            return [coefficients(self.predictor, computed, self.noise, self.begins)] * len(self.gram)
+        return [coefficients(self.predictor, one[None], self.noise, self.begins) for one in self.schedules]
 
     def _lengths(self, keeps: np.ndarray) -> np.ndarray:
         """[S, M, n] by what factor the measured errors of sparse attention are to be taken."""
@@ -104,9 +142,9 @@ class Problem:
         """Root mean square over samples and steps of the relative error of the velocity."""
         computed, keeps = _as_arrays(allocation)
         lengths, n = self._lengths(keeps)[:, 0], self.n_steps
-        made = coefficients(allocation.predictor, computed, self.noise, self.begins)[0]
         total = 0.0
-        for gram, length in zip(self.gram, lengths, strict=True):
+        for made, gram, length in zip(self._as_in(allocation)._made(computed), self.gram, lengths, strict=True):
+            made = made[0]
             vectors = np.concatenate([made - np.eye(n), made * length], 1)  # [n, 2n]
             total += float((((vectors @ gram) * vectors).sum(1) / np.diag(gram)[:n]).mean())
         return float(np.sqrt(max(total, 0.0) / len(self.gram)))
@@ -143,6 +181,7 @@ def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_
         elements=first.elements,
         noise=np.array(first.noise),
         begins=begins,
+        expected=np.array([[np.inf if x is None else x for x in sample.expected] for sample in samples]),
     )
 
 

@@ -18,6 +18,7 @@ from dit_accel.preset import Preset
 from dit_accel.quality.metrics import psnr, ssim
 from dit_accel.report import Report
 from dit_accel.tuning.interpose import transformers_of, walk
+from dit_accel.tuning.threshold import DRY, computed_in, expected_of
 
 _SMALLEST = 11  # pixels a side that SSIM needs
 
@@ -39,7 +40,10 @@ class Made:
     forward_seconds: float  # of these, in the transformers
     forwards: int
     velocities: np.ndarray | None  # fp32 [n, elements], where they were asked for
-    report: Report | None  # None: nothing of ours ran
+    report: Report | None = None  # None: nothing of ours ran
+    computed: tuple[bool, ...] | None = None  # [n] which steps a cache computed; None: all
+    # [n] the error that a cache expected of each step held, where it was asked to watch; None where it could not tell
+    expected: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,12 @@ class Maker:
         """Frames, by what is installed on the pipeline now."""
         return self.recipe.generate(self.pipe, preset.generate, clip.prompt, seed=clip.seed)
 
-    def make(self, preset: Preset, clip: Clip) -> Made:
-        """A clip as a preset has it, all parts of it installed for this alone."""
+    def make(self, preset: Preset, clip: Clip, watched: bool = False) -> Made:
+        """A clip as a preset has it, all parts of it installed for this alone.
+
+        Args:
+            watched: of a dense preset: have a cache watch, which computes every step as it is.
+        """
         kept: list[Tensor] = []
         seconds = [0.0, 0.0]  # when a forward began, and all of them
         count = 0
@@ -90,7 +98,11 @@ class Maker:
             self.tick()
 
         with contextlib.ExitStack() as stack:
-            handle = None if preset.is_stock else stack.enter_context(accelerate(self.pipe, preset))
+            handle = None
+            if watched:
+                handle = stack.enter_context(accelerate(self.pipe, None, cache=DRY))
+            elif not preset.is_stock:
+                handle = stack.enter_context(accelerate(self.pipe, preset))
             stack.enter_context(walk(self.pipe.scheduler, on_step))
             for module in transformers_of(self.pipe).values():
                 stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
@@ -98,9 +110,13 @@ class Maker:
             began = time.perf_counter()
             frames = self.frames(preset, clip)
             took = time.perf_counter() - began
-            report = None if handle is None else handle.report()
+            report = None if handle is None or watched else handle.report()
+            decisions = None if handle is None or watched else handle.decisions()
+            trials = handle.trials() if watched else []
         velocities = torch.stack(kept).numpy() if kept else None
-        return Made(frames, took, seconds[1], count, velocities, report)
+        steps = preset.generate.steps
+        expected = tuple(expected_of(trials, steps)) if watched else None
+        return Made(frames, took, seconds[1], count, velocities, report, computed_in(decisions, steps), expected)
 
 
 def compare(made: Made, dense: Made) -> Likeness:

@@ -85,8 +85,16 @@ class Shelf:
         sample, vectors = make()
         if with_vectors:
             self._put_vectors(vectors)
+        _save(self._frames_path(name), {"frames": vectors.frames})
         write(path, sample)
         return sample
+
+    def _frames_path(self, name: str) -> Path:
+        return self.folder / f"frames-{name}.safetensors"
+
+    def frames(self, name: str) -> np.ndarray:
+        """The dense frames of a measured run, uint8 [F, H, W, 3]."""
+        return _load(self._frames_path(name))["frames"]
 
     def gains(self, make: Callable[[Vectors], Gains]) -> Gains:
         """The gains; the vectors are let go of behind them."""
@@ -104,9 +112,13 @@ class Shelf:
             held = _load(path)
             if "velocities" in held or not velocities:
                 took, inside, count = held["seconds"].tolist()
-                return Made(held["frames"], took, inside, int(count), held.get("velocities"), None)
+                told = held.get("expected")
+                expected = None if told is None else tuple(None if np.isnan(x) else x for x in told.tolist())
+                return Made(held["frames"], took, inside, int(count), held.get("velocities"), expected=expected)
         made = make()
         held = {"frames": made.frames, "seconds": np.array([made.seconds, made.forward_seconds, made.forwards])}
+        if made.expected is not None:
+            held["expected"] = np.array([np.nan if x is None else x for x in made.expected])
         if made.velocities is not None:
             held["velocities"] = made.velocities
         _save(path, held)

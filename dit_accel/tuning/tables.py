@@ -32,6 +32,8 @@ class Sample:
     elements: int  # of the latents
     dense_seconds: list[float]  # of forwards at the steps looked at closely
     sparse_seconds: list[list[float]]  # [K][...] of the same forwards with every layer sparse
+    # [n] the error that a cache expects of a step held from the one before; None where it cannot tell
+    expected: list[float | None]
 
 
 @dataclass(frozen=True)

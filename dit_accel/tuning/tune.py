@@ -1,118 +1,31 @@
-"""Tune: measure, allocate, try on held-out clips, and correct the aim until the real figure meets the budget."""
+"""Tune: measure, let real runs choose a way, try it on held-out clips, and correct the aim until the budget is met."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dit_accel.adapters import find_adapter
 from dit_accel.errors import DitAccelError
-from dit_accel.handle import accelerate
-from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset
-from dit_accel.tuning import gains as perturb
-from dit_accel.tuning.allocate import fit_loss, fit_time, fit_velocity_error
+from dit_accel.quality.metrics import psnr
+from dit_accel.tuning.aim import correct_aim, fit_aim, is_near, predict
 from dit_accel.tuning.as_preset import load, tables_of, to_toml
 from dit_accel.tuning.budget import Budget
-from dit_accel.tuning.interpose import transformers_of
-from dit_accel.tuning.measure import forwards, measure
-from dit_accel.tuning.predictor import Predictor
+from dit_accel.tuning.matching import TRIES, Matched, match_time, run_cost
+from dit_accel.tuning.measuring import Measured, Measurer
+from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.polish import polish
 from dit_accel.tuning.problem import Allocation, Problem, additivity, make_problem
-from dit_accel.tuning.rivals import CACHE, LEAST_STEPS, Rival, list_rivals, run_cost
-from dit_accel.tuning.runs import Clip, Likeness, Made, Maker, compare
+from dit_accel.tuning.results import Entrant, Tried, Tuned
+from dit_accel.tuning.rivals import Rival, list_rivals
+from dit_accel.tuning.runs import Made, Maker, compare
 from dit_accel.tuning.shelf import Shelf
-from dit_accel.tuning.tables import Sample
+from dit_accel.tuning.ways import Way, fit_way, list_ways
 
-TRIES = 3  # real runs of the held-out clips, to meet the budget
-_AIM = 0.3, 0.93  # near enough: so many dB above what PSNR asks; this share of what time or error allow
-_FARTHEST = 6.0, 2.0  # the most by which an aim is corrected: in dB, as a factor
-_HEADROOM = 0.02  # computed time that a rival may take more, as a share of dense
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, and on what."""
-
-    base: Preset  # its recipe and sampling are used
-    methods: tuple[SparseOptions, ...]  # without a schedule of their own
-    keeps: tuple[float, ...]  # the largest first
-    clips: tuple[Clip, ...]  # to tune on
-    held_out: tuple[Clip, ...]
-    cache: bool  # whether steps may be made up
-    buckets: int  # parts of the noise levels that have keeps of their own
-    close: int  # steps looked at closely
-    perturbed: int  # steps at which runs go wrong on purpose
-
-    @property
-    def dense(self) -> Preset:
-        """The base with nothing of ours."""
-        told = {"pipeline": self.base.pipeline, "model": self.base.model}
-        told["generate"] = dataclasses.asdict(self.base.generate)
-        return load(to_toml("dense", told), "dense", "tune")
-
-    def settings(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """What measurements depend on; a budget is no part of it."""
-        return {
-            "model": self.base.model,
-            "pipeline": self.base.pipeline,
-            "generate": dataclasses.asdict(self.base.generate),
-            "methods": [options.to_mapping() for options in self.methods],
-            "keeps": self.keeps,
-            "prompts and seeds": [dataclasses.asdict(clip) for clip in self.clips],
-            "held-out prompts and seeds": [dataclasses.asdict(clip) for clip in self.held_out],
-            "steps looked at": [self.close, self.perturbed],
-            "machine": machine,
-        }
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A preset that was really run on every held-out clip."""
-
-    name: str
-    preset: Preset
-    cost: float  # computed time as a share of dense
-    likeness: tuple[Likeness, ...]
-    reports: tuple[dict[str, Any] | None, ...]
-
-    def figure(self, kind: str) -> float:
-        """The mean over clips that a budget of this kind bounds."""
-        return float(np.mean([getattr(one, kind) for one in self.likeness]))
-
-    def to_dict(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"name": self.name, "computed_time": round(self.cost, 4)}
-        for kind in ("psnr", "ssim", "time", "seconds", "error"):
-            values = [getattr(one, kind) for one in self.likeness]
-            if all(value is not None for value in values):
-                told[kind] = round(float(np.mean(values)), 4)
-                told[f"{kind}_of_clips"] = [round(value, 4) for value in values]
-        told["worst_psnr"] = round(min(one.psnr for one in self.likeness), 4)
-        told["options"] = {
-            key: part.to_mapping() if (part := getattr(self.preset, key)) else None for key in ("sparse", "cache")
-        }
-        told["steps"] = self.preset.generate.steps
-        return {**told, "reports": list(self.reports)}
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What came of it."""
-
-    tables: dict[str, Any]  # of the preset
-    allocation: Allocation
-    chosen: Tried
-    tries: tuple[Tried, ...]
-    predicted: dict[str, float]  # of the chosen one: psnr, time, error
-    rivals: tuple[Tried, ...]
-    additivity: tuple[float, ...]
-    samples: tuple[Sample, ...]  # of the chosen method
-    forward_share: float
-    dense: tuple[Made, ...]
 
 
 class Tuner:
@@ -126,9 +39,9 @@ class Tuner:
     """
 
     def __init__(self, pipe: Any, recipe: Any, plan: Plan, budget: Budget, shelf: Shelf, bar: Any, say: Say) -> None:
-        self.pipe, self.plan, self.budget, self.shelf, self.bar, self.say = pipe, plan, budget, shelf, bar, say
+        self.plan, self.budget, self.bar, self.say = plan, budget, bar, say
         self.maker = Maker(pipe, recipe, budget.kind == "error", lambda: bar.update(1))
-        self._pixels = 1.0
+        self.measurer = Measurer(pipe, plan, self.maker, shelf, bar)
 
     def tune(self, name: str) -> Tuned:
         """All of it.
@@ -139,214 +52,227 @@ class Tuner:
         Raises:
             DitAccelError: the budget cannot be met; the message has the best that was reached.
         """
-        plan = self.plan
-        dense = self._dense()
-        share = float(np.median([made.forward_seconds / made.seconds for made in dense]))
-        self._expect(dense[0].forwards)
-        samples = {i: self._samples(i) for i in range(len(plan.methods))}
-        gains = self.shelf.gains(
-            lambda vectors: perturb.measure_gains(
-                self.pipe, vectors, samples[0][0].weights, plan.perturbed,
-                lambda: self.maker.frames(plan.dense, plan.clips[0]), lambda: self.bar.update(1),
-            )
-        )  # fmt: skip
-        self._pixels = float(np.median(gains.pixels)) if gains.pixels else 1.0
-        problems = {i: make_problem(of, gains, plan.buckets, share) for i, of in samples.items()}
+        plan, measured = self.plan, self.measurer.measure()
+        problems = {
+            i: make_problem(of, measured.gains, plan.buckets, measured.forward_share)
+            for i, of in measured.samples.items()
+        }
         if not plan.cache:
             problems = {i: dataclasses.replace(p, forced=np.ones_like(p.forced)) for i, p in problems.items()}
-        for i, of in samples.items():
+        for i, of in measured.samples.items():
             sums = additivity(of)
             self.say(
                 f"{plan.methods[i].method}: squared errors of single layers add up to {min(sums):.2f} to "
                 f"{max(sums):.2f} times that of all together (1: independent, as taken for granted)"
             )
-        tries, allocations, which = self._aim(name, problems, dense)
-        met = [i for i, one in enumerate(tries) if self.budget.met_by(one.figure(self.budget.kind))]
-        if not met:
-            figures = [one.figure(self.budget.kind) for one in tries]
-            best = figures[0]
-            for figure in figures:
-                best = figure if self.budget.better(figure, best) else best
-            raise DitAccelError(
-                f"budget {self.budget} was not met on held-out clips in {len(tries)} tries; the best reached: "
-                f"{self.budget.show(best)}. Ask for less, or give more --keeps"
-            )
-        by = min(met, key=lambda i: tries[i].cost) if self.budget.kind != "time" else max(
-            met, key=lambda i: tries[i].figure("psnr")
-        )
-        chosen, allocation, method = tries[by], allocations[by], which[by]
-        rivals = self._rivals(problems[method], plan.methods[method], chosen, allocation.predictor, dense)
+        way, sure, entrants = self._choose_way(name, problems, measured)
+        problem = problems[way.method]
+        tries, allocations = self._aim(name, problem, way, sure, measured)
+        by = self._best(tries)
+        chosen, allocation = tries[by], allocations[by]
         return Tuned(
-            tables=self._tables(allocation, method, samples[method][0], problems[method]),
+            tables=self._tables(allocation, way.method, measured),
             allocation=allocation,
+            way=str(way),
             chosen=chosen,
             tries=tuple(tries),
-            predicted=self._predict(problems[method], allocation),
-            rivals=tuple(rivals),
-            additivity=tuple(additivity(samples[method])),
-            samples=tuple(samples[method]),
-            forward_share=share,
-            dense=tuple(dense),
+            entrants=tuple(entrants),
+            predicted=predict(problem, allocation, measured.pixels),
+            rivals=tuple(self._rivals(problem, way.method, chosen, allocation, measured)),
+            additivity=tuple(additivity(measured.samples[way.method])),
+            forward_share=measured.forward_share,
+            dense=measured.dense,
         )
 
-    # -- measuring
+    # -- choosing
 
-    def _dense(self) -> list[Made]:
-        plan = self.plan
-        self.bar.set_description("dense")
-        return [
-            self.shelf.dense(i, self.maker.velocities, lambda clip=clip: self.maker.make(plan.dense, clip))
-            for i, clip in enumerate(plan.held_out)
-        ]
+    def _choose_way(
+        self, name: str, problems: dict[int, Problem], measured: Measured
+    ) -> tuple[Way, Allocation | None, list[Entrant]]:
+        """The way that comes out best at the budget's time in real runs of the clips tuned on.
 
-    def _expect(self, in_a_run: int) -> None:
-        """Tell the bar how many forwards are left, now that those of a run are known."""
-        plan = self.plan
-        steps = plan.base.generate.steps
-        branches = max(1, in_a_run // steps)
-        layers = sum(len(find_adapter(t).self_attentions(t)) for t in transformers_of(self.pipe).values())
-        of_a_sample = forwards(steps, branches, layers, len(plan.keeps), plan.close)
-        left = sum(
-            of_a_sample
-            for i in range(len(plan.methods))
-            for j in range(len(plan.clips))
-            if not self.shelf.has_sample(_sample_name(i, j))
+        Returns:
+            With it the allocation that came out best, where the budget is a time that it keeps for sure.
+        """
+        budget, pixels = self.budget, measured.pixels
+        ways = list_ways(problems)
+        first = {way: fit_aim(problems[way.method], way, budget, budget.limit, pixels) for way in ways}
+        costs = [problems[way.method].cost(one) for way, one in first.items() if one is not None]
+        time = budget.limit if budget.kind == "time" else min(costs)
+        entrants = []
+        for way in ways:
+            problem = problems[way.method]
+            allocation = None if first[way] is None else fit_way(problem, way, "time", time)
+            if allocation is None or problem.cost(allocation) > time + 1e-9:
+                continue
+            if not any(map(any, allocation.keeps)):
+                way = dataclasses.replace(way, sparse=False)
+            if any(one.way == way for one in entrants):
+                continue  # nothing reads less, which is a way of its own
+            self.bar.set_description(f"clips tuned on, {way}")
+            matched = self._match_way(name, problem, way.method, allocation, time, measured)
+            allocation = dataclasses.replace(allocation, threshold=matched.threshold)
+            told = predict(problem, allocation, pixels)["psnr"]
+            schedules = tuple(one.computed for one in matched.made if one.computed is not None)
+            reached = _likeness(matched, measured.frames)
+            entrants.append(Entrant(way, allocation, matched.cost, reached, told, schedules))
+            self._tell(entrants[-1])
+        fixed = [one for one in entrants if not one.way.adaptive]
+        if budget.kind == "time" and self.plan.cache and fixed:
+            seen = [schedule for one in entrants if one.way.adaptive for schedule in one.schedules]
+            entrants.append(self._polish(name, problems, max(fixed, key=_psnr), time, seen, measured))
+            self._tell(entrants[-1])
+        if not entrants:
+            return ways[0], None, []
+        best = max([one for one in entrants if one.cost <= time + 1e-6] or entrants, key=_psnr)
+        sure = budget.kind == "time" and not best.way.adaptive
+        return best.way, best.allocation if sure else None, entrants
+
+    def _polish(
+        self,
+        name: str,
+        problems: dict[int, Problem],
+        entrant: Entrant,
+        time: float,
+        seen: Sequence[tuple[bool, ...]],
+        measured: Measured,
+    ) -> Entrant:
+        """The best of a way's neighbours, and of the schedules seen where a cache chose them."""
+        way = entrant.way
+        problem = problems[way.method]
+        self.bar.set_description(f"clips tuned on, polishing {way}")
+
+        def run(allocation: Allocation) -> float:
+            matched = self._match_way(name, problem, way.method, allocation, time, measured)
+            return _likeness(matched, measured.frames)
+
+        best, reached = polish(problem, entrant.allocation, entrant.psnr, time, self.plan.polish, run, seen)
+        told = predict(problem, best, measured.pixels)["psnr"]
+        return Entrant(way, best, problem.cost(best), reached, told, polished=True)
+
+    def _tell(self, one: Entrant) -> None:
+        self.say(
+            f"{one}: PSNR {one.psnr:.2f} dB on the clips tuned on at computed time {one.cost:.3f}, "
+            f"{one.predicted:.2f} dB predicted"
         )
-        if not self.shelf.has_gains:
-            left += perturb.forwards_of(steps, plan.perturbed, branches)
-        left += in_a_run * len(plan.held_out) * 4  # tries and rivals, about half of dense each
-        self.bar.total = self.bar.n + left
-        self.bar.refresh()
 
-    def _samples(self, method: int) -> list[Sample]:
-        plan = self.plan
-        found = []
-        for j, clip in enumerate(plan.clips):
-            self.bar.set_description(f"measuring {plan.methods[method].method} {j + 1}/{len(plan.clips)}")
+    def _match_way(
+        self, name: str, problem: Problem, method: int, allocation: Allocation, time: float, measured: Measured
+    ) -> Matched:
+        def run(threshold: float | None) -> Matched:
+            moved = dataclasses.replace(allocation, threshold=threshold)
+            preset = self._preset(name, moved, method, measured)
+            made = tuple(self.maker.make(preset, clip) for clip in self.plan.clips)
+            return Matched(preset, _cost(problem, moved, made), made, threshold)
 
-            def make(clip: Clip = clip) -> Any:
-                return measure(
-                    self.pipe, plan.methods[method], plan.keeps, plan.base.generate.steps, plan.close,
-                    lambda: self.maker.frames(plan.dense, clip), lambda: self.bar.update(1),
-                )  # fmt: skip
-
-            found.append(self.shelf.sample(_sample_name(method, j), make, method == 0 and j == 0))
-        self.bar.set_description("perturbing")
-        return found
+        return match_time(run, allocation.threshold, time, at_least=False)
 
     # -- aiming
 
     def _aim(
-        self, name: str, problems: dict[int, Problem], dense: list[Made]
-    ) -> tuple[list[Tried], list[Allocation], list[int]]:
-        """Allocate, run, and correct the aim by how far off it was."""
-        budget, tries, allocations, which = self.budget, [], [], []
+        self, name: str, problem: Problem, way: Way, sure: Allocation | None, measured: Measured
+    ) -> tuple[list[Tried], list[Allocation]]:
+        """Allocate, run, and correct the aim by how far off it was.
+
+        Args:
+            sure: an allocation that keeps the budget whatever comes of it: it is run, and no other.
+        """
+        budget, pixels = self.budget, measured.pixels
+        tries: list[Tried] = []
+        allocations: list[Allocation] = []
         aim = budget.limit
         for number in range(TRIES):
-            method, allocation = self._allocate(problems, aim)
-            if allocation in allocations and which[allocations.index(allocation)] == method:
-                break
+            allocation = sure or fit_aim(problem, way, budget, aim, pixels)
+            if allocation is None or allocation in allocations:
+                break  # never at the first: a way that has nothing for the budget is not chosen
             self.bar.set_description(f"held-out clips, try {number + 1}")
-            tables = self._tables(allocation, method, self._first(method), problems[method])
-            preset = load(to_toml(name, tables), name, "tune")
-            tried = self._run(f"tuned, try {number + 1}", preset, problems[method].cost(allocation), dense)
-            tries.append(tried)
+            preset = self._preset(name, allocation, way.method, measured)
+            made = tuple(self.maker.make(preset, clip) for clip in self.plan.held_out)
+            cost = _cost(problem, allocation, made)
+            tries.append(_tried(f"tuned, try {number + 1}", Matched(preset, cost, made, None), measured.dense))
             allocations.append(allocation)
-            which.append(method)
-            figure = tried.figure(budget.kind)
-            told = self._predict(problems[method], allocation)
+            figure, told = tries[-1].figure(budget.kind), predict(problem, allocation, pixels)
             self.say(
                 f"try {number + 1}: {budget.show(figure)} on held-out clips, {told[budget.kind]:.4g} predicted; PSNR "
-                f"{tried.figure('psnr'):.2f} dB, computed time {tried.cost:.3f} of dense"
+                f"{tries[-1].figure('psnr'):.2f} dB, computed time {cost:.3f} of dense"
             )
-            if budget.met_by(figure) and self._is_near(figure):
+            if budget.met_by(figure) and is_near(budget, figure):
                 break
-            aim = self._corrected(aim, figure)
-        return tries, allocations, which
+            aim = correct_aim(budget, aim, figure)
+        return tries, allocations
 
-    def _is_near(self, figure: float) -> bool:
-        limit = self.budget.limit
-        return figure <= limit + _AIM[0] if self.budget.kind == "psnr" else figure >= limit * _AIM[1]
-
-    def _corrected(self, aim: float, figure: float) -> float:
-        """Another aim, off by as much to the other side; not by more than `_FARTHEST` at once."""
-        limit = self.budget.limit
-        if self.budget.kind == "psnr":
-            return aim + float(np.clip(limit + _AIM[0] / 3 - figure, -_FARTHEST[0], _FARTHEST[0]))
-        factor = limit * (1 + _AIM[1]) / 2 / max(figure, 1e-6)
-        return aim * float(np.clip(factor, 1 / _FARTHEST[1], _FARTHEST[1]))
-
-    def _allocate(self, problems: dict[int, Problem], aim: float) -> tuple[int, Allocation]:
-        """The best method's allocation for an aim, by what is predicted."""
-        kind = self.budget.kind
-        if kind == "time":
-            found = {i: fit_time(problem, aim) for i, problem in problems.items()}
-            return min(found.items(), key=lambda item: problems[item[0]].loss(item[1]))
-        if kind == "psnr":
-            loss = 10 ** (-aim / 10) / self._pixels
-            found = {i: fit_loss(problem, loss) for i, problem in problems.items()}
-        else:
-            found = {i: fit_velocity_error(problem, aim) for i, problem in problems.items()}
-        return min(found.items(), key=lambda item: problems[item[0]].cost(item[1]))
-
-    def _predict(self, problem: Problem, allocation: Allocation) -> dict[str, float]:
-        pixels = problem.loss(allocation) * self._pixels
-        return {
-            "psnr": float(min(100.0, -10 * np.log10(max(pixels, 1e-10)))),
-            "time": problem.cost(allocation),
-            "error": problem.velocity_error(allocation),
-        }
-
-    def _first(self, method: int) -> Sample:
-        return self.shelf.read_sample(_sample_name(method, 0))
-
-    def _tables(self, allocation: Allocation, method: int, sample: Sample, problem: Problem) -> dict[str, Any]:
-        plan = self.plan
-        buckets = [int(b) for b in problem.bucket]
-        return tables_of(plan.base, plan.methods[method], allocation, plan.keeps, sample.noise, buckets)
+    def _best(self, tries: Sequence[Tried]) -> int:
+        """The try that meets the budget best."""
+        budget = self.budget
+        met = [i for i, one in enumerate(tries) if budget.met_by(one.figure(budget.kind))]
+        if met and budget.kind == "time":
+            return max(met, key=lambda i: tries[i].figure("psnr"))
+        if met:
+            return min(met, key=lambda i: tries[i].cost)
+        sign = -1 if budget.kind == "psnr" else 1
+        reached = budget.show(min((one.figure(budget.kind) for one in tries), key=lambda x: sign * x))
+        raise DitAccelError(
+            f"budget {budget} was not met on held-out clips in {len(tries)} tries; the best reached: {reached}. "
+            "Ask for less, or give more --keeps"
+        )
 
     # -- running
 
-    def _run(self, name: str, preset: Preset, cost: float, dense: Sequence[Made], clips: int | None = None) -> Tried:
-        made = [self.maker.make(preset, clip) for clip in self.plan.held_out[:clips]]
-        likeness = tuple(compare(one, other) for one, other in zip(made, dense, strict=False))
-        return Tried(name, preset, cost, likeness, tuple(one.report and one.report.to_dict() for one in made))
+    def _preset(self, name: str, allocation: Allocation, method: int, measured: Measured) -> Preset:
+        return load(to_toml(name, self._tables(allocation, method, measured)), name, "tune")
+
+    def _tables(self, allocation: Allocation, method: int, measured: Measured) -> dict[str, Any]:
+        plan, noise = self.plan, measured.samples[method][0].noise
+        buckets = [step * min(plan.buckets, len(noise)) // len(noise) for step in range(len(noise))]
+        return tables_of(plan.base, plan.methods[method], allocation, plan.keeps, noise, buckets)
 
     def _rivals(
-        self, problem: Problem, options: SparseOptions, chosen: Tried, way: Predictor, dense: Sequence[Made]
+        self, problem: Problem, method: int, chosen: Tried, allocation: Allocation, measured: Measured
     ) -> list[Tried]:
-        plan, found = self.plan, []
+        plan = self.plan
         self.bar.set_description("rivals")
-        trials = []
-        if plan.cache and problem.n_steps >= LEAST_STEPS:
-            with accelerate(self.pipe, None, cache={"name": CACHE, "dry_run": True}) as handle:
-                self.maker.frames(plan.dense, plan.held_out[0])
-                trials = handle.trials()
-        for rival in list_rivals(problem, plan.keeps, plan.base, options, chosen.cost, trials, way):
-            found.append(self._match(rival, problem, chosen.cost, dense))
-        return found
+        expected = [one.expected for one in measured.dense if one.expected is not None and any(one.expected)]
+        found = list_rivals(
+            problem, plan.keeps, plan.base, plan.methods[method], chosen.cost, expected, allocation.predictor
+        )
+        matched = [(rival.name, self._match(rival, problem, chosen.cost, measured)) for rival in found]
+        return [_tried(name, one, measured.dense) for name, one in matched]
 
-    def _match(self, rival: Rival, problem: Problem, cost: float, dense: Sequence[Made]) -> Tried:
-        """Run a rival, its threshold corrected on the first clip until it takes as much time, and no less."""
-        plan, threshold = self.plan, rival.threshold
-        best = None
-        for _ in range(1 if threshold is None else TRIES):
+    def _match(self, rival: Rival, problem: Problem, time: float, measured: Measured) -> Matched:
+        """Run a rival with the likest of thresholds under which it takes no less time than the tuned preset."""
+        plan, dense = self.plan, [one.frames for one in measured.dense]
+
+        def run(threshold: float | None) -> Matched:
             preset = rival.preset(plan.dense, threshold)
-            made = self.maker.make(preset, plan.held_out[0])
             keep = None if preset.sparse is None else preset.sparse.keep
-            took = run_cost(problem, plan.keeps, made.report, keep, preset.generate.steps)
-            enough = took >= cost - 1e-6
-            if best is None or (enough, -abs(took - cost)) > (best[1] >= cost - 1e-6, -abs(best[1] - cost)):
-                best = preset, took, made
-            if threshold is None or (enough and took <= cost + _HEADROOM):
-                break
-            threshold *= 0.8 if not enough else 1.2
-        preset, took, first = best
-        rest = [self.maker.make(preset, clip) for clip in plan.held_out[1:]]
-        made = [first, *rest]
-        likeness = tuple(compare(one, other) for one, other in zip(made, dense, strict=True))
-        return Tried(rival.name, preset, took, likeness, tuple(one.report and one.report.to_dict() for one in made))
+            made = tuple(self.maker.make(preset, clip) for clip in plan.held_out)
+            steps = preset.generate.steps
+            cost = float(np.mean([run_cost(problem, plan.keeps, one.report, keep, steps) for one in made]))
+            return Matched(preset, cost, made, threshold)
+
+        return match_time(run, rival.threshold, time, True, lambda matched: _likeness(matched, dense))
 
 
-def _sample_name(method: int, clip: int) -> str:
-    return f"{method}-{clip:03d}"
+def _psnr(entrant: Entrant) -> float:
+    return entrant.psnr
+
+
+def _likeness(matched: Matched, dense: Sequence[np.ndarray]) -> float:
+    """Mean PSNR in dB against dense frames."""
+    return float(np.mean([psnr(one.frames, frames) for one, frames in zip(matched.made, dense, strict=True)]))
+
+
+def _cost(problem: Problem, allocation: Allocation, made: Sequence[Made]) -> float:
+    """Computed time of real runs of an allocation: of the steps that each of them computed."""
+    every = (True,) * problem.n_steps
+    ran = [dataclasses.replace(allocation, computed=one.computed or every, threshold=None) for one in made]
+    return float(np.mean([problem.cost(one) for one in ran]))
+
+
+def _tried(name: str, matched: Matched, dense: Sequence[Made]) -> Tried:
+    likeness = tuple(compare(one, other) for one, other in zip(matched.made, dense, strict=True))
+    reports = tuple(one.report and one.report.to_dict() for one in matched.made)
+    schedules = tuple(
+        None if one.computed is None else "".join("01"[x] for x in one.computed) for one in matched.made
+    )
+    return Tried(name, matched.preset, matched.cost, likeness, reports, schedules)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from dit_accel.pipelines.staging import Stage
 from dit_accel.preset import Preset
 from dit_accel.tuning.as_preset import load, to_toml
 from dit_accel.tuning.budget import Budget
-from dit_accel.tuning.tune import Plan, Tuned
+from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.results import Tried, Tuned
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,10 +29,16 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
     """
     rivals = [one.to_dict() for one in tuned.rivals]
     best = max(rivals, key=lambda one: one["psnr"], default=None)
-    hand = max((one for one in rivals if not one["name"].endswith(" steps")), key=lambda one: one["psnr"], default=None)
-    chosen = tuned.chosen.to_dict()
+    hand = (found := _best_hand_set(tuned.rivals)) and found.to_dict()
+    chosen, made = tuned.chosen.to_dict(), plan.base.generate
     return {
         **opened,
+        # what a committed preset's claims are compared with, under the names that every record has
+        "environment": {"chip": _chip(opened["machine"]), "date": opened["written"], "versions": opened["versions"]},
+        "model": plan.base.model,
+        "size": made.width,
+        **{key: getattr(made, key) for key in ("frames", "steps", "guidance", "flow_shift")},
+        "options": {"tuned": chosen["options"]["sparse"]},
         "verb": "tune",
         "budget": str(budget),
         "keeps": list(plan.keeps),
@@ -44,12 +51,15 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
             },
             "tuned": chosen,
             "times_as_fast": round(1 / chosen["time"], 4),
+            "way": tuned.way,
             "predicted": tuned.predicted,
             "gain_db_over_best_hand_set": None if hand is None else round(chosen["psnr"] - hand["psnr"], 4),
             "best_hand_set": hand and hand["name"],
             "best_rival": best and best["name"],
             "additivity": [round(value, 4) for value in tuned.additivity],
         },
+        "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward",
+        "ways": [one.to_dict() for one in tuned.entrants],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
         "allocation": dataclasses.asdict(tuned.allocation),
@@ -59,18 +69,19 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
 def write_preset(
     folder: Path, name: str, plan: Plan, budget: Budget, tuned: Tuned, record: dict[str, Any], revision: str
 ) -> tuple[Preset, list[Path]]:
-    """Write NAME.toml and NAME.json to a folder.
+    """Write NAME.toml and NAME.json to a folder, and the best hand-set rival as NAME-rival.toml.
 
     Returns:
-        The preset as it will be read, and both files.
+        The preset as it will be read, and the files.
     """
     preset_file, record_file = folder / f"{name}.toml", folder / f"{name}.json"
-    options, machine = plan.base.generate, record["machine"]
+    rival_file = folder / f"{name}-rival.toml"
+    options = plan.base.generate
     size = f"{options.width}x{options.height}"
     figures = {
         "psnr_db": ("summary", "tuned", "psnr"),
         "worst_psnr_db": ("summary", "tuned", "worst_psnr"),
-        "times_as_fast": ("summary", "times_as_fast"),
+        "computed_time": ("summary", "tuned", "computed_time"),
     }
     tables = {
         "description": f"{plan.base.name} tuned for {budget}",
@@ -83,7 +94,7 @@ def write_preset(
             "size": size if options.frames == 1 else f"{options.frames} frames of {size}",
             "steps": options.steps,
             "scheduler": record["scheduler"],
-            "gpu": machine.get("gpu") or f"CPU {platform.machine()}, {machine['threads']} threads",
+            "gpu": record["environment"]["chip"],
             "date": record["written"][:10],
             "figures": {key: {"value": _follow(record, at), "at": list(at)} for key, at in figures.items()},
         },
@@ -93,10 +104,30 @@ def write_preset(
     remark = f"Made by dit-accel tune --budget '{budget}'; {record_file.name} has what it rests on."
     text = to_toml(name, tables, remark)
     preset = load(text, name, str(preset_file))
+    rival = _best_hand_set(tuned.rivals)
     with Stage() as stage:
         stage.write_text(record_file, json.dumps(record, indent=2) + "\n")
         stage.write_text(preset_file, text)
-    return preset, [preset_file, record_file]
+        if rival is not None:
+            stage.write_text(rival_file, _rival_text(f"{name}-rival", rival, plan))
+    return preset, [preset_file, record_file, *([] if rival is None else [rival_file])]
+
+
+def _best_hand_set(rivals: Sequence[Tried]) -> Tried | None:
+    by_hand = (one for one in rivals if not one.name.endswith(" steps"))
+    return max(by_hand, key=lambda one: one.figure("psnr"), default=None)
+
+
+def _rival_text(name: str, rival: Tried, plan: Plan) -> str:
+    told: dict[str, Any] = {"pipeline": plan.base.pipeline, "model": plan.base.model, "description": rival.name}
+    told["generate"] = dataclasses.asdict(plan.base.generate)
+    parts = {"sparse": rival.preset.sparse, "cache": rival.preset.cache}
+    told |= {key: part.to_mapping() for key, part in parts.items() if part is not None}
+    return to_toml(name, told, "The best that was set by hand, at no less computed time: to be run beside it.")
+
+
+def _chip(machine: Mapping[str, Any]) -> str:
+    return machine.get("gpu") or f"CPU {platform.machine()}, {machine['threads']} threads"
 
 
 def _follow(record: Any, keys: tuple[str, ...]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import sys
 import tomllib
@@ -85,7 +86,7 @@ def changed(preset: Preset, record: Any) -> list[str]:
     """
     variants = {figure.at[1] for figure in preset.provenance.figures.values() if figure.at[0] == "summary"}
     run = [record["options"].get(variant) for variant in variants]
-    now = preset.sparse.to_mapping() if preset.sparse else None
+    now = json.loads(json.dumps(preset.sparse.to_mapping())) if preset.sparse else None  # a record's are JSON
     if now is None:
         return [] if all(options is None for options in run) else ["sparse"]
     written = {key for key in now if preset.sources.get(f"sparse.{key}") != "default"} - {"min_tokens"}

@@ -1,0 +1,113 @@
+"""Measuring: everything that a tuning rests on, each part once, kept on the shelf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dit_accel.adapters import find_adapter
+from dit_accel.tuning import gains as perturb
+from dit_accel.tuning.interpose import transformers_of
+from dit_accel.tuning.measure import Vectors, forwards, measure
+from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.runs import Clip, Made, Maker
+from dit_accel.tuning.shelf import Shelf
+from dit_accel.tuning.tables import Gains, Sample
+from dit_accel.tuning.threshold import LEAST_STEPS
+
+# what comes behind: tries and rivals, in dense runs of the held-out clips, and ways, in halves of those tuned on
+_LATER, _WAYS = 6, 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured."""
+
+    dense: tuple[Made, ...]  # of each held-out clip
+    samples: dict[int, list[Sample]]  # of each method, one of each clip to tune on
+    gains: Gains
+    frames: tuple[np.ndarray, ...]  # of each clip to tune on, dense
+    forward_share: float  # of a dense clip's time
+
+    @property
+    def pixels(self) -> float:
+        """Mean squared error of the frames (peak 1) over that of the latents."""
+        return float(np.median(self.gains.pixels)) if self.gains.pixels else 1.0
+
+
+class Measurer:
+    """Measures what is not on the shelf."""
+
+    def __init__(self, pipe: Any, plan: Plan, maker: Maker, shelf: Shelf, bar: Any) -> None:
+        self.pipe, self.plan, self.maker, self.shelf, self.bar = pipe, plan, maker, shelf, bar
+
+    def measure(self) -> Measured:
+        """All of it."""
+        plan = self.plan
+        dense = self._dense()
+        share = float(np.median([made.forward_seconds / made.seconds for made in dense]))
+        self._expect(dense[0].forwards)
+        samples = {i: self._samples(i) for i in range(len(plan.methods))}
+        self.bar.set_description("perturbing")
+        gains = self.shelf.gains(lambda vectors: self._gains(vectors, samples[0][0].weights))
+        frames = tuple(self.shelf.frames(sample_name(0, j)) for j in range(len(plan.clips)))
+        return Measured(dense, samples, gains, frames, share)
+
+    def _dense(self) -> tuple[Made, ...]:
+        plan = self.plan
+        watched = plan.cache and plan.base.generate.steps >= LEAST_STEPS
+        self.bar.set_description("dense")
+        return tuple(
+            self.shelf.dense(
+                i, self.maker.velocities, lambda clip=clip: self.maker.make(plan.dense, clip, watched)
+            )
+            for i, clip in enumerate(plan.held_out)
+        )  # fmt: skip
+
+    def _samples(self, method: int) -> list[Sample]:
+        plan = self.plan
+        found = []
+        for j, clip in enumerate(plan.clips):
+            self.bar.set_description(f"measuring {plan.methods[method].method} {j + 1}/{len(plan.clips)}")
+
+            def make(clip: Clip = clip) -> tuple[Sample, Vectors]:
+                return measure(
+                    self.pipe, plan.methods[method], plan.keeps, plan.base.generate.steps, plan.close,
+                    lambda: self.maker.frames(plan.dense, clip), lambda: self.bar.update(1),
+                )  # fmt: skip
+
+            found.append(self.shelf.sample(sample_name(method, j), make, method == 0 and j == 0))
+        return found
+
+    def _gains(self, vectors: Vectors, weights: list[float]) -> Gains:
+        plan = self.plan
+        return perturb.measure_gains(
+            self.pipe, vectors, weights, plan.perturbed,
+            lambda: self.maker.frames(plan.dense, plan.clips[0]), lambda: self.bar.update(1),
+        )  # fmt: skip
+
+    def _expect(self, in_a_run: int) -> None:
+        """Tell the bar how many forwards are left, now that those of a run are known."""
+        plan = self.plan
+        steps = plan.base.generate.steps
+        branches = max(1, in_a_run // steps)
+        layers = sum(len(find_adapter(t).self_attentions(t)) for t in transformers_of(self.pipe).values())
+        of_a_sample = forwards(steps, branches, layers, len(plan.keeps), plan.close)
+        left = sum(
+            of_a_sample
+            for i in range(len(plan.methods))
+            for j in range(len(plan.clips))
+            if not self.shelf.has_sample(sample_name(i, j))
+        )
+        if not self.shelf.has_gains:
+            left += perturb.forwards_of(steps, plan.perturbed, branches)
+        left += in_a_run * (len(plan.held_out) * _LATER + len(plan.clips) * (_WAYS + plan.polish) // 2)
+        self.bar.total = self.bar.n + left
+        self.bar.refresh()
+
+
+def sample_name(method: int, clip: int) -> str:
+    """Of a measured run on the shelf."""
+    return f"{method}-{clip:03d}"

@@ -1,0 +1,72 @@
+"""Ways to meet a bound: each keeps it, and a cache's schedules are reckoned clip by clip."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_accel.tuning.ways import Way, fit_way, list_ways
+
+sys.path.insert(0, str(Path(__file__).parent))
+from drawn_problems import draw
+
+SCHEDULE, STEPS, THRESHOLD, DENSE = (
+    Way(0, adaptive, sparse) for adaptive, sparse in [(False, True), (False, False), (True, True), (True, False)]
+)
+
+
+@pytest.fixture
+def problem():
+    plain = draw(3, n=8, layers=2, buckets=2, keeps=2)
+    rng = np.random.default_rng(5)
+    expected = np.concatenate(
+        [np.full((len(plain.gram), 2), np.inf), rng.uniform(0.05, 0.4, (len(plain.gram), 6))], 1
+    )
+    return replace(plain, expected=expected)
+
+
+def test_ways_there_are(problem) -> None:
+    assert list_ways({0: problem}) == [SCHEDULE, STEPS, THRESHOLD, DENSE]
+    assert list_ways({0: replace(problem, forced=np.ones(8, bool))}) == [SCHEDULE]
+    assert list_ways({0: replace(problem, expected=np.full_like(problem.expected, np.inf))}) == [SCHEDULE, STEPS]
+    assert len(list_ways({0: problem, 1: problem})) == 6
+
+
+@pytest.mark.parametrize("way", [SCHEDULE, STEPS, THRESHOLD, DENSE], ids=str)
+def test_bounds_hold(problem, way: Way) -> None:
+    for time in (0.8, 0.6, 0.45):
+        found = fit_way(problem, way, "time", time)
+        assert problem.cost(found) <= time + 1e-9
+        assert (found.threshold is not None) == way.adaptive
+        assert way.sparse or not any(map(any, found.keeps))
+    loss = problem.loss(fit_way(problem, way, "time", 0.6))
+    again = fit_way(problem, way, "loss", loss * (1 + 1e-9))
+    assert problem.loss(again) <= loss * (1 + 1e-8) and problem.cost(again) <= 0.6 + 0.05
+    assert problem.velocity_error(fit_way(problem, way, "error", 0.5)) <= 0.5
+
+
+def test_sparse_attention_is_used_where_it_helps(problem) -> None:
+    for time in (0.6, 0.45):
+        ways = [fit_way(problem, way, "time", time) for way in (THRESHOLD, DENSE)]
+        assert problem.loss(ways[0]) <= problem.loss(ways[1]) * (1 + 1e-9)
+
+
+def test_a_cache_is_reckoned_clip_by_clip(problem) -> None:
+    threshold = problem.thresholds()[4]
+    under = problem.under(threshold)
+    told = under.dense()
+    assert told.threshold == threshold
+    alone = []
+    for s, schedule in enumerate(under.schedules):
+        one = replace(problem, gram=problem.gram[s : s + 1], shares=problem.shares[s : s + 1])
+        fixed = replace(problem.dense(), computed=tuple(schedule.tolist()))
+        alone.append((one.cost(fixed), one.loss(fixed), one.velocity_error(fixed) ** 2))
+    costs, losses, errors = np.array(alone).mean(0)
+    assert problem.cost(told) == pytest.approx(costs) == under.cost(told)
+    assert problem.loss(told) == pytest.approx(losses)
+    assert problem.velocity_error(told) == pytest.approx(errors**0.5)
+    assert fit_way(problem, THRESHOLD, "time", 0.01) is None
