@@ -83,8 +83,8 @@ RECTIFIED: tuple[Options, ...] = (
 
 # Blocks under its veto are read whatever the budget; at -1 it never speaks, as in the published code's default.
 SPARGE: tuple[Options, ...] = ({}, {"similarity": -1.0})
-SVG2: tuple[Options, ...] = ({}, {"min_keep": 0.0})
-NABLA: tuple[Options, ...] = ({}, {"keep": 0.05}, {"keep": 0.001})  # floors
+SVG2: tuple[Options, ...] = ({}, {"min_keep": 0.03}, {"min_keep": 0.0})  # floors, as nabla's
+NABLA: tuple[Options, ...] = ({}, {"keep": 0.05}, {"keep": 0.001})
 FEW = (0.25, 0.15, 0.10)  # of the keeps, for variations of a method
 FORCED = 2.0  # times the budget may be kept, no more
 
@@ -132,13 +132,13 @@ METHODS: Mapping[str, Entry] = {
         ({"predict_every": 3, "share_plans": True},), of="pooled", keeps=FEW
     ),
     **{
-        f"{name}, one plan for both": Entry(_and(options, share_plans=True), knob=knob, of=name, keeps=FEW)
-        for name, options, knob in (
-            ("pooled", ({},), "keep"),
-            ("rectified", RECTIFIED, "keep"),
-            ("sparge", SPARGE, "keep"),
-            ("svg2", SVG2, "top_p"),
-            ("nabla", NABLA, "top_p"),
+        f"{name}, one plan for both": Entry(_and(options, share_plans=True), knob=knob, of=name, keeps=keeps)
+        for name, options, knob, keeps in (
+            ("pooled", ({},), "keep", FEW),
+            ("rectified", RECTIFIED, "keep", FEW),
+            ("sparge", SPARGE, "keep", FEW),
+            ("svg2", SVG2, "top_p", (*FEW, 0.05)),
+            ("nabla", NABLA, "top_p", FEW),
         )
     },
 }
