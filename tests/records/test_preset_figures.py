@@ -56,7 +56,9 @@ def problems(preset: Preset, told: dict[str, str]) -> Iterator[str]:
         "frames": (made.frames, record["frames"]),
         "guidance": (made.guidance, record["guidance"]),
     }
-    yield from (f"{key}: {', '.join(map(str, values))} differ" for key, values in said.items() if len({*values}) > 1)
+    yield from (
+        f"{key}: {', '.join(map(str, values))} differ" for key, values in said.items() if len({*values}) > 1
+    )
     size = f"{made.width}x{made.height}"
     if size not in claim.size or (made.frames > 1 and f"{made.frames} frames" not in claim.size):
         yield f"size: {claim.size!r} does not speak of {made.frames} frames of {size}"
@@ -80,17 +82,22 @@ def weights_of(model: str) -> str:
 
 
 def changed(preset: Preset, record: Any) -> list[str]:
-    """Sparse options that say something else than the options of the variant the figures are of.
+    """Sparse and cache options that say something else than the options of the variant the figures are of.
 
     From how many tokens on a preset is sparse is not among them: records say 0 there, to have it sparse on any device.
     """
     variants = {figure.at[1] for figure in preset.provenance.figures.values() if figure.at[0] == "summary"}
-    run = [record["options"].get(variant) for variant in variants]
-    now = json.loads(json.dumps(preset.sparse.to_mapping())) if preset.sparse else None  # a record's are JSON
+    run = [dict(record["options"].get(variant) or {}) for variant in variants if variant != "dense"]
+    cache = json.loads(json.dumps(preset.cache.to_mapping())) if preset.cache else None  # a record's are JSON
+    if any(options.pop("cache", None) != cache for options in run):
+        return ["cache"]
+    now = json.loads(json.dumps(preset.sparse.to_mapping())) if preset.sparse else None
     if now is None:
-        return [] if all(options is None for options in run) else ["sparse"]
+        return ["sparse"] if any(run) else []
     written = {key for key in now if preset.sources.get(f"sparse.{key}") != "default"} - {"min_tokens"}
-    return [key for options in run for key in sorted(written & set(options or {})) if options[key] != now[key]]
+    return [
+        key for options in run for key in sorted(written & set(options or {})) if options[key] != now[key]
+    ]
 
 
 def as_written(name: str) -> dict[str, str]:
@@ -109,7 +116,24 @@ def test_every_figure_is_its_records(name: str) -> None:
 
 
 def test_some_are_measured() -> None:
-    assert {"tiny-wan", "tiny-wan-fast", "tiny-sd3", "tiny-sd3-fast", "tiny-sd3-balanced"} <= set(MEASURED)
+    of_wan = {"tiny-wan", *(f"tiny-wan-{level}" for level in ("balanced", "fast", "turbo"))}
+    assert {*of_wan, "tiny-sd3", "tiny-sd3-fast", "tiny-sd3-balanced"} <= set(MEASURED)
+
+
+@pytest.mark.parametrize("name", ["tiny-wan-balanced", "tiny-wan-turbo"])
+def test_fewer_steps_in_the_same_time_are_farther_from_dense(name: str) -> None:
+    """By 3 dB or more, in the same run. At equal time: between the runs of steps that took a little more and less."""
+    from numpy import interp
+
+    figures = load_preset(name).provenance.figures
+    (_, variant, _), summary = figures["psnr_db"].at, read_record(figures["psnr_db"].record)["summary"]
+    fewer = sorted(
+        (x["seconds_per_prompt"], x["psnr_mean"]) for k, x in summary.items() if k.startswith("steps=")
+    )
+    seconds = summary[variant]["seconds_per_prompt"]
+    assert fewer[-1][0] > seconds, "a run that took at least as long"
+    # where even the fewest steps took longer, they are what it stands beside
+    assert summary[variant]["psnr_mean"] >= interp(seconds, *zip(*fewer, strict=True)) + 3
 
 
 @pytest.mark.parametrize(
@@ -139,6 +163,9 @@ def test_a_figure_that_is_not_true_is_found() -> None:
     assert line.startswith("psnr_db = 30.2: the record has 30.08")
     (line,) = problems(preset.with_values({"sparse.keep": 0.3}, "preset x"), written)
     assert line == "keep differs from what was run"
+    turbo = load_preset("tiny-wan-turbo")
+    other = dataclasses.replace(turbo, cache=dataclasses.replace(turbo.cache, threshold=0.3))
+    assert list(problems(other, as_written("tiny-wan-turbo"))) == ["cache differs from what was run"]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -152,7 +179,8 @@ def test_a_description_has_no_figure_of_its_own(name: str) -> None:
 def test_figures_in_comments_are_published_or_on_record(path: Path) -> None:
     """Each block of comments with a figure says that others published it, or names a record."""
     comments = "\n".join(
-        line.removeprefix("#").strip() if line.startswith("#") else "" for line in path.read_text().splitlines()
+        line.removeprefix("#").strip() if line.startswith("#") else ""
+        for line in path.read_text().splitlines()
     )
     for block in cut(comments):
         if IN_WORDS.search(block.text):
@@ -200,7 +228,11 @@ def test_a_users_provenance_is_read(tmp_path: Path) -> None:
         ("value = 30,", "value = 'x',", "a number is needed"),
         ('at = ["rows", 0]', "at = []", "a list of keys is needed"),
         ('at = ["rows", 0]', "at = [true]", "a list of keys is needed"),
-        ('at = ["rows", 0], over', "ov = 1, over", "Unknown key of preset 'a': provenance: figure 'psnr_db' 'ov'"),
+        (
+            'at = ["rows", 0], over',
+            "ov = 1, over",
+            "Unknown key of preset 'a': provenance: figure 'psnr_db' 'ov'",
+        ),
         ('status = "measured"\n', "", "is provisional and has a provenance"),
         ('status = "measured"', 'status = "provisional"', "is provisional and has a provenance"),
     ],

@@ -132,6 +132,16 @@ def test_the_encoder_starts_as_that_of_tiny_wan():
     assert not torch.allclose(after, before, atol=1e-2)
 
 
+def test_the_encoder_of_an_image_model_is_its_t5():
+    """Its CLIPs have folders too."""
+    from tiny_image.text import load_encoder
+    from transformers import T5EncoderModel
+
+    shipped = T5EncoderModel.from_pretrained(model_path("tiny-sd3") / "text_encoder_3", dtype=torch.float32)
+    for name, tensor in load_encoder(model_path("tiny-sd3"), shipped.config.vocab_size).state_dict().items():
+        assert torch.equal(tensor, shipped.state_dict()[name]), name
+
+
 def test_the_text_stage_teaches_the_encoder(tmp_path):
     from tiny_image.text import train_text
     from tiny_models.reading import TextPace
