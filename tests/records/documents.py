@@ -19,7 +19,9 @@ FIGURE = re.compile(
 UNIT = re.compile(r"\b(?:dB|PSNR|ms|seconds|GB|GiB|MB|as fast|faster)\b")
 RECORD = re.compile(r"scripts/results/([\w.-]+)")
 # Words that say of a number that it is nobody's record here, or that it is somebody else's.
-WITHOUT = re.compile(r"\bno record\b|\bnot on record\b|\bnot in a record\b|\bnot measured\b|\b[Pp]ublished\b", re.S)
+WITHOUT = re.compile(
+    r"\bno record\b|\bnot on record\b|\bnot in a record\b|\bnot measured\b|\b[Pp]ublished\b", re.S
+)
 # Parts that scripts write. The README's own figures stand between marks too, and are written by hand.
 MARK = re.compile(r"<!-- (?!figures)[\w ]+: (begin|end) -->")
 # A number that says how far two others are apart is in no record.

@@ -19,7 +19,9 @@ def read_record(name: str) -> Any:
 
 def committed() -> set[str]:
     """The names of the records that git knows."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=RESULTS, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=RESULTS, capture_output=True, text=True, check=True
+    )
     return {name for name in listed.stdout.split("\0") if name}
 
 
@@ -59,6 +61,9 @@ def claimable(record: Any, unit: str) -> list[float]:
     rows = record.get("rows", {}) if isinstance(record, dict) else {}
     for name in SECONDS if isinstance(rows, dict) and "dense" in rows else ():
         for middle in (mean, median):
-            of = {variant: middle([row[name] for row in each if name in row] or [0]) for variant, each in rows.items()}
+            of = {
+                variant: middle([row[name] for row in each if name in row] or [0])
+                for variant, each in rows.items()
+            }
             found += [of["dense"] / seconds for seconds in of.values() if seconds]
     return found

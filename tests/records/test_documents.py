@@ -56,7 +56,9 @@ def untrue(name: str, found: list[Block]) -> list[str]:
         if not block.generated and not block.is_without
         for number, unit in block.claims
         if (name, number) not in DERIVED
-        and not any(is_rounded(number, value) for record in block.records for value in _claimable(record, unit))
+        and not any(
+            is_rounded(number, value) for record in block.records for value in _claimable(record, unit)
+        )
     ]
 
 

@@ -87,17 +87,20 @@ def changed(preset: Preset, record: Any) -> list[str]:
     From how many tokens on a preset is sparse is not among them: records say 0 there, to have it sparse on any device.
     """
     variants = {figure.at[1] for figure in preset.provenance.figures.values() if figure.at[0] == "summary"}
-    run = [dict(record["options"].get(variant) or {}) for variant in variants if variant != "dense"]
+    return [key for v in sorted(variants - {"dense"}) for key in changed_in(record["options"].get(v), preset)]
+
+
+def changed_in(run: dict[str, Any] | None, preset: Preset) -> list[str]:
+    """As `changed`, of one variant's options."""
+    run = dict(run or {})
     cache = json.loads(json.dumps(preset.cache.to_mapping())) if preset.cache else None  # a record's are JSON
-    if any(options.pop("cache", None) != cache for options in run):
+    if run.pop("cache", None) != cache:
         return ["cache"]
     now = json.loads(json.dumps(preset.sparse.to_mapping())) if preset.sparse else None
     if now is None:
-        return ["sparse"] if any(run) else []
+        return ["sparse"] if run else []
     written = {key for key in now if preset.sources.get(f"sparse.{key}") != "default"} - {"min_tokens"}
-    return [
-        key for options in run for key in sorted(written & set(options or {})) if options[key] != now[key]
-    ]
+    return [key for key in sorted(written & set(run)) if run[key] != now[key]]
 
 
 def as_written(name: str) -> dict[str, str]:
@@ -120,13 +123,22 @@ def test_some_are_measured() -> None:
     assert {*of_wan, "tiny-sd3", "tiny-sd3-fast", "tiny-sd3-balanced"} <= set(MEASURED)
 
 
-@pytest.mark.parametrize("name", ["tiny-wan-balanced", "tiny-wan-turbo"])
+BESIDE_FEWER_STEPS = {  # preset -> the record of a run in which fewer steps stand beside it
+    "tiny-wan-balanced": "bench_balanced_tiny_wan_cpu.json",
+    "tiny-wan-fast": "bench_fast_tiny_wan_cpu.json",
+    "tiny-wan-turbo": "bench_caches_tiny_wan_cpu.json",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_FEWER_STEPS)
 def test_fewer_steps_in_the_same_time_are_farther_from_dense(name: str) -> None:
     """By 3 dB or more, in the same run. At equal time: between the runs of steps that took a little more and less."""
     from numpy import interp
 
-    figures = load_preset(name).provenance.figures
-    (_, variant, _), summary = figures["psnr_db"].at, read_record(figures["psnr_db"].record)["summary"]
+    preset, record = load_preset(name), read_record(BESIDE_FEWER_STEPS[name])
+    assert record["model"] == preset.model and record["size"] == preset.generate.width
+    variant, summary = preset.provenance.figures["psnr_db"].at[1], record["summary"]
+    assert not changed_in(record["options"][variant], preset)
     fewer = sorted(
         (x["seconds_per_prompt"], x["psnr_mean"]) for k, x in summary.items() if k.startswith("steps=")
     )
