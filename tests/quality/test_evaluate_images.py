@@ -53,7 +53,7 @@ def save_random_model(family, folder):
 def test_flux_dense_and_sparse(evaluate, tmp_path):
     model = save_random_model("flux", tmp_path / "flux")
     words = ["--size", 128, "--steps", 2, "--prompts", 3, "--batch", 2, "--show", 1]
-    variants = ["dense", "keep=0.1,dense_above=1", "steps=1,guidance=1"]
+    variants = ["dense", "keep=0.1,dense_above=1,neighbours=0", "steps=1,guidance=1"]
     record, text = evaluate("--model", model, *words, "--variants", *variants)
     assert [row["prompt"] for row in record["rows"]["dense"]] == [0, 1, 2]
     dense, sparse, short = (record["summary"][name] for name in variants)
