@@ -33,7 +33,7 @@ class ImageStudent(ClipStudent):
 class FluxStudent(ImageStudent):
     """FLUX reads the words of the text encoder, padding included, and the pooled output of one CLIP.
 
-    Padding is longer than a caption: cuDNN's attention can then be trained with (`tiny_models.attention`).
+    Padding is longer than a caption: text fills a block of keys.
     """
 
     folders = {"transformer": "transformer", "text_encoder": "text_encoder_2", "clip.0": "text_encoder"}  # noqa: RUF012

@@ -12,19 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .ranks import Ranks
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-# cuDNN's backward ended at an illegal address with 4,096 + 48 tokens, and did not with 4,096 + 96 (torch 2.11, H200).
-CUDNN_TOKENS = 32
 
 
-def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int, width: int):
+def prefer_fastest(ranks: Ranks, batch: int, tokens: int, heads: int, width: int, joint: bool):
     """A context in which attention of so many tokens, and heads so wide, takes the faster kernel; on a CPU none.
 
-    A number of tokens that cuDNN cannot be trusted with takes flash attention.
+    Attention that is `joint` takes flash attention: in compiled blocks cuDNN's backward ended at an illegal address
+    with 4,096 + 48 and with 4,096 + 64 tokens (torch 2.11, H200), though alone, as it is timed here, it ran.
     """
     if not ranks.device.startswith("cuda"):
         return contextlib.nullcontext()
     shape = (batch, tokens, heads, width)  # laid out as projections leave it
-    if tokens % CUDNN_TOKENS:
+    if joint:
         return sdpa_kernel([BACKENDS[0], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
     seconds = [_time_backend(backend, ranks.device, shape) for backend in BACKENDS]
     best = BACKENDS[int(ranks.agree(float(seconds[1] < seconds[0])))]

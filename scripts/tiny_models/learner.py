@@ -35,6 +35,7 @@ class Student(nn.Module):
     """
 
     visual = 1  # place of the visual stream in what a block of two streams returns
+    joint = False  # whether text takes part in the blocks' self-attention
 
     text_encoder: nn.Module
     transformer: nn.Module

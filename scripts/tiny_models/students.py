@@ -17,6 +17,7 @@ _STEMS = {"transformer": "dit", "text_encoder": "text", "clip": "clip"}  # of th
 class ClipStudent(Student):
     """A `Student` with one or two small CLIP encoders beside the text encoder."""
 
+    joint = True
     folders: dict[str, str]  # part of this student -> folder of the pipeline
     clip: nn.ModuleList
 

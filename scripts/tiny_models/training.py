@@ -75,7 +75,7 @@ def train(
     average = copy.deepcopy(student)
     student.tap(tapped)
     heads_of = student.transformer.config.num_attention_heads
-    attention = prefer_fastest(ranks, mix[0].batch, tokens, heads_of, student.head_width)
+    attention = prefer_fastest(ranks, mix[0].batch, tokens, heads_of, student.head_width, student.joint)
     if pace.compiled:
         student.compile_parts()
     torch.manual_seed(pace.seed * 1000 + ranks.rank + 1)
