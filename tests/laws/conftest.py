@@ -28,19 +28,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Rows of the table for a law: pairs of a family or a model and a method, or either alone."""
     rows = {"bench": list(FAMILIES), "model": list(MODELS), "method": list(METHODS)}
     asked = [name for name in rows if name in metafunc.fixturenames]
+    for marker in metafunc.definition.iter_markers("where"):
+        table = FAMILIES if asked[0] == "bench" else MODELS
+        rows[asked[0]] = [name for name, row in table.items() if getattr(row, marker.args[0])]
     if "method" not in asked or len(asked) == 1:
         for name in asked:
             metafunc.parametrize(name, rows[name], indirect=True)
         return
     host = asked[0]
     everything = metafunc.definition.get_closest_marker("every_pair") is not None
-    chooses_backend = metafunc.definition.get_closest_marker("chooses_backend") is not None
     chosen = [
         (row, method)
         for row, method in itertools.product(rows[host], METHODS)
         if everything or row == rows[host][0] or method in EVERYWHERE
         if not (host == "bench" and FAMILIES[row].line and getattr(METHODS[method](0.4), "needs_grid", False))
-        if not chooses_backend or FAMILIES[row].backend
     ]
     metafunc.parametrize((host, "method"), chosen, indirect=True)
 

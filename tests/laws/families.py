@@ -39,6 +39,7 @@ class Family:
     raster: str | None = None  # why its tokens keep the model's own order
     line: str | None = None  # why its tokens are no one grid, on which methods that need one cannot be used
     backend: bool = True  # whether its stock processors know a choice of attention backend
+    calls_back: bool = True  # whether the pipeline takes a callback
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Model:
     large_inputs: dict[str, Any]
     tokens: int  # that these inputs are
     times: tuple[float, ...] = (1.8, 1.2, 0.6)  # of a run, as shares of the time in the inputs
+    contexts: bool = True  # whether the class has cache contexts
 
 
 def _words(request: Request) -> dict[str, Any]:
@@ -203,6 +205,7 @@ FAMILIES: dict[str, Family] = {
         _hunyuan15_embeddings,
         lambda request: dict(_HUNYUAN),
         prepare=_guide_hunyuan15,
+        calls_back=False,
     ),
     "framepack": Family(
         testing.tiny_framepack_pipeline,
@@ -292,5 +295,6 @@ MODELS: dict[str, Model] = {
         {**_HEADS, "caption_projection_dim": 256, "pos_embed_max_size": 48, "dual_attention_layers": (0,)},
         {"grid": (48, 45), "text": 100},
         2260,
+        contexts=False,
     ),
 }

@@ -54,15 +54,18 @@ def test_a_run_after_an_exception_is_as_fresh(bench, method, install, at_call, e
     assert torch.equal(bench.sample(embedded=embedded), fresh)
 
 
+@pytest.mark.where("calls_back")
 @pytest.mark.parametrize("embedded", [False, True], ids=["new prompts", "the same tensors"])
 def test_a_run_after_a_stopped_callback_is_as_fresh(bench, method, install, embedded):
-    if "callback_on_step_end" not in inspect.signature(bench.pipe.__call__).parameters:
-        pytest.skip("this pipeline calls nothing back")
     install(bench.pipe, method(0.4))
     fresh = bench.sample(embedded=embedded)
     with pytest.raises(Stop):
         bench.sample(callback_on_step_end=stop_in_callback, embedded=embedded)
     assert torch.equal(bench.sample(embedded=embedded), fresh)
+
+
+def test_the_table_says_which_pipelines_call_back(bench):
+    assert bench.family.calls_back == ("callback_on_step_end" in inspect.signature(bench.pipe.__call__).parameters)
 
 
 def test_the_report_counts_runs(bench, method, install):

@@ -4,11 +4,20 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
-def test_a_branch_is_the_same_with_and_without_the_other(model, method, install, named):
-    if named and not hasattr(model.make(), "cache_context"):
-        pytest.skip("this class has no cache contexts")
+def test_the_table_says_which_classes_have_cache_contexts(model):
+    assert model.contexts == hasattr(model.make(), "cache_context")
 
+
+@pytest.mark.where("contexts")
+def test_a_named_branch_is_the_same_with_and_without_the_other(model, method, install):
+    _expect_strangers(model, method, install, named=True)
+
+
+def test_a_nameless_branch_is_the_same_with_and_without_the_other(model, method, install):
+    _expect_strangers(model, method, install, named=False)
+
+
+def _expect_strangers(model, method, install, named):
     def run(branches):
         transformer = model.make()
         handle = install(transformer, method(0.4))

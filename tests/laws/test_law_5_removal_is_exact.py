@@ -73,7 +73,7 @@ def test_installing_twice_removes_to_the_stock_processors(bench, method, install
     assert anatomy(bench.pipe) == before
 
 
-@pytest.mark.chooses_backend
+@pytest.mark.where("backend")
 def test_a_backend_chosen_meanwhile_stays(bench, method, install):
     transformer = bench.transformers()[0]
     found = [m for m in transformer.modules() if hasattr(m, "get_processor")]
