@@ -9,7 +9,7 @@ from dit_accel.plan import BlockPlan
 
 from .api import run, run_feedback
 
-HOST = ("max_q_block", "max_k_block", "even_k", "even_q")  # what of a plan the host knows
+HOST = ("max_q_block", "max_k_block", "even_k", "even_q", "longest_first")  # what of a plan the host knows
 
 
 @torch.library.custom_op("dit_accel::block_sparse", mutates_args=())
@@ -31,7 +31,7 @@ def block_sparse_op(
 
     Args:
         q, k, v: `[B, H, S, D]`.
-        host: the plan's `max_q_block`, `max_k_block`, `even_k` and `even_q`.
+        host: the plan's fields that `HOST` names.
     """
     plan = plan_of(q, k, counts, indices, q_starts, k_starts, host)
     return run(q, k, v, plan, scale, impl, precision, pv_threshold=pv_threshold)

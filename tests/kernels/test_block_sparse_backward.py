@@ -18,6 +18,7 @@ import dit_accel.kernels.inversion.op  # noqa: F401
 from dit_accel.errors import KernelUnavailable, UnknownNameError, UsageError
 from dit_accel.kernels.block_sparse import block_sparse, block_sparse_trainable
 from dit_accel.kernels.block_sparse.backward import differentiate, why_not, workspace_bytes
+from dit_accel.kernels.block_sparse.op import fields_of
 from dit_accel.kernels.inversion import invert_plan
 from dit_accel.plan import BlockPlan
 
@@ -177,7 +178,8 @@ def test_operators_are_sound(layout: str, ordered: bool):
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     order = torch.randperm(77).int()[None, None] if ordered else None
-    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts, order, None, [32, 32, 0, 0], 0.3)
+    *tensors, host = fields_of(plan)
+    fields = (*tensors, order, None, host, 0.3)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(OPS.block_sparse_trainable, (*leaves, *fields, "cpu"))
     out, lse = OPS.block_sparse_trainable(q, k, v, *fields, "cpu")

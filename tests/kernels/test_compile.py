@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ import dit_accel.kernels.counting.op
 import dit_accel.kernels.pooling.op
 import dit_accel.kernels.selection.op  # noqa: F401
 from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback
+from dit_accel.kernels.block_sparse.op import fields_of, plan_of
 from dit_accel.kernels.compaction import compact_lists
 from dit_accel.kernels.counting import count_pairs
 from dit_accel.kernels.pooling import block_means
@@ -65,16 +68,15 @@ def test_other_numbers_do_not_compile_again():
 def test_operators_are_sound(dtype):
     q, k, v, starts = (x.to(dtype) if x.is_floating_point() else x for x in inputs())
     plan = BlockPlan.from_mask(torch.rand(1, 2, 7, 7) < 0.5, starts, starts)
-    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts)
     by_head = [x.transpose(1, 2) for x in (q, k, v)]
     scores = torch.randn(1, 2, 7, 7)
     checks = ("test_schema", "test_faketensor")  # there is no backward
     torch.library.opcheck(
-        OPS.block_sparse, (*by_head, *fields, [16, 16, 0, 0], 0.3, "cpu", "full"), test_utils=checks
+        OPS.block_sparse, (*by_head, *fields_of(plan), 0.3, "cpu", "full"), test_utils=checks
     )
     torch.library.opcheck(
         OPS.block_sparse_feedback,
-        (*by_head, *fields, [16, 16, 0, 0], 0.3, "cpu", "full", -2.0),
+        (*by_head, *fields_of(plan), 0.3, "cpu", "full", -2.0),
         test_utils=checks,
     )
     needed = torch.rand(1, 2, *plan.indices.shape[2:]) < 0.5
@@ -95,4 +97,15 @@ def test_operators_are_sound(dtype):
         (scores, None, None, None, shares, *budgets, None, torch.tensor(0.5), "auto"),
         test_utils=checks,
     )
-    torch.library.opcheck(OPS.count_pairs, (*fields, [100, 100, 16, 16], "auto"), test_utils=checks)
+    torch.library.opcheck(OPS.count_pairs, (*fields_of(plan)[:4], [100, 100, 16, 16], "auto"), test_utils=checks)
+
+
+def test_an_operator_gets_all_of_a_plan_that_the_host_knows():
+    starts = uniform_starts(100, 16)
+    plan = BlockPlan.full(starts, starts)
+    plan = replace(plan, even_k=True, even_q=True, longest_first=True)
+    q = torch.zeros(1, 2, 100, 8)
+    again = plan_of(q, q, *fields_of(plan))
+    for field in fields(BlockPlan):
+        found, given = getattr(again, field.name), getattr(plan, field.name)
+        assert torch.equal(found, given) if isinstance(given, torch.Tensor) else found == given, field.name

@@ -13,6 +13,7 @@ import torch
 
 from dit_accel.errors import KernelUnavailable, UsageError
 from dit_accel.kernels.block_sparse import block_sparse, block_sparse_feedback, choose, why_not
+from dit_accel.kernels.block_sparse.op import fields_of
 from dit_accel.kernels.block_sparse.reference import block_sparse as by_reference
 from dit_accel.kernels.block_sparse.reference import block_sparse_quantised
 from dit_accel.kernels.compaction import compact_lists
@@ -330,9 +331,8 @@ def test_it_compiles_into_one_graph():
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(q, k, v), attend(q, k, v), strict=True):
         assert torch.equal(a, b)
-    fields = (plan.counts, plan.indices, plan.q_starts, plan.k_starts)
     torch.library.opcheck(
         torch.ops.dit_accel.block_sparse,
-        (q, k, v, *fields, [32, 32, 0, 0], SCALE, "cpu", "full", -3.0),
+        (q, k, v, *fields_of(plan), SCALE, "cpu", "full", -3.0),
         test_utils=("test_schema", "test_faketensor"),
     )
