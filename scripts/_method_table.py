@@ -97,7 +97,7 @@ METHODS: Mapping[str, Entry] = {
     "pooled": Entry(),
     "rectified": Entry(RECTIFIED),
     "sparge": Entry(SPARGE),
-    "svg1": Entry(),
+    "svg1": Entry(({"compensation": "none"},)),  # as published
     "svg2": Entry(SVG2, knob="top_p"),
     "nabla": Entry(NABLA, knob="top_p"),
     "sla": Entry(),  # without weights: its choice of blocks alone

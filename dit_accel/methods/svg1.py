@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 # Probabilities held at once when heads are tried, in fp32 4 MB and 128 MB.
 PROBABILITIES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
 KINDS = ("spatial", "temporal")
-COMPENSATIONS = ("none", "all")
+COMPENSATIONS = ("auto", "all", "none")
+# Blocks that a frame must hold for "auto" to let means stand in. Measured with 8, where they bring 1.5 to 4 dB, and
+# with 2, where they cost 2 to 3: a mean of half a frame says little (docs/methods.md).
+BLOCKS_A_FRAME = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Method:
 
     Source: Sparse VideoGen, arXiv:2502.01776. Published keep: 0.3 for Wan at 720p with its first frame, 0.25 (720p)
     and 0.2 (480p) for HunyuanVideo; 64 rows. `compensation` is ours: a band leaves out the same places at every step,
-    and what is lost there adds up.
+    and what is lost there adds up. "none" is as published.
     """
 
     arrangement: ClassVar[Arrangement] = Arrangement("raster", 128)
@@ -55,7 +58,7 @@ class Method:
     keep: float  # share of the video's keys that a video token reads, first frame included
     first_frame: bool = False  # also read every token of the first frame
     rows: int = 64  # query tokens by which a head is told
-    compensation: str = "none"  # "all": means of blocks stand in for those that are not read; "none"
+    compensation: str = "auto"  # "all": means of blocks stand in for those not read; "none"; "auto": by frame size
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1:
@@ -94,9 +97,15 @@ class Method:
         else:  # both kinds read the same of their positions
             chosen = (parts[name][:1, None].to(query.device) for name in ("counts", "indices"))
         plan = plan_of_runs(*chosen, layout, of_kind("q_order"), of_kind("k_order"))
-        if self.compensation == "none":
+        if not self._means_stand_in(layout):
             return plan
         return with_means(plan, ~plan.to_mask(), (query.shape[0], query.shape[2]))
+
+    def _means_stand_in(self, layout: TokenLayout) -> bool:
+        if self.compensation == "auto":
+            _, rows, columns = layout.grid
+            return rows * columns >= BLOCKS_A_FRAME * layout.block
+        return self.compensation == "all"
 
     def _is_temporal(self, query: Tensor, key: Tensor, layout: TokenLayout, gain: Tensor) -> Tensor:
         """Whether the temporal blocks cover more of the sampled rows' attention, bool `[B, H]`; a tie is spatial."""

@@ -91,6 +91,15 @@ def test_svg1_takes_the_kind_that_covers_more_and_reads_its_blocks(grid, text, f
         assert mask[..., : grid[1] * grid[2]].all()
 
 
+@pytest.mark.parametrize(("grid", "large"), [((3, 5, 7), True), ((3, 4, 8), True), ((3, 4, 7), False)])
+def test_by_default_means_stand_in_where_a_frame_holds_four_blocks(grid, large):
+    layout = build_layout(grid, "raster", 8)
+    query, key = inputs(layout)
+    by_default, asked = (svg1(layout, query, key, keep=0.4, **more) for more in ({}, {"compensation": "all"}))
+    assert (by_default.coarse is not None) == large
+    assert asked.coarse is not None and torch.equal(by_default.to_mask().expand_as(asked.to_mask()), asked.to_mask())
+
+
 @pytest.mark.parametrize("first_frame", [False, True])
 @pytest.mark.parametrize("text", [0, 5])
 def test_means_stand_in_for_what_a_band_leaves_out(text, first_frame):
@@ -99,7 +108,7 @@ def test_means_stand_in_for_what_a_band_leaves_out(text, first_frame):
     query, key = inputs(layout, heads=4, batch=2, seed=2)
     value = randn(*query.shape, seed=5)
     options = {"keep": 0.3, "first_frame": first_frame, "rows": 16}
-    bare = svg1(layout, query, key, **options)
+    bare = svg1(layout, query, key, **options, compensation="none")
     plan = svg1(layout, query, key, **options, compensation="all")
     assert torch.equal(plan.to_mask(), bare.to_mask().expand_as(plan.to_mask())) and bare.coarse is None
 
@@ -179,7 +188,7 @@ def test_svg1_refuses(wrong):
         load_method("svg1", keep=0.3, **wrong)
     with pytest.raises(UsageError, match="needs keep"):
         load_method("svg1")
-    with pytest.raises(UsageError, match="Unknown compensation 'gain'. Allowed: all, none"):
+    with pytest.raises(UsageError, match="Unknown compensation 'gain'. Allowed: all, auto, none"):
         load_method("svg1", keep=0.3, compensation="gain")
 
 
