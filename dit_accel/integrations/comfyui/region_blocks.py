@@ -34,19 +34,23 @@ class BlockPatches:
             (_NAMES[kind], number): partial(self._run, place) for place, (kind, number) in enumerate(self._blocks)
         }
         self._active: ActiveTokens | None = None
-        self._text_first, self._taken = False, {}
+        self._text_first, self._alike, self._taken = False, False, {}
         self.n_run = 0  # of the forward under way
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def stand_in(self, options: dict[str, Any], active: ActiveTokens, text_first: bool) -> dict[str, Any]:
+    def stand_in(
+        self, options: dict[str, Any], active: ActiveTokens, text_first: bool, alike: bool
+    ) -> dict[str, Any]:
         """ComfyUI's options for a forward of these tokens; nobody else may stand in for a block of it.
 
         Args:
             text_first: whether text stands before the image's tokens where both are in one sequence.
+            alike: whether all rows have the same tokens, as those of one picture and its prompts do.
         """
-        self._active, self._text_first, self._taken, self.n_run = active, text_first, {}, 0
+        self._active, self._text_first, self._alike = active, text_first, alike
+        self._taken, self.n_run = {}, 0
         return {**options, "patches_replace": {**options.get("patches_replace", {}), "dit": dict(self._patches)}}
 
     def clear(self) -> None:
@@ -85,7 +89,7 @@ class BlockPatches:
         text = table.shape[axis] - self._n_tokens
         first = text if self._text_first else 0
         image = table.narrow(axis, first, self._n_tokens)
-        if _alike(active.index):  # one table for all rows, as kernels like it best
+        if self._alike:  # one table for all rows, as kernels like it best
             image = image.index_select(axis, active.index[0].to(table.device))
         else:
             image = active.apply(image, axis)
@@ -114,8 +118,3 @@ class BlockPatches:
             words = slice(0, text) if self._text_first else slice(-text, None)
             whole[:, words] = part[:, words]
         return whole
-
-
-def _alike(index: Tensor) -> bool:
-    """Whether all rows have the same tokens, as those of one picture and its prompts do. No look at the numbers."""
-    return index.shape[0] == 1 or index.stride(0) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.k_diffusion.sampling import sample_euler
@@ -151,13 +151,13 @@ class SampledRegion(RegionForwards):
         Raises:
             UsageError: what would be kept does not fit into memory.
         """
-        self._map = LatentTokens(self._family.patch(self._diffusion), tuple(x.shape[2:]))
+        self._look_at(x)
         reason = self._why_sampling_never or self._why_never(call, facts, x, control, options, given)
         return self._decide(call, facts, x, self._itemsize, reason)
 
     def stand_in(self, options: dict[str, Any], active: ActiveTokens, text_first: bool) -> dict[str, Any]:
-        """As of `BlockPatches`."""
-        return self._patches.stand_in(options, active, text_first)
+        """ComfyUI's options for a forward of these tokens (`BlockPatches.stand_in`)."""
+        return self._patches.stand_in(options, active, text_first, alike=len(self._forward.index) == 1)
 
     def settle(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
         """What a forward gave, `[B, C, (F,) H, W]` without noise: with the others' held velocity where it computed a
@@ -195,27 +195,29 @@ class SampledRegion(RegionForwards):
         kept = self._kept.get(call.branch)
         if kept is not None:
             kept.step = call.step
-        self._map = LatentTokens(self._family.patch(self._diffusion), tuple(x.shape[2:]))
+        self._look_at(x)
         self.chooser.note_made_up(self._map, call)
 
     def forget(self) -> None:
         super().forget()
-        patches = getattr(self, "_patches", None)
-        if patches is not None:
-            patches.clear()
+        self._patches.clear()
 
     # -- as a host
+
+    def _look_at(self, x: Tensor) -> None:
+        self._places = math.prod(x.shape[1:])
+        self._map = LatentTokens(tuple(self._family.patch(self._diffusion)), tuple(x.shape[2:]))
 
     def _tokens(self) -> LatentTokens:
         assert self._map is not None
         return self._map
 
     def declare(self, rows: int, tokens: int, text: int, itemsize: int) -> int:
-        places = math.prod(self._family.patch(self._diffusion)) * self._channels
-        velocity = rows * tokens * places * 4
+        velocity = rows * self._places * 4
         if self.region.keys == "drop":
             return velocity
-        alone = {layers[1] for (kind, _), layers in self._family.slots(self._diffusion).items() if len(layers) > 1}
+        # SD3.5's blocks attend a second time, to the image alone
+        alone = {layer for layers in self._family.slots(self._diffusion).values() for layer in layers[1:]}
         keys = sum(tokens + text * (layer not in alone) for layer in self._kept_layers())
         return velocity + 2 * keys * rows * self._family.width(self._diffusion) * itemsize
 
