@@ -58,15 +58,17 @@ class Forward:
     text: int  # text tokens of these
     index: Tensor | None = None  # the active tokens, int64 [B, K] by row of the latents
     active: ActiveTokens | None = None
-    places: Tensor | None = None  # of the active tokens among the kept keys, [N, K]
+    places: Tensor | None = None  # of the active tokens among the kept keys of image or video, [N, K]
     made_up: bool = False  # by a step cache
     attended: set[int] = field(default_factory=set)  # layers whose active tokens read what is kept
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write a call's active tokens and text, `[N, K, H, D]`, where they stand among all, `[N, S, H, D]`."""
         joint = part.shape[1] > self.active.n_video_tokens
-        write_rows(whole, self.places, part[:, self.video] if joint else part)
-        if joint:
+        if not joint:
+            write_rows(whole, self.places, part)
+        else:
+            write_rows(whole, self.places + self.video.start, part[:, self.video])
             text = slice(0, self.text) if self.video.start else slice(-self.text, None)
             whole[:, text] = part[:, text]
 
@@ -180,7 +182,6 @@ class RegionForwards:
         now.active = ActiveTokens(facts.grid, index, kept.velocity)
         now.video = slice(first, first + index.shape[1])
         now.places = index if kept.order is None else kept.order.backward.to(index.device)[index]
-        now.places = now.places + first
         return now.active
 
     def _prepare(self, kept: Kept, now: Forward) -> None:

@@ -183,6 +183,21 @@ class SampledRegion(RegionForwards):
         self.leave()
         return out
 
+    def attend(
+        self, place: Any, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]
+    ) -> Tensor | None:
+        """As of `RegionForwards`.
+
+        Raises:
+            UsageError: other tokens than those that were to be computed.
+        """
+        now = self._forward
+        if now is not None and now.active is not None:
+            tokens = now.active.n_video_tokens
+            if query.shape[1] not in (tokens, tokens + now.text):
+                raise self._not_taken_out()
+        return super().attend(place, query, key, value, call)
+
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep a copy of keys and values, if they are of the tokens that are known."""
         tokens = math.prod(self._forward.call.grid)
@@ -225,14 +240,17 @@ class SampledRegion(RegionForwards):
         return range(self._first_layer, self._forwards().n_layers)
 
     def _check_ran(self) -> None:
-        ran, layers = self._patches.n_run, set(self._kept_layers())
-        missing = layers - self._forward.attended if self.region.keys == "cached" else ()
-        if ran != len(self._patches) or missing:
-            raise UsageError(
-                f"Region sampling could not take its tokens out: {ran} of {len(self._patches)} blocks came to it, and "
-                f"{len(layers) - len(missing)} of {len(layers)} self-attentions. Another node changes this model "
-                "within: set DiT-Accel Region to off, or take that node out."
-            )
+        missing = set(self._kept_layers()) - self._forward.attended if self.region.keys == "cached" else ()
+        if self._patches.n_run != len(self._patches) or missing:
+            raise self._not_taken_out()
+
+    def _not_taken_out(self) -> UsageError:
+        attended = len(self._forward.attended)
+        return UsageError(
+            f"Region sampling could not take its tokens out: {self._patches.n_run} of {len(self._patches)} blocks and "
+            f"{attended} of {self._forwards().n_layers} self-attentions came to it. Another node changes this model "
+            "within: set DiT-Accel Region to off, or take that node out."
+        )
 
     # -- why not
 

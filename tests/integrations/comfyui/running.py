@@ -24,11 +24,12 @@ SMALL, LARGE = (3, 16, 20), (5, 18, 14)  # frames, rows, columns of latents; in 
 
 def sample(
     host: ModuleType, model: Any, family: str, size: tuple[int, int, int] = SMALL, *, steps: int = 6,
-    together: bool = True, guidance: float = 4.0, prompts: tuple[Any, Any] | None = None, sampler: str = "euler",
+    together: bool = True, guidance: float = 4.0, prompts: tuple[Any, Any] | None = None, sampler: Any = "euler",
     pictures: int = 1,
 ) -> Tensor:  # fmt: skip
     """Latents from a fixed seed. together: whether there is memory for both prompts in one batch."""
     positive, negative = prompts or (host.conditioning(family, 1), host.conditioning(family, 2))
+    sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
     latent = host.latents(family, size)["samples"].repeat_interleave(pictures, dim=0)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
@@ -39,7 +40,7 @@ def sample(
         elif not together:
             patch.setattr(comfy.samplers.CFGGuider, "one_batch", False)
         return guider.sample(
-            comfy.sample.prepare_noise(latent, 3), latent, comfy.samplers.sampler_object(sampler),
+            comfy.sample.prepare_noise(latent, 3), latent, sampler,
             torch.linspace(1, 0, steps + 1), disable_pbar=True, seed=3,
         )  # fmt: skip
 

@@ -191,7 +191,7 @@ class _TwoStream(_Model):
 
             out = _run_block(options, "double_block", i, run_double, {"img": x, "txt": text, **said})
             x, text = out["img"], out["txt"]
-            if control is not None:
+            if control is not None and i < len(control["input"]):
                 x = x + control["input"][i]
         whole = join(x, text)
         options["block_type"] = "single"
