@@ -44,9 +44,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+BY_FRAME = "wan22"  # a family whose frames may have noise levels of their own
+CONFIGS[BY_FRAME] = "WAN22_T2V", {**_WAN, "in_dim": 48, "out_dim": 48}
 _PARAMS = {"flux": FluxParams, "hunyuan": HunyuanVideoParams}
-FAMILIES = tuple(CONFIGS)
-VIDEO = ("wan", "hunyuan")
+FAMILIES = tuple(family for family in CONFIGS if family != BY_FRAME)
+VIDEO = ("wan", "hunyuan", BY_FRAME)
 
 
 def build(family: str) -> Any:
@@ -79,5 +81,6 @@ def conditioning(family: str, seed: int = 1, tokens: int = 7, **more: Any) -> li
 
 def latents(family: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """Empty latents of so many frames, rows and columns."""
-    shape = (1, 16, *size) if family in VIDEO else (1, 16, *size[1:])
+    channels = 48 if family == BY_FRAME else 16
+    shape = (1, channels, *size) if family in VIDEO else (1, channels, *size[1:])
     return {"samples": torch.zeros(shape)}

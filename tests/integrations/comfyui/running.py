@@ -25,9 +25,14 @@ SMALL, LARGE = (3, 16, 20), (5, 18, 14)  # frames, rows, columns of latents; in 
 def sample(
     host: ModuleType, model: Any, family: str, size: tuple[int, int, int] = SMALL, *, steps: int = 6,
     together: bool = True, guidance: float = 4.0, prompts: tuple[Any, Any] | None = None, sampler: Any = "euler",
-    pictures: int = 1,
+    pictures: int = 1, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latents from a fixed seed. together: whether there is memory for both prompts in one batch."""
+    """Latents from a fixed seed.
+
+    Args:
+        together: whether there is memory for both prompts in one batch.
+        mask: what is to be made `[1, 1, F, H, W]`; the rest is given.
+    """
     positive, negative = prompts or (host.conditioning(family, 1), host.conditioning(family, 2))
     sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
     latent = host.latents(family, size)["samples"].repeat_interleave(pictures, dim=0)
@@ -41,7 +46,7 @@ def sample(
             patch.setattr(comfy.samplers.CFGGuider, "one_batch", False)
         return guider.sample(
             comfy.sample.prepare_noise(latent, 3), latent, sampler,
-            torch.linspace(1, 0, steps + 1), disable_pbar=True, seed=3,
+            torch.linspace(1, 0, steps + 1), denoise_mask=mask, disable_pbar=True, seed=3,
         )  # fmt: skip
 
 

@@ -117,6 +117,17 @@ def test_a_prompts_padding_stays_out_of_a_part(host: Any) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_frames_with_noise_levels_of_their_own(host: Any) -> None:
+    """As Wan 2.2's 5B model has them, where the first frame is given."""
+    family, mask = host.BY_FRAME, torch.ones(1, 1, *LARGE)
+    mask[:, :, 0] = 0
+    model, seen = watch(with_settings(host.build(family), region=region()))
+    out = sample(host, model, family, LARGE, mask=mask)
+    assert count_of(seen)[1] is not None
+    torch.testing.assert_close(out, plainly(host, family, LARGE, seen, mask=mask), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out, sample(host, model, family, LARGE), atol=1e-2)
+
+
 @pytest.mark.parametrize("selector", ["std", "l2"])
 def test_tokens_are_chosen_by_the_guided_velocity(host: Any, family: str, selector: str) -> None:
     model, seen = watch(with_settings(host.build(family), region=region(selector=selector)))
@@ -345,6 +356,22 @@ def test_a_branch_that_was_away_computes_every_token(host: Any) -> None:
     plain = Plain(seen, grid_of("wan", SMALL, host)).on(host.build("wan"))
     plain.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "guide", guide)
     torch.testing.assert_close(out, sample(host, plain, "wan", together=False, steps=8), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_more_in_a_step_is_nobodys_memory(host: Any, family: str) -> None:
+    """As nodes have it that guide by a model with a layer left out: of the same prompt, at the same step."""
+    kind = "double_block"
+
+    def twice(executor: Any, x: Any, t: Any, concat: Any, text: Any, control: Any, options: dict, given: dict) -> Any:
+        out = executor(x, t, concat, text, control, {**options}, **given)
+        skip = {**options, "patches_replace": {"dit": {(kind, 1): lambda args, more: args}}}
+        executor(x, t, concat, text, control, skip, **given)
+        return out
+
+    model = with_settings(host.build(family), region=region())
+    expected = sample(host, model, family, steps=8)
+    assert torch.equal(sample(host, _with_around(model, twice), family, steps=8), expected)
+    assert report_of(model).whole_reasons["another node stands in for blocks"] == 8
 
 
 # -- what cannot be

@@ -38,8 +38,10 @@ class CFGGuider:
 
     @torch.no_grad()
     def outer_sample(
-        self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+        self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Tensor | None = None,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        self.given = {} if denoise_mask is None else {"denoise_mask": denoise_mask}
         self.model_options["transformer_options"]["sample_sigmas"] = sigmas
         x = sigmas[0] * noise + (1 - sigmas[0]) * latent_image
         return sampler.sampler_function(self._outer_predict, x, sigmas, **sampler.extra_options)
@@ -65,7 +67,7 @@ class CFGGuider:
             more = {name: torch.cat([self.conds[kind][1][name] for kind in group]) for name in self.conds[0][1]}
             out = self.model_patcher.model.apply_model(
                 torch.cat([x] * len(group)), timestep.repeat(len(group)), c_crossattn=torch.cat(each),
-                transformer_options=options, **more,
+                transformer_options=options, **more, **self.given,
             )  # fmt: skip
             found |= dict(zip(group, out.chunk(len(group)), strict=True))
         if len(wanted) == 1:
