@@ -307,7 +307,7 @@ class RegionForwards:
             f"Region sampling would keep {(need + held) / _GIB:.3g} GiB for {(need + held) // one} branch(es) of "
             f"guidance ({self._size[1]} tokens, keys={self.region.keys!r}), and {free / _GIB:.3g} GiB are there. Use "
             "keys='drop', which keeps velocities alone; layers=, which keeps the keys of the last layers only; fewer "
-            "frames or a smaller size; or region=False."
+            "frames or a smaller size; or no region sampling."
         )
 
     def _free(self, device: torch.device) -> int | None:

@@ -102,10 +102,12 @@ def _wan_tokens(model: nn.Module, latents: Tensor, text: Tensor, given: Mapping[
     return Tokens((frames, rows, columns))
 
 
-def _wan_why_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+def _why_wan_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
     if given.get("time_dim_concat") is not None:
         return "frames are appended to the latents"
-    return "a reference image" if given.get("reference_latent") is not None else None
+    if given.get("reference_latent") is not None:
+        return "a reference image"
+    return None
 
 
 def _wan_balanced(model: nn.Module) -> str:
@@ -122,20 +124,21 @@ def _two_stream_slots(model: nn.Module) -> Slots:
     return slots | {("single", i): (double + i,) for i in range(len(model.single_blocks))}
 
 
-def _flux_why_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+def _why_flux_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
     if given.get("ref_latents"):
         return "reference images"
-    return "an attention mask" if given.get("attention_mask") is not None else None
+    if given.get("attention_mask") is not None:
+        return "an attention mask"
+    return None
 
 
-def _hunyuan_why_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
-    for name, reason in {
-        "ref_latent": "a reference image",
-        "guiding_frame_index": "the first frame is modulated by itself",
-        "clip_fea": "an image's tokens stand among the text",
-    }.items():
-        if given.get(name) is not None:
-            return reason
+def _why_hunyuan_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    if given.get("ref_latent") is not None:
+        return "a reference image"
+    if given.get("guiding_frame_index") is not None:
+        return "the first frame is modulated by itself"
+    if given.get("clip_fea") is not None:
+        return "an image's tokens stand among the text"
     return None
 
 
@@ -184,7 +187,7 @@ FAMILIES = {
         patch=lambda model: (model.patch_size,) * 2,
         width=lambda model: model.hidden_size,
         rotary_axis=2,
-        why_whole=_flux_why_whole,
+        why_whole=_why_flux_whole,
     ),
     "HunyuanVideo": Family(
         slots=_two_stream_slots,
@@ -193,7 +196,7 @@ FAMILIES = {
         patch=lambda model: model.patch_size,
         width=lambda model: model.hidden_size,
         rotary_axis=2,
-        why_whole=_hunyuan_why_whole,
+        why_whole=_why_hunyuan_whole,
     ),
     "OpenAISignatureMMDITWrapper": Family(  # SD3's MMDiT
         slots=_sd3_slots,
@@ -211,7 +214,7 @@ FAMILIES = {
         patch=lambda model: model.patch_size,
         width=lambda model: model.dim,
         rotary_axis=1,
-        why_whole=_wan_why_whole,
+        why_whole=_why_wan_whole,
     ),
 }
 

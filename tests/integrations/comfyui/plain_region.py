@@ -18,8 +18,6 @@ from torch import Tensor
 from dit_accel.integrations.comfyui.patch import KEY
 from dit_accel.integrations.comfyui.region_forwards import SampledRegion
 
-TEXT = 7  # tokens of a prompt
-
 
 def watch(model: Any) -> tuple[Any, list[tuple[tuple[int, ...], Tensor | None]]]:
     """A clone of a model with region sampling, and a list of its forwards to come: whose prompts they are for, and
@@ -62,11 +60,17 @@ class Plain:
         seen: of `watch`.
         grid: frames, rows and columns of tokens.
         kept_layers: whose keys and values are kept; None: all. In the others tokens that are left out are not read.
+        text_first: whether text stands before the others in joint attention.
+        text: tokens of a prompt.
+        patch: latents that a token has in a row of them, and in a column.
     """
 
     seen: list[tuple[tuple[int, ...], Tensor | None]]
     grid: tuple[int, int, int]
     kept_layers: set[int] | None = None
+    text_first: bool = True
+    text: int = 7
+    patch: int = 2
     _keys: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _velocity: dict[Any, Tensor] = field(default_factory=dict)
     _forward: int = 0
@@ -93,7 +97,8 @@ class Plain:
         level = t.view(-1, *(1,) * (x.ndim - 1))
         velocity = (x - out) / level
         if index is not None:
-            here = self._active.view(len(x), 1, *self.grid).repeat_interleave(2, 3).repeat_interleave(2, 4)
+            here = self._active.view(len(x), 1, *self.grid)
+            here = here.repeat_interleave(self.patch, 3).repeat_interleave(self.patch, 4)
             here = here[..., : x.shape[-2], : x.shape[-1]]
             here = here if x.ndim == 5 else here[:, :, 0]
             velocity = torch.where(here, velocity, self._velocity[prompts])
@@ -103,11 +108,11 @@ class Plain:
     def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         axis, tokens = (2 if kwargs.get("skip_reshape") else 1), math.prod(self.grid)
         n_keys = key.shape[axis]
-        if query.shape[axis] != n_keys or n_keys not in (tokens, tokens + TEXT):
+        if query.shape[axis] != n_keys or n_keys not in (tokens, tokens + self.text):
             return function(query, key, value, *args, **kwargs)
         place, self._layer = (self._prompts, self._layer), self._layer + 1
         read = torch.ones(len(key), n_keys, dtype=torch.bool)
-        first = TEXT if self.text_first and n_keys > tokens else 0
+        first = self.text if self.text_first and n_keys > tokens else 0
         read[:, first : first + tokens] = self._active
         if self.kept_layers is not None and place[1] not in self.kept_layers:
             [alike] = {tuple(row.nonzero()[:, 0].tolist()) for row in read}  # all rows have the same tokens
@@ -120,5 +125,3 @@ class Plain:
             value = torch.where(read if value.ndim == read.ndim else read[..., None], value, held[1])
         self._keys[place] = key, value
         return function(query, key, value, *args, **kwargs)
-
-    text_first: bool = True

@@ -10,7 +10,10 @@ from typing import Any
 
 import core_models
 import pytest
+import torch
 from core_server import Server
+from plain_region import Plain, watch
+from running import region, sample, with_settings
 
 _SCHEDULE = "schedule = '110100'\nmin_steps = 0"
 _SPARSE = "min_tokens = 0\nblock = 16"
@@ -172,6 +175,23 @@ def test_a_sampler_that_looks_back_computes_every_token(server: Server) -> None:
     graph["sampled"]["inputs"]["model"] = ["model", 0]
     del graph["report"]
     assert server.run(graph)["digest"]["text"] == shown["digest"]["text"]
+
+
+@pytest.mark.parametrize(
+    "family, grid, said",
+    [
+        ("wan-i2v", (3, 8, 10), {}),
+        ("flux2", (1, 16, 20), {"text": 512, "patch": 1}),  # the core makes every prompt as long
+        ("hunyuan-image", (1, 16, 20), {"text_first": False, "patch": 1}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_part_of_other_models_of_the_families(family: str, grid: tuple[int, int, int], said: dict[str, Any]) -> None:
+    model, seen = watch(with_settings(core_models.build(family), region=region()))
+    out = sample(core_models, model, family)
+    assert [index is None for _, index in seen] == [True, False, False, False, False, True]
+    plain = Plain(seen, grid, **said).on(core_models.build(family))
+    torch.testing.assert_close(out, sample(core_models, plain, family), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mistake_stops_the_prompt_and_says_the_way_out(server: Server) -> None:
