@@ -283,6 +283,9 @@ class SampledRegion(RegionForwards):
             return "another node stands around the model"
         if any(name in vars(self._diffusion) for name in _INSIDES):
             return "another node replaced the model's forward"
+        kept = self._kept.get(call.branch)
+        if kept is not None and kept.step == call.step:  # with something changed, or there would be no sense in it
+            return "the branch comes a second time at this step"
         return facts.loose or self._family.why_whole(self._diffusion, given)
 
 

@@ -184,6 +184,9 @@ def test_the_node_says_what_the_engine_is_asked(host: Any) -> None:
 
 # -- when every token is computed
 
+_STANDS_IN = "another node stands in for blocks"
+_AGAIN = "the branch comes a second time at this step"
+
 
 def _all_computed(host: Any, family: str, patched: Any, plain: Any, reason: str, **more: Any) -> None:
     """Nothing but ComfyUI's own ran, to the bit, and the report says why."""
@@ -292,7 +295,7 @@ def _replace_forward(model: Any) -> Any:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (_stand_in, "another node stands in for blocks"),
+        (_stand_in, _STANDS_IN),
         (_patch_tokens, "another node patches tokens"),
         (_stand_around, "another node stands around the model"),
         (_replace_forward, "another node replaced the model's forward"),
@@ -358,20 +361,26 @@ def test_a_branch_that_was_away_computes_every_token(host: Any) -> None:
     torch.testing.assert_close(out, sample(host, plain, "wan", together=False, steps=8), rtol=1e-4, atol=1e-4)
 
 
-def test_a_forward_more_in_a_step_is_nobodys_memory(host: Any, family: str) -> None:
-    """As nodes have it that guide by a model with a layer left out: of the same prompt, at the same step."""
-    kind = "double_block"
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"patches_replace": {"dit": {("double_block", 1): lambda args, more: args}}}, _STANDS_IN),
+        ({"optimized_attention_override": lambda f, q, *args, **more: f(q / 2, *args, **more)}, _AGAIN),
+    ],
+    ids=["layer left out", "attention blurred"],
+)
+def test_a_forward_more_in_a_step_is_nobodys_memory(host: Any, family: str, changed: Any, reason: str) -> None:
+    """As nodes have it that guide by a worse model: of the same prompt, at the same step."""
 
     def twice(executor: Any, x: Any, t: Any, concat: Any, text: Any, control: Any, options: dict, given: dict) -> Any:
         out = executor(x, t, concat, text, control, {**options}, **given)
-        skip = {**options, "patches_replace": {"dit": {(kind, 1): lambda args, more: args}}}
-        executor(x, t, concat, text, control, skip, **given)
+        executor(x, t, concat, text, control, {**options, **changed}, **given)
         return out
 
     model = with_settings(host.build(family), region=region())
     expected = sample(host, model, family, steps=8)
     assert torch.equal(sample(host, _with_around(model, twice), family, steps=8), expected)
-    assert report_of(model).whole_reasons["another node stands in for blocks"] == 8
+    assert report_of(model).whole_reasons[reason] == 8
 
 
 # -- what cannot be
