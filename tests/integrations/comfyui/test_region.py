@@ -128,6 +128,15 @@ def test_frames_with_noise_levels_of_their_own(host: Any) -> None:
     assert not torch.allclose(out, sample(host, model, family, LARGE), atol=1e-2)
 
 
+def test_a_prompt_as_long_as_the_part(host: Any) -> None:
+    """Cross-attention then looks like self-attention."""
+    prompts = host.conditioning("wan", 1, tokens=96), host.conditioning("wan", 2, tokens=96)
+    model, seen = watch(with_settings(host.build("wan"), region=region()))
+    out = sample(host, model, "wan", prompts=prompts)
+    assert count_of(seen)[1:-1] == [96] * 4
+    torch.testing.assert_close(out, plainly(host, "wan", SMALL, seen, prompts=prompts), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("selector", ["std", "l2"])
 def test_tokens_are_chosen_by_the_guided_velocity(host: Any, family: str, selector: str) -> None:
     model, seen = watch(with_settings(host.build(family), region=region(selector=selector)))
