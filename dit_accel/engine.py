@@ -349,15 +349,6 @@ class Engine(Forwards):
     def _tokens_here(self, tokens: int, place: Seat) -> int:
         return parallel.tokens_here(tokens, place.stock)
 
-    def why_dense_part(self, seat: Seat, call: dict[str, Any]) -> tuple[str, bool] | None:
-        """Why an attention of some query blocks runs dense, and whether that was planned; or None."""
-        reason = self.why_dense_at(seat.layer)
-        if reason is not None:
-            return reason
-        if call["attn_mask"] is not None or call["is_causal"] or call["dropout_p"]:
-            return "an attention mask, causal attention or dropout", False
-        return None
-
     # -- copying
 
     def is_copied_in(self, memo: dict) -> bool:

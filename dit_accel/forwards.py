@@ -184,6 +184,15 @@ class Forwards:
             return f"{query.shape[1]} tokens where the grid has {expected[0]}", False
         return None
 
+    def why_dense_part(self, place: Place, call: dict[str, Any]) -> Reason | None:
+        """Why an attention of some query blocks runs dense, and whether that was planned; or None."""
+        reason = self.why_dense_at(place.layer)
+        if reason is not None:
+            return reason
+        if call["attn_mask"] is not None or call["is_causal"] or call["dropout_p"]:
+            return "an attention mask, causal attention or dropout", False
+        return None
+
     def _tokens_here(self, tokens: int, place: Place) -> int:
         """How many of so many tokens this process holds."""
         return tokens

@@ -15,8 +15,9 @@ schedulers with a history are mended where a token comes back, and nothing is a 
 - `active`: taking these tokens out of a sequence, and putting them back;
 - `block_attention`: sparse attention with these;
 - `schedulers`: standing in a scheduler's `step`, and mending its history;
-- `sampler`: one pipeline's choice, from step to step;
-- `engine`: one transformer's forwards, and what is kept of them.
+- `chooser`: one run's choice, from step to step;
+- `forwards`: one transformer's forwards, and what is kept of them;
+- `sampler`, `engine`: both in a pipeline of diffusers.
 """
 
 from __future__ import annotations

@@ -18,34 +18,33 @@ from dit_accel.region.blocks import Blocks, take_query_blocks
 from dit_accel.trajectory import Call, StateTable
 
 if TYPE_CHECKING:
-    from dit_accel.adapters.dispatch import Seat
-    from dit_accel.engine import Engine
+    from dit_accel.forwards import Forwards, Place
     from dit_accel.layout import TokenLayout
     from dit_accel.plan import BlockPlan
-    from dit_accel.region.engine import Forward
-    from dit_accel.region.sampler import Sampler
+    from dit_accel.region.chooser import Chooser
+    from dit_accel.region.forwards import Forward
 
 
 class BlockAttention:
     """What `unit="block"` adds to one transformer's forwards.
 
     Args:
-        engine: of sparse attention.
-        sampler: chooses the blocks.
+        forwards: with sparse attention.
+        chooser: chooses the blocks.
 
     Raises:
         UsageError: no sparse attention, or a method or an order that cannot.
     """
 
-    def __init__(self, engine: Engine, sampler: Sampler) -> None:
-        _check(engine)
-        self._engine, self._sampler = weakref.ref(engine), sampler
+    def __init__(self, forwards: Forwards, chooser: Chooser) -> None:
+        _check(forwards)
+        self._forwards, self._chooser = weakref.ref(forwards), chooser
         self._blocks: tuple[TokenLayout, Blocks] | None = None  # of the layout seen last
-        self._shared = StateTable(engine.trajectory)  # plans of a step's first branch, where branches share them
+        self._shared = StateTable(forwards.trajectory)  # plans of a step's first branch, where branches share them
 
     def blocks_of(self, now: Forward) -> Blocks | None:
         """The blocks that the step behind this forward may choose from; None where keys are not kept in their order."""
-        layout = self._engine().layout
+        layout = self._forwards().layout
         if now.kept is None or layout is None or layout.grid != now.call.grid:
             return None
         if now.kept.order is not (None if layout.order == "raster" else layout):
@@ -57,7 +56,7 @@ class BlockAttention:
     def attend(
         self,
         now: Forward,
-        seat: Seat,
+        seat: Place,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -70,18 +69,18 @@ class BlockAttention:
             query: `[N, K, H, D]` of the active tokens; key and value `[N, S, H, D]` of all.
             first_head: the model's number of the first of these heads.
         """
-        engine = self._engine()
-        reason = engine.why_dense_part(seat, call)
+        forwards = self._forwards()
+        reason = forwards.why_dense_part(seat, call)
         if reason is not None:
-            engine.count_dense(*reason, 1)
+            forwards.count_dense(*reason, 1)
             return None
         joint = query.shape[1] > now.active.n_video_tokens
         text = now.text if joint else 0
-        layout = engine.layouts.of_call(key, text, engine.layout, 0)
+        layout = forwards.layouts.of_call(key, text, forwards.layout, 0)
         here = now.call.at(seat.layer, first_head)
         if now.text and not joint:  # the text takes no part in this attention
             here = replace(here, segments=(("video", 0, layout.n_video_tokens),))
-        blocks = repeat_rows(self._sampler.chosen_blocks().to(query.device), len(query)) + layout.video_blocks.start
+        blocks = repeat_rows(self._chooser.chosen_blocks().to(query.device), len(query)) + layout.video_blocks.start
         if text:
             of_text = torch.arange(layout.n_blocks, device=query.device)[layout.text_blocks].expand(len(blocks), -1)
             blocks = torch.cat((of_text, blocks) if layout.text_first else (blocks, of_text), 1)
@@ -89,23 +88,23 @@ class BlockAttention:
 
         def compute() -> Attended:
             plan = take_query_blocks(self._plan(now, here, query, key, layout), blocks, query.shape[1])
-            return Attended(*engine.attending.attend_by(plan, query, key, value, call, here, layout, held))
+            return Attended(*forwards.attending.attend_by(plan, query, key, value, call, here, layout, held))
 
-        return engine.attending.attend_guarded(compute, seat, query, key, value, call, here)
+        return forwards.attending.attend_guarded(compute, seat, query, key, value, call, here)
 
     def _plan(self, now: Forward, here: Call, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockPlan:
         """A plan of all query blocks, of which those without an active query are of no matter."""
-        engine = self._engine()
+        forwards = self._forwards()
         kept = None
-        if engine.options.share_plans:
+        if forwards.options.share_plans:
             kept = self._shared.get(replace(here, branch="every branch"), tuple(key.shape), KeptPlan)
             if kept.step == here.step:
-                engine.tally.plans["carried over"] += 1
+                forwards.tally.plans["carried over"] += 1
                 return kept.plan()
         whole = query.new_zeros(key.shape)
         now.put(whole, query)
-        plan = engine.planner.method_at(here).predict(whole, key, layout, here, None)
-        engine.tally.plans["predicted"] += 1
+        plan = forwards.planner.method_at(here).predict(whole, key, layout, here, None)
+        forwards.tally.plans["predicted"] += 1
         if kept is not None:
             kept.keep(plan, here)
         return plan
@@ -117,24 +116,24 @@ class BlockAttention:
         self._shared.clear()
 
 
-def _check(engine: Engine) -> None:
+def _check(forwards: Forwards) -> None:
     """Whether whole blocks can be chosen and attend sparsely.
 
     Raises:
         UsageError: no sparse attention, or a method or an order that cannot.
     """
-    if engine.method is None:
+    if forwards.method is None:
         raise UsageError(
             "region option unit='block' chooses blocks of sparse attention, and there is none: give a method= and its "
             "budget, or unit='token'."
         )
-    if not getattr(engine.method, "rows_apart", False):
+    if not getattr(forwards.method, "rows_apart", False):
         fit = [name for name in method_names() if getattr(method_class(name), "rows_apart", False)]
         raise UsageError(
             f"region option unit='block' needs a method that plans every query block for itself: {', '.join(fit)}. "
             "Choose one of these, or unit='token'."
         )
-    if engine.layouts.arrangement.order == "tiles":
+    if forwards.layouts.arrangement.order == "tiles":
         raise UsageError(
             "region option unit='block' wants blocks of one size, and order='tiles' makes them of several: choose "
             "order='packed' or 'gilbert', or unit='token'."

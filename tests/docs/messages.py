@@ -1,4 +1,6 @@
-"""What the code says to people: errors, remarks, warnings and reasons of dense calls, read from its syntax.
+"""What the code says to people: errors, remarks, warnings, reasons of dense calls and of forwards with all tokens.
+
+They are read from its syntax.
 
 A value that is filled in is written `…`, here and on the page.
 """
@@ -25,7 +27,7 @@ ERRORS = {
     "UsageError",
 }
 SAID = {"remark", "warning", "info", "_say", "_say_once"}
-WHY = re.compile(r"_?why_(\w+_)?dense(_part|_at)?$|_?why_no_grid$")
+WHY = re.compile(r"_?why_(\w+_)?(dense|whole|never|lacking|sampler)(_part|_at)?$|_?why_no_grid$")
 # A caller's mistakes with tensors, in parts that users do not call by hand, and tools of developers.
 LEFT_OUT = ("kernels", "dit_accel/training", "dit_accel/testing", "dit_accel/quality", "dit_accel/plan.py")
 

@@ -280,3 +280,34 @@ def test_compiled_blocks_give_the_same():
     for pipe in (eager, compiled):
         dit_accel.accelerate(pipe, region=REGION)
     assert torch.equal(sample(compiled), sample(eager))
+
+
+def test_a_branch_that_was_away_computes_every_token(rig):
+    """What is kept of it is older than the choice of tokens knows; a step later it is as any other."""
+    mine = rig(steps=8)
+    handle = mine.accelerate()
+    x, whole = mine.x, {"cond": [], "uncond": []}
+    for step in range(7):
+        for branch in ("cond",) if step in (2, 3) else ("cond", "uncond"):
+            before = handle.report().regions.get("72 of 72 tokens", 0)
+            out = mine.forward(x, 900.0 - 100 * step, branch)
+            whole[branch].append(handle.report().regions.get("72 of 72 tokens", 0) > before)
+        x = torch.cat([mine.step(out, x), x[:, 16:]], 1)
+    assert whole == {"cond": [True] + [False] * 6, "uncond": [True, False, True, False, False]}
+    assert handle.report().whole_reasons["the branch was away for a step"] == 1
+
+
+def test_tokens_count_as_left_out_where_one_branch_left_them_out(rig):
+    """Whatever another one computed: guidance mixes both."""
+    mine = rig(steps=8)
+    handle = mine.accelerate()
+    sampler, x = handle._sampler, mine.x
+    for step in range(4):
+        active = mine.active(handle) if step else None
+        for branch in ("cond", "uncond") if step in (2, 3) else ("cond",):  # at step 2 uncond comes late, and whole
+            out = mine.forward(x, 900.0 - 100 * step, branch)
+        before = sampler._left_out
+        x = torch.cat([mine.step(out, x), x[:, 16:]], 1)
+        if step:
+            assert torch.equal(sampler._left_out, torch.where(active, 0, before + 1))
+    assert handle.report().whole_reasons["nothing is kept of this branch yet"] == 1

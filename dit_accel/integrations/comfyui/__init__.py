@@ -11,6 +11,7 @@ from dit_accel.integrations.comfyui.nodes.cache import CacheNode
 from dit_accel.integrations.comfyui.nodes.compare import CompareNode
 from dit_accel.integrations.comfyui.nodes.mask_view import MaskViewNode
 from dit_accel.integrations.comfyui.nodes.preset import PresetNode
+from dit_accel.integrations.comfyui.nodes.region import RegionNode
 from dit_accel.integrations.comfyui.nodes.report import ReportNode
 from dit_accel.integrations.comfyui.nodes.sparse import SparseNode
 
@@ -20,6 +21,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PresetNode,
     SparseNode,
     CacheNode,
+    RegionNode,
     ReportNode,
     CompareNode,
     MaskViewNode,

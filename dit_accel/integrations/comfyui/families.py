@@ -44,6 +44,11 @@ class Family:
     # from the model, latents [B, C, (F,) H, W], text embeddings [B, L, C] and the other conditioning by name
     read: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tokens]
     balanced: Callable[[nn.Module], str]  # the name of the balanced preset for a model
+    patch: Callable[[nn.Module], tuple[int, ...]]  # edges of a token in latents, as many as these have axes
+    width: Callable[[nn.Module], int]  # numbers in a token's key, of all heads
+    rotary_axis: int | None  # along which the rotary table that blocks are given has its tokens
+    # why a model with this conditioning computes every token under region sampling, or None
+    why_whole: Callable[[nn.Module, Mapping[str, Any]], str | None]
 
     def facts(
         self, model: nn.Module, latents: Tensor, noise: float, text: Tensor, given: Mapping[str, Any]
@@ -97,6 +102,14 @@ def _wan_tokens(model: nn.Module, latents: Tensor, text: Tensor, given: Mapping[
     return Tokens((frames, rows, columns))
 
 
+def _why_wan_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    if given.get("time_dim_concat") is not None:
+        return "frames are appended to the latents"
+    if given.get("reference_latent") is not None:
+        return "a reference image"
+    return None
+
+
 def _wan_balanced(model: nn.Module) -> str:
     kind = {1536: "wan21-1.3b", 3072: "wan22-5b"}.get(model.dim)
     return f"{kind or ('wan21-i2v' if model.model_type == 'i2v' else 'wan21')}-balanced"
@@ -109,6 +122,24 @@ def _two_stream_slots(model: nn.Module) -> Slots:
     double = len(model.double_blocks)
     slots = {("double", i): (i,) for i in range(double)}
     return slots | {("single", i): (double + i,) for i in range(len(model.single_blocks))}
+
+
+def _why_flux_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    if given.get("ref_latents"):
+        return "reference images"
+    if given.get("attention_mask") is not None:
+        return "an attention mask"
+    return None
+
+
+def _why_hunyuan_whole(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    if given.get("ref_latent") is not None:
+        return "a reference image"
+    if given.get("guiding_frame_index") is not None:
+        return "the first frame is modulated by itself"
+    if given.get("clip_fea") is not None:
+        return "an image's tokens stand among the text"
+    return None
 
 
 def _flux_tokens(model: nn.Module, latents: Tensor, text: Tensor, given: Mapping[str, Any]) -> Tokens:
@@ -149,12 +180,42 @@ def _sd3_tokens(model: nn.Module, latents: Tensor, text: Tensor, given: Mapping[
 
 
 FAMILIES = {
-    "Flux": Family(_two_stream_slots, _flux_tokens, lambda model: "flux-balanced"),
-    "HunyuanVideo": Family(_two_stream_slots, _hunyuan_tokens, lambda model: "hunyuanvideo-balanced"),
-    "OpenAISignatureMMDITWrapper": Family(
-        _sd3_slots, _sd3_tokens, lambda model: "sd3-balanced"
-    ),  # SD3's MMDiT
-    "WanModel": Family(_wan_slots, _wan_tokens, _wan_balanced),
+    "Flux": Family(
+        slots=_two_stream_slots,
+        read=_flux_tokens,
+        balanced=lambda model: "flux-balanced",
+        patch=lambda model: (model.patch_size,) * 2,
+        width=lambda model: model.hidden_size,
+        rotary_axis=2,
+        why_whole=_why_flux_whole,
+    ),
+    "HunyuanVideo": Family(
+        slots=_two_stream_slots,
+        read=_hunyuan_tokens,
+        balanced=lambda model: "hunyuanvideo-balanced",
+        patch=lambda model: model.patch_size,
+        width=lambda model: model.hidden_size,
+        rotary_axis=2,
+        why_whole=_why_hunyuan_whole,
+    ),
+    "OpenAISignatureMMDITWrapper": Family(  # SD3's MMDiT
+        slots=_sd3_slots,
+        read=_sd3_tokens,
+        balanced=lambda model: "sd3-balanced",
+        patch=lambda model: (model.patch_size,) * 2,
+        width=lambda model: model.hidden_size,
+        rotary_axis=None,
+        why_whole=lambda model, given: None,
+    ),
+    "WanModel": Family(
+        slots=_wan_slots,
+        read=_wan_tokens,
+        balanced=_wan_balanced,
+        patch=lambda model: model.patch_size,
+        width=lambda model: model.dim,
+        rotary_axis=1,
+        why_whole=_why_wan_whole,
+    ),
 }
 
 

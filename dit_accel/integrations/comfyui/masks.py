@@ -52,7 +52,7 @@ def view_masks(
         dict(dense_above=1.0, dense_below=0.0, dense_first=0.0, min_tokens=0)
     )
     watcher = _Watcher(layer)
-    watched = put_settings(model, dataclasses.replace(patch.settings, sparse=sparse, cache=None), watcher)
+    watched = put_settings(model, dataclasses.replace(patch.settings, sparse=sparse, cache=None, region=None), watcher)
     _run_one_step(watched, positive, latent, noise, seed)
     if watcher.mask is None:
         raise UsageError(

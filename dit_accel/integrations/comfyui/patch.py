@@ -1,9 +1,9 @@
 """Patch: what is on a model of ComfyUI, put there without touching it.
 
-A model carries wrappers around its sampling and around each call of it. The attention override is made anew for every
-call, at the last moment before the model runs: behind whatever other nodes put there, at sampling or in its course, and
-in front of it. So it cannot be lost to them, nothing of it is copied along with a model's options, and nothing outlives
-a sampling but its report.
+A model carries wrappers around its sampling, its guider's predictions and each call of it. The attention override is
+made anew for every call, at the last moment before the model runs: behind whatever other nodes put there, at sampling
+or in its course, and in front of it. So it cannot be lost to them, nothing of it is copied along with a model's
+options, and nothing outlives a sampling but its report.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Patch:
     def put_on(self, model: Any) -> None:
         model.set_attachments(KEY, self)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self._around_sampling())
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._around_prediction())
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._around_call())
 
     def describe(self) -> str:
@@ -59,7 +60,8 @@ class Patch:
         ) -> Any:
             guider = executor.class_obj
             before = guider.model_options
-            sampling = Sampling(self.settings, guider.model_patcher.model, len(sigmas) - 1, self._observer)
+            model = guider.model_patcher.model
+            sampling = Sampling(self.settings, model, len(sigmas) - 1, sampler, self._observer)
             options = {**before.get("transformer_options", {}), KEY: sampling}
             guider.model_options = {**before, "transformer_options": options}
             try:
@@ -74,6 +76,15 @@ class Patch:
                 )
 
         return sample
+
+    def _around_prediction(self) -> Callable[..., Any]:
+        def predict(executor: Any, x: Any, timestep: Any, *args, **kwargs) -> Any:
+            sampling = executor.class_obj.model_options.get("transformer_options", {}).get(KEY)
+            if sampling is None:
+                return executor(x, timestep, *args, **kwargs)
+            return sampling.predict(executor, x, timestep, args, kwargs)
+
+        return predict
 
     def _around_call(self) -> Callable[..., Any]:
         def apply(
@@ -110,7 +121,7 @@ def put_settings(model: Any, settings: Settings | None, observer: Observer | Non
     if not off:
         find_family(model.model.diffusion_model)
     model = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
         model.remove_wrappers_with_key(kind, KEY)
     model.remove_attachments(KEY)
     if not off:

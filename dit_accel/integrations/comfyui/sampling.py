@@ -14,14 +14,17 @@ from dit_accel.caches.cache import View
 from dit_accel.caches.decider import Decider
 from dit_accel.forwards import method_of
 from dit_accel.integrations.comfyui.families import find_family
+from dit_accel.integrations.comfyui.region_forwards import GuidedChooser, SampledRegion, why_sampler
 from dit_accel.integrations.comfyui.settings import Settings
 from dit_accel.integrations.comfyui.sparse_forwards import SparseForwards
 from dit_accel.options import SparseOptions
+from dit_accel.region import Region
 from dit_accel.report import Report, Tally
 from dit_accel.trajectory import Context, Trajectory
 
 ROLE = "transformer"
 _NO_VELOCITY = "the model predicts no velocity, and caches are for those that do"
+_NONE_TO_HOLD = "the model predicts no velocity that could be held"
 
 
 class Sampling:
@@ -31,14 +34,17 @@ class Sampling:
         settings: of its nodes.
         model: ComfyUI's BaseModel.
         steps: steps of the sampler's schedule.
+        sampler: ComfyUI's.
         observer: told of each sparse call.
 
     Raises:
         UnknownModelError: a model of no known family.
-        UsageError: layers that the model has not.
+        UsageError: layers that the model has not, or region sampling of a model that cannot.
     """
 
-    def __init__(self, settings: Settings, model: Any, steps: int, observer: Observer | None = None) -> None:
+    def __init__(
+        self, settings: Settings, model: Any, steps: int, sampler: Any, observer: Observer | None = None
+    ) -> None:
         self._settings, self._diffusion = settings, model.diffusion_model
         self._family = find_family(self._diffusion)
         self._trajectory = Trajectory(told_steps=steps)
@@ -54,20 +60,54 @@ class Sampling:
         if settings.cache is not None:
             self._decider = Decider(settings.cache, self._trajectory, self._tally, ROLE)
             self._trajectory.on_new_run(self._decider.begin)
+        self._region = None if settings.region is None else self._make_region(settings.region, model, sampler)
         self._labels: dict[Any, str] = {}  # of branches, by what ComfyUI tells them by
         self._began = time.perf_counter()
         self.seconds = 0.0
 
+    def _make_region(self, region: Region, model: Any, sampler: Any) -> SampledRegion:
+        why_never = why_sampler(sampler) if _predicts_velocity(model) else _NONE_TO_HOLD
+        dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
+        made = SampledRegion(
+            self._forwards,
+            GuidedChooser(region, self._trajectory),
+            self._diffusion,
+            self._family,
+            dtype.itemsize,
+            why_never,
+        )
+        self._forwards.region = made
+        return made
+
     def close(self) -> Report:
         """Let go of everything but the counts, and say what they come to."""
-        parts = (self._forwards, self._decider)
+        parts = (self._forwards, self._decider, self._region)
         held = sum(part.bytes_held() for part in parts if part is not None)
         report = self._tally.report(self._forwards.keep_requested, held)  # waits for the device
         self.seconds = time.perf_counter() - self._began
         self._forwards.clear()
         if self._decider is not None:
             self._decider.memory.clear()
+        if self._region is not None:
+            self._region.forget()
         return report
+
+    def predict(
+        self, executor: Callable[..., Tensor], x: Tensor, sigma: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A guider's prediction: what guidance makes of the calls of one step.
+
+        Args:
+            executor: the guider's.
+            x: noisy latents `[B, C, (F,) H, W]`.
+            sigma: noise level of each row.
+
+        Returns:
+            The latents without noise, as the guider sees them.
+        """
+        if self._region is None:
+            return executor(x, sigma, *args, **kwargs)
+        return self._region.predict(executor, x, sigma, args, kwargs)
 
     def apply(
         self,
@@ -101,38 +141,36 @@ class Sampling:
         call = self._trajectory.enter(ROLE, facts, context, self._forwards.n_layers)
 
         def compute() -> Tensor:
-            if self._settings.sparse is None:
+            region = self._region
+            if self._settings.sparse is None and region is None:
                 return executor(x, sigma, concat, text, control, options, **given)
-            self._forwards.enter(call, facts, x, text.shape[1])
-            before = options.get("optimized_attention_override")
-            override = self._forwards.override(before)
-            out = executor(
-                x,
-                sigma,
-                concat,
-                text,
-                control,
-                {**options, "optimized_attention_override": override},
-                **given,
-            )
+            active = None if region is None else region.enter(call, facts, x, control, options, given)
+            self._forwards.enter(call, facts, x, text.shape[1], whole=active is None)
+            override = self._forwards.override(options.get("optimized_attention_override"))
+            changed = {**options, "optimized_attention_override": override}
+            if active is not None:
+                changed = region.stand_in(changed, active, facts.text_first)
+            out = executor(x, sigma, concat, text, control, changed, **given)
+            if region is not None:
+                out = region.settle(x, sigma, out)
             self._forwards.leave()
             return out
 
         out = (
             compute()
             if self._decider is None
-            else self._compute_or_make_up(compute, View(call, x), sigma, executor)
+            else self._compute_or_make_up(compute, View(call, x), sigma, executor.class_obj)
         )
         self._trajectory.leave(ROLE)
         return out
 
     def _compute_or_make_up(
-        self, compute: Callable[[], Tensor], view: View, sigma: Tensor, executor: Any
+        self, compute: Callable[[], Tensor], view: View, sigma: Tensor, model: Any
     ) -> Tensor:
         """What a cache makes up is a velocity: that is what changes little from step to step."""
         decider = self._decider
         assert decider is not None
-        if not _predicts_velocity(executor.class_obj):
+        if not _predicts_velocity(model):
             decider.count(view.call, False, _NO_VELOCITY)
             return compute()
         # a sampler may write over its latents
@@ -142,6 +180,8 @@ class Sampling:
         if verdict.reuse:
             velocity = decider.cache.fill(view, verdict.memory)[0]
             decider.commit(verdict, view, None)
+            if self._region is not None:
+                self._region.pass_by(view.call, view.x)
             return view.x - level * velocity
         out = compute()
         velocity = None if verdict.entry is None else (view.x - out.detach()) / level

@@ -15,6 +15,8 @@ from dit_accel.integrations.comfyui.families import PIPELINES, find_family
 from dit_accel.methods import method_class, method_names
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset, load_preset, preset_names
+from dit_accel.region import Region, load_region
+from dit_accel.region.options import SELECTORS, UNITS
 
 OFF, AUTO = "off", "auto"
 
@@ -25,11 +27,12 @@ class Settings:
 
     sparse: SparseOptions | None = None  # None: every attention is ComfyUI's
     cache: Cache | None = None  # None: every step is computed
+    region: Region | None = None  # None: every token is computed
     title: str = "set by hand"  # the preset's name, if nothing of it was changed
 
     @property
     def is_off(self) -> bool:
-        return self.sparse is None and self.cache is None
+        return self.sparse is None and self.cache is None and self.region is None
 
 
 def preset_choices() -> tuple[str, ...]:
@@ -47,6 +50,16 @@ def cache_choices() -> tuple[str, ...]:
     return (OFF, *(name for name in cache_names() if cache_class(name).boundary == "call"))
 
 
+def selector_choices() -> tuple[str, ...]:
+    """What the Region node offers: every selector but that by a mask, which is a tensor."""
+    return (OFF, *(name for name in SELECTORS if name != "mask"))
+
+
+def unit_choices() -> tuple[str, ...]:
+    """What the Region node chooses: single tokens, or blocks of sparse attention."""
+    return UNITS
+
+
 def settings_of_preset(name: str, model: Any) -> Settings:
     """A preset's settings; of "auto", those of the balanced preset for this model.
 
@@ -59,7 +72,7 @@ def settings_of_preset(name: str, model: Any) -> Settings:
     """
     diffusion = model.model.diffusion_model
     preset = load_preset(find_family(diffusion).balanced(diffusion) if name == AUTO else name)
-    return Settings(preset.sparse, preset.cache, preset.name)
+    return Settings(preset.sparse, preset.cache, preset.region, preset.name)
 
 
 def sparse_options(
@@ -106,6 +119,22 @@ def cache_of(name: str, threshold: float, more: str) -> Cache | None:
     return cache
 
 
+def region_of(selector: str, sample_ratio: float, unit: str, more: str) -> Region | None:
+    """The Region node's options; None where they are off, or every token is asked for.
+
+    Args:
+        more: further options as lines of TOML, which win over the others.
+
+    Raises:
+        UsageError: a value that cannot be, or options of single transformers.
+    """
+    if selector == OFF:
+        return None
+    region = load_region(dict(selector=selector, sample_ratio=sample_ratio, unit=unit) | _lines(more))
+    _refuse_roles("region", region.roles)
+    return None if region.sample_ratio == 1 else region
+
+
 def _runs_here(preset: Preset) -> bool:
     sparse = preset.sparse
     return (
@@ -114,7 +143,7 @@ def _runs_here(preset: Preset) -> bool:
         and not preset.is_stock
         and (sparse is None or (not _is_trained(sparse.method) and not sparse.roles))
         and (preset.cache is None or (preset.cache.boundary == "call" and not preset.cache.roles))
-        and preset.region is None
+        and (preset.region is None or not preset.region.roles)
     )
 
 

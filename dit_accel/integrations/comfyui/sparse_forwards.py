@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from dit_accel.methods import Method
 from dit_accel.options import SparseOptions
 from dit_accel.report import Tally
 from dit_accel.trajectory import Call, Facts, Trajectory
+
+if TYPE_CHECKING:
+    from dit_accel.integrations.comfyui.region_forwards import SampledRegion
 
 _GRADIENTS = "gradients are needed, and the sparse kernels have no backward"
 _PASSED_BY = "its attention did not come to us: another override took its place within the model"
@@ -50,21 +53,28 @@ class SparseForwards(Forwards):
         super().__init__(options, method, trajectory, tally, role, sum(map(len, slots.values())))
         self._make_attending(None)
         self._slots, self._inside = slots, False
+        self.region: SampledRegion | None = None  # region sampling beside it
         self._seen: Counter[Any] = Counter()  # self-attentions of this forward, by block
 
-    def enter(self, call: Call, facts: Facts, latents: Tensor, prompt: int) -> None:
+    def enter(self, call: Call, facts: Facts, latents: Tensor, prompt: int, whole: bool = True) -> None:
         """Decide what holds for all of a forward.
 
         Args:
             latents: `[B, ...]`.
             prompt: tokens of its text, whether or not they take part in self-attention.
+            whole: whether all tokens are computed; where region sampling leaves some out, they lie as in the forward
+                before.
         """
         self.call, self._facts, self._prompt = call, facts, prompt
         self._seen.clear()
         self._dense_reason = self._why_asked_dense(latents.device) or self._why_no_grid(facts)
+        if not whole:
+            return
         if self._dense_reason is None:
             order = self._lay_out(facts, len(latents), latents.device, facts.loose)
             self.tally.token_orders[order] += 1
+        elif self._dense_reason[1] and self.region is not None and self.region.region.unit == "block":
+            self._lay_out(facts, len(latents), latents.device, facts.loose)  # what is kept may be used in a sparse one
 
     def leave(self) -> None:
         """Note that the forward returned."""
@@ -108,7 +118,12 @@ class SparseForwards(Forwards):
             return place.as_called()
         if layer is not None:
             place.layer = layer
+            out = None if self.region is None else self.region.attend(place, query, key, value, others)
+            if out is not None:
+                return place.give(out)
             reason = self._why_dense(place, query, key, others)
+            if self.region is not None and self.region.keeps(layer):
+                self.region.store(layer, *(self._in_order(x, forth=True) for x in (key, value)))
         if reason is not None:
             self.count_dense(*reason, 1)
             plain = reason[1] and others["attn_mask"] is None and not others["enable_gqa"]

@@ -44,9 +44,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-_PARAMS = {"flux": FluxParams, "hunyuan": HunyuanVideoParams}
 FAMILIES = tuple(CONFIGS)
-VIDEO = ("wan", "hunyuan")
+BY_FRAME = "wan22"  # a family whose frames may have noise levels of their own
+CONFIGS |= {
+    BY_FRAME: ("WAN22_T2V", {**_WAN, "in_dim": 48, "out_dim": 48}),
+    "wan-i2v": ("WAN21_I2V", {**_WAN, "model_type": "i2v", "in_dim": 36}),
+    "flux2": (
+        "Flux2",
+        {
+            **_STREAMS, "image_model": "flux2", "patch_size": 1, "in_channels": 128, "out_channels": 128,
+            "axes_dim": [8, 8, 8, 8], "vec_in_dim": None, "guidance_embed": True, "txt_ids_dims": [3],
+            "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
+        },
+    ),
+    "hunyuan-image": (
+        "HunyuanImage21",
+        {
+            **CONFIGS["hunyuan"][1], "vec_in_dim": None, "patch_size": [1, 1], "in_channels": 64, "out_channels": 64,
+            "axes_dim": [16, 16], "guidance_embed": False,
+        },
+    ),
+}  # fmt: skip
+_PARAMS = {
+    "flux": FluxParams, "flux2": FluxParams, "hunyuan": HunyuanVideoParams, "hunyuan-image": HunyuanVideoParams
+}  # fmt: skip
+VIDEO = ("wan", "hunyuan", BY_FRAME, "wan-i2v")
 
 
 def build(family: str) -> Any:
@@ -79,5 +101,7 @@ def conditioning(family: str, seed: int = 1, tokens: int = 7, **more: Any) -> li
 
 def latents(family: str, size: tuple[int, int, int]) -> dict[str, Any]:
     """Empty latents of so many frames, rows and columns."""
-    shape = (1, 16, *size) if family in VIDEO else (1, 16, *size[1:])
+    config = CONFIGS[family][1]
+    channels = config.get("out_channels") or config.get("out_dim") or 16
+    shape = (1, channels, *size) if family in VIDEO else (1, channels, *size[1:])
     return {"samples": torch.zeros(shape)}

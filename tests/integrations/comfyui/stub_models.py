@@ -10,7 +10,9 @@ from comfy.model_patcher import ModelPatcher
 
 _CLASSES = {"wan": "WanModel", "hunyuan": "HunyuanVideo", "flux": "Flux", "sd3": "OpenAISignatureMMDITWrapper"}
 FAMILIES = tuple(_CLASSES)
-VIDEO = ("wan", "hunyuan")
+BY_FRAME = "wan22"  # a family whose frames may have noise levels of their own
+_CLASSES[BY_FRAME] = "WanModel"
+VIDEO = ("wan", "hunyuan", BY_FRAME)
 
 
 def build(family: str) -> Any:

@@ -36,6 +36,7 @@ NAMES = {
     "DitAccelPreset": "DiT-Accel Preset",
     "DitAccelSparse": "DiT-Accel Sparse",
     "DitAccelCache": "DiT-Accel Cache",
+    "DitAccelRegion": "DiT-Accel Region",
     "DitAccelReport": "DiT-Accel Report",
     "DitAccelCompare": "DiT-Accel Compare",
     "DitAccelMaskView": "DiT-Accel Mask View",

@@ -348,14 +348,14 @@ def test_a_model_that_predicts_no_velocity_is_not_cached(host: Any) -> None:
     model = host.build("wan")
     cached = with_settings(model, cache=cache(0.2))
     before = sample(host, model, "wan")
-    model.model.model_sampling = _without_velocity(model.model.model_sampling)
+    model.model.model_sampling = without_velocity(model.model.model_sampling)
     assert torch.equal(sample(host, cached, "wan"), before)
     assert report_of(cached).forwards == {"computed": 6}
     [reason] = report_of(cached).computed_reasons
     assert reason == "the model predicts no velocity, and caches are for those that do"
 
 
-def _without_velocity(sampling: Any) -> Any:
+def without_velocity(sampling: Any) -> Any:
     """Something that does the same and does not say that it predicts a velocity."""
 
     class Unsaid(torch.nn.Module):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import core_models
 import pytest
+import torch
 from core_server import Server
+from plain_region import Plain, watch
+from running import region, sample, with_settings
 
 _SCHEDULE = "schedule = '110100'\nmin_steps = 0"
 _SPARSE = "min_tokens = 0\nblock = 16"
+_REGION = "bucket = 8\nstart = 1\nerror_reset = []"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,11 @@ def _sparse(model: list[Any], method: str = "rectified", **more: Any) -> dict[st
     return node("DitAccelSparse", model=model, method=method, **given)
 
 
+def _region(model: list[Any], **more: Any) -> dict[str, Any]:
+    given = dict(selector="std", sample_ratio=0.4, unit="token", options=_REGION) | more
+    return node("DitAccelRegion", model=model, **given)
+
+
 def _graph(family: str, frames: int) -> dict[str, Any]:
     """Every node of the pack, beside a sampler on the model as it is."""
     plain = _sampled(family, ["model", 0], frames)
@@ -53,15 +63,16 @@ def _graph(family: str, frames: int) -> dict[str, Any]:
         "preset": node("DitAccelPreset", model=["model", 0], preset="auto"),
         "sparse": _sparse(["preset", 0]),
         "cache": node("DitAccelCache", model=["sparse", 0], cache="latent", threshold=0.2, options=_SCHEDULE),
-        **_sampled(family, ["cache", 0], frames),
+        "region": _region(["cache", 0], unit="block"),
+        **_sampled(family, ["region", 0], frames),
         "plain": {**plain["sampled"]},
-        "report": node("DitAccelReport", model=["cache", 0], after=["sampled", 0]),
+        "report": node("DitAccelReport", model=["region", 0], after=["sampled", 0]),
         "frames": node("TestLatentsAsFrames", latent=["sampled", 0]),
         "plain frames": node("TestLatentsAsFrames", latent=["plain", 0]),
         "compare": node("DitAccelCompare", images=["frames", 0], reference=["plain frames", 0], gain=4.0),
         "worst": node("PreviewImage", images=["compare", 1]),
         "masks": node(
-            "DitAccelMaskView", model=["cache", 0], positive=["positive", 0], latent=["sampled", 0], layer=1,
+            "DitAccelMaskView", model=["region", 0], positive=["positive", 0], latent=["sampled", 0], layer=1,
             noise=0.6, seed=5,
         ),
     }  # fmt: skip
@@ -69,7 +80,7 @@ def _graph(family: str, frames: int) -> dict[str, Any]:
 
 def test_the_server_knows_every_node(server: Server) -> None:
     known = server.get("/object_info")
-    for name in ("Preset", "Sparse", "Cache", "Report", "Compare", "MaskView"):
+    for name in ("Preset", "Sparse", "Cache", "Region", "Report", "Compare", "MaskView"):
         assert known[f"DitAccel{name}"]["category"] == "DiT-Accel"
         given = known[f"DitAccel{name}"]["input"]["required"]
         assert all(len(port[1]["tooltip"]) > 20 for port in given.values())
@@ -86,6 +97,10 @@ def test_a_graph_of_every_node_runs_at_two_sizes(server: Server, family: str) ->
         assert "3 of 6 forwards reused (50%)" in report
         assert "self-attention calls sparse" in report and "no fall-backs" in report
         assert "dense because: one of the first 0.2 of the steps" in report
+        tokens = {3: 240, 5: 315}[frames] // (1 if family in core_models.VIDEO else frames)
+        assert f"forwards with: {tokens} of {tokens} tokens (1)" in report
+        [part] = re.findall(rf"forwards with: (\d+) of {tokens} tokens \(2\)", report)
+        assert 0.2 < int(part) / tokens < 0.6
         assert "runs: 1," in report
         assert shown["compare"]["text"][0].startswith("PSNR ")
         assert shown["masks"]["images"] and shown["worst"]["images"]
@@ -106,8 +121,9 @@ def test_off_is_the_unpatched_model_by_the_bit(server: Server, family: str) -> N
         "preset": node("DitAccelPreset", model=["model", 0], preset="off"),
         "sparse": _sparse(["preset", 0], "off"),
         "cache": node("DitAccelCache", model=["sparse", 0], cache="off", threshold=0.2, options=""),
-        "report": node("DitAccelReport", model=["cache", 0], after=["sampled", 0]),
-        **_sampled(family, ["cache", 0], 3),
+        "region": _region(["cache", 0], selector="off"),
+        "report": node("DitAccelReport", model=["region", 0], after=["sampled", 0]),
+        **_sampled(family, ["region", 0], 3),
     }
     off = server.run(graph)
     assert off["digest"]["text"] == plain["digest"]["text"]
@@ -117,12 +133,13 @@ def test_off_is_the_unpatched_model_by_the_bit(server: Server, family: str) -> N
 
 
 @pytest.mark.parametrize("family", core_models.FAMILIES)
-@pytest.mark.parametrize("first", ["sparse", "other"])
-def test_sparse_and_another_override_both_act(server: Server, family: str, first: str) -> None:
-    inner, outer = ("sparse", "other") if first == "sparse" else ("other", "sparse")
+@pytest.mark.parametrize("make", [_sparse, _region], ids=["sparse", "region"])
+@pytest.mark.parametrize("first", ["ours", "other"])
+def test_ours_and_another_override_both_act(server: Server, family: str, first: str, make: Any) -> None:
+    inner, outer = ("ours", "other") if first == "ours" else ("other", "ours")
 
     def made(name: str, model: str) -> dict[str, Any]:
-        return _sparse([model, 0]) if name == "sparse" else node("TestOtherOverride", model=[model, 0])
+        return make([model, 0]) if name == "ours" else node("TestOtherOverride", model=[model, 0])
 
     base = {"model": node("TestRandomModel", family=family)}
     both = {
@@ -135,13 +152,46 @@ def test_sparse_and_another_override_both_act(server: Server, family: str, first
     shown = server.run(both)
     [report] = shown["report"]["text"]
     assert "through another override" in report
-    assert "executor: cpu" in report
+    assert ("executor: cpu" in report) == (make is _sparse)
+    assert (" tokens (4)" in report) == (make is _region)
     digests = {shown["digest"]["text"][0]}
-    for alone in ("sparse", "other"):
+    for alone in ("ours", "other"):
         graph = {**base, alone: made(alone, "model"), **_sampled(family, [alone, 0], 3)}
         digests.add(server.run(graph)["digest"]["text"][0])
     digests.add(server.run({**base, **_sampled(family, ["model", 0], 3)})["digest"]["text"][0])
     assert len(digests) == 4
+
+
+def test_a_sampler_that_looks_back_computes_every_token(server: Server) -> None:
+    graph = {
+        "model": node("TestRandomModel", family="wan"),
+        "region": _region(["model", 0]),
+        **_sampled("wan", ["region", 0], 3),
+        "report": node("DitAccelReport", model=["region", 0], after=["sampled", 0]),
+    }
+    graph["sampled"]["inputs"]["sampler_name"] = "uni_pc"
+    shown = server.run(graph)
+    assert "sampler unipc: only euler is known" in shown["report"]["text"][0]
+    graph["sampled"]["inputs"]["model"] = ["model", 0]
+    del graph["report"]
+    assert server.run(graph)["digest"]["text"] == shown["digest"]["text"]
+
+
+@pytest.mark.parametrize(
+    "family, grid, said",
+    [
+        ("wan-i2v", (3, 8, 10), {}),
+        ("flux2", (1, 16, 20), {"text": 512, "patch": 1}),  # the core makes every prompt as long
+        ("hunyuan-image", (1, 16, 20), {"text_first": False, "patch": 1}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_part_of_other_models_of_the_families(family: str, grid: tuple[int, int, int], said: dict[str, Any]) -> None:
+    model, seen = watch(with_settings(core_models.build(family), region=region()))
+    out = sample(core_models, model, family)
+    assert [index is None for _, index in seen] == [True, False, False, False, False, True]
+    plain = Plain(seen, grid, **said).on(core_models.build(family))
+    torch.testing.assert_close(out, sample(core_models, plain, family), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mistake_stops_the_prompt_and_says_the_way_out(server: Server) -> None:

@@ -20,7 +20,7 @@ class CacheNode(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Leaves out steps whose result can be made up from those before. Replaces the step cache of DiT-Accel "
-                "nodes before it and leaves their sparse attention."
+                "nodes before it and leaves their other parts."
             ),
             inputs=[
                 io.Model.Input(

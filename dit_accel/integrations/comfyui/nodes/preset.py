@@ -19,8 +19,9 @@ class PresetNode(io.ComfyNode):
             display_name="DiT-Accel Preset",
             category=CATEGORY,
             description=(
-                "Makes a Wan, HunyuanVideo, FLUX or SD3 model faster by a preset's sparse attention and step cache. "
-                "Replaces what DiT-Accel nodes before it said; Sparse and Cache nodes behind it change their part."
+                "Makes a Wan, HunyuanVideo, FLUX or SD3 model faster by a preset's sparse attention, step cache and "
+                "region sampling. Replaces what DiT-Accel nodes before it said; Sparse, Cache and Region nodes behind "
+                "it change their part."
             ),
             inputs=[
                 io.Model.Input(

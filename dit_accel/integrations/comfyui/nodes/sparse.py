@@ -20,7 +20,7 @@ class SparseNode(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes self-attention read a part of its keys. Replaces the sparse attention of DiT-Accel nodes before "
-                "it and leaves their step cache."
+                "it and leaves their other parts."
             ),
             inputs=[
                 io.Model.Input(

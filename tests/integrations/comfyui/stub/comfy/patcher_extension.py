@@ -8,7 +8,9 @@ from typing import Any
 
 class WrappersMP:
     OUTER_SAMPLE = "outer_sample"
+    PREDICT_NOISE = "predict_noise"
     APPLY_MODEL = "apply_model"
+    DIFFUSION_MODEL = "diffusion_model"
 
 
 class CallbacksMP:
