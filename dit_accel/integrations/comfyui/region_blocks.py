@@ -35,6 +35,7 @@ class BlockPatches:
         }
         self._active: ActiveTokens | None = None
         self._text_first, self._alike, self._taken = False, False, {}
+        self._n_tokens = 0  # of the image or video, all of them
         self.n_run = 0  # of the forward under way
 
     def __len__(self) -> int:
