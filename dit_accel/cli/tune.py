@@ -257,3 +257,5 @@ def _show(record: dict[str, Any], tuned: Tuned) -> None:
     summary = record["summary"]
     if summary["best_hand_set"] is not None:
         remark(f"{summary['gain_db_over_best_hand_set']:+.2f} dB over the best hand-set: {summary['best_hand_set']}")
+    else:
+        remark("nothing set by hand takes about as long, so that none is the tuned preset's rival")

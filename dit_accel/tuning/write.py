@@ -18,6 +18,7 @@ from dit_accel.tuning.budget import Budget
 from dit_accel.tuning.plan import Plan
 from dit_accel.tuning.results import Tried, Tuned
 
+EQUAL = 0.05  # of dense's computed time, by which a rival may take longer and still stand for the same
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -29,7 +30,7 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
     """
     rivals = [one.to_dict() for one in tuned.rivals]
     best = max(rivals, key=lambda one: one["psnr"], default=None)
-    hand = (found := _best_hand_set(tuned.rivals)) and found.to_dict()
+    hand = (found := best_hand_set(tuned.chosen, tuned.rivals)) and found.to_dict()
     chosen, made = tuned.chosen.to_dict(), plan.base.generate
     return {
         **opened,
@@ -58,7 +59,8 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
             "best_rival": best and best["name"],
             "additivity": [round(value, 4) for value in tuned.additivity],
         },
-        "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward",
+        "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward; a rival "
+        f"takes no less, and to be the best hand-set no more than {EQUAL:g} of dense's above",
         "ways": [one.to_dict() for one in tuned.entrants],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
@@ -104,7 +106,7 @@ def write_preset(
     remark = f"Made by dit-accel tune --budget '{budget}'; {record_file.name} has what it rests on."
     text = to_toml(name, tables, remark)
     preset = load(text, name, str(preset_file))
-    rival = _best_hand_set(tuned.rivals)
+    rival = best_hand_set(tuned.chosen, tuned.rivals)
     with Stage() as stage:
         stage.write_text(record_file, json.dumps(record, indent=2) + "\n")
         stage.write_text(preset_file, text)
@@ -113,8 +115,10 @@ def write_preset(
     return preset, [preset_file, record_file, *([] if rival is None else [rival_file])]
 
 
-def _best_hand_set(rivals: Sequence[Tried]) -> Tried | None:
-    by_hand = (one for one in rivals if not one.name.endswith(" steps"))
+def best_hand_set(chosen: Tried, rivals: Sequence[Tried]) -> Tried | None:
+    """The likest of what one would set by hand; None where all of that takes longer by more than `EQUAL`."""
+    most = chosen.cost + EQUAL
+    by_hand = (one for one in rivals if not one.name.endswith(" steps") and one.cost <= most)
     return max(by_hand, key=lambda one: one.figure("psnr"), default=None)
 
 
