@@ -135,7 +135,11 @@ def load_llama(folder: Path | None, vocabulary: int) -> LlamaModel:
 
 
 def train_text(out: Path, text_from: Path | None, pace: TextPace) -> None:
-    """Train until the time is up; writes `text-*` and `words-*` (the reader) and `text.json`."""
+    """Train until the time is up; writes `text-*` and `words-*` (the reader) and `text.json`.
+
+    The loss ends at 4.3, not at 0: Llama sees no later words, so that "a" and "red" cannot tell what is red, and the
+    reader is asked at every word. At the last word of an object it knows all of it.
+    """
     tokenizer = CaptionTokenizer(make_tokenizers()[0])
     llama = load_llama(text_from, len(tokenizer))
     train_reading(
