@@ -102,9 +102,7 @@ def _add_image(commands: Any) -> None:
         type=Path,
         help="folder with the text encoder: shards or a pipeline, without --resume (the tiny-wan that ships)",
     )
-    command.add_argument(
-        "--graphed", action="store_true", help="replay steps as CUDA graphs: small models wait for the host"
-    )
+    _add_graphed(command)
 
     help = (
         "Write an image model as a bf16 folder that a stock FluxPipeline or StableDiffusion3Pipeline loads."
@@ -145,6 +143,7 @@ def _add_hunyuan(commands: Any) -> None:
         type=Path,
         help="folder, shards or a pipeline, of a trained model whose guidance is built in",
     )
+    _add_graphed(command)
 
     help = "Write tiny-hunyuan as a bf16 folder that a stock HunyuanVideoPipeline loads."
     _add_export(commands, "hunyuan-export", _export_hunyuan, help)
@@ -190,6 +189,12 @@ def _add_dit(
         help="compile the transformer's blocks",
     )
     command.set_defaults(usual_mix=mix, mix_of=mix_of, graphed=False)
+
+
+def _add_graphed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--graphed", action="store_true", help="replay steps as CUDA graphs: small models wait for the host"
+    )
 
 
 def _add_export(commands: Any, name: str, run: Run, help: str) -> argparse.ArgumentParser:

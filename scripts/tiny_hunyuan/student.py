@@ -97,7 +97,8 @@ class HunyuanStudent(ClipStudent):
     def aim(self, velocity: Tensor, noisy: Tensor, sigma: Tensor, drawn: Drawn) -> Tensor:
         for teacher in self.teachers:
             count = len(noisy)
-            empty = (x.to(noisy.device).expand(count, -1) for x in self.empty)
+            self.empty = tuple(x.to(noisy.device) for x in self.empty)  # once, as the template
+            empty = (x.expand(count, -1) for x in self.empty)
             ids, mask = (torch.cat(pair) for pair in zip((drawn.ids, drawn.mask), empty, strict=True))
             both = torch.cat([noisy, noisy]), torch.cat([sigma, sigma])
             given, other = teacher.denoise(*both, ids, mask, torch.ones_like(both[1])).float().chunk(2)

@@ -117,7 +117,8 @@ class Reader:
 
     def __call__(self, llama: LlamaModel, ids: Tensor, mask: Tensor) -> Tensor:
         """What the pipeline gives the transformer, `[B, L, width]`, of ids and mask without the template's."""
-        before = self.before.to(ids.device).expand(len(ids), -1)
+        self.before = self.before.to(ids.device)  # once: a step that is captured must not copy from the host
+        before = self.before.expand(len(ids), -1)
         states = llama(
             torch.cat([before, ids], 1),
             attention_mask=torch.cat([torch.ones_like(before), mask], 1),
