@@ -133,7 +133,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "black-forest-labs/FLUX.1-dev": _FLUX,
     "black-forest-labs/FLUX.1-schnell": replace(
-        _FLUX, config={**_FLUX.config, "guidance_embeds": False}, text=256, flow_shift=1.0
+        _FLUX, config={**_FLUX.config, "guidance_embeds": False}, text=256, guided=True, flow_shift=1.0
     ),
     "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
 }  # fmt: skip
@@ -179,9 +179,12 @@ def read_architecture(folder: Path) -> Published:
         spatial, temporal = vae.get("spatial_compression_ratio", 8), vae.get("temporal_compression_ratio", 4)
     else:
         spatial, temporal = vae_step(vae), 1
-    text = like.text
+    text, guided = like.text, like.guided
     if transformer == FLUX:
-        text = 512 if config.get("guidance_embeds") else 256
+        # without distilled guidance there is a second branch; T5's prompt is padded as the recipe has it
+        guided = not config.get("guidance_embeds")
+        most = 256 if guided else 512
+        text = min(most, _length(folder, "tokenizer_2", most))
     if transformer == SD3:
         # CLIP's prompt is padded to its tokenizer's length, T5's to the pipeline's 256 or fewer
         text = _length(folder, "tokenizer", 77) + min(256, _length(folder, "tokenizer_3", 256))
@@ -192,6 +195,7 @@ def read_architecture(folder: Path) -> Published:
         spatial=spatial,
         temporal=temporal,
         transformers=sum(part in parts for part in ("transformer", "transformer_2")),
+        guided=guided,
         flow_shift=_flow_shift(folder),
         origin=f"{read_index(folder)['_class_name']} in {folder.name}/",
     )
