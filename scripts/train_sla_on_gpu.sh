@@ -28,4 +28,4 @@ sla evaluate --latents "$out/unseen" --count 8 --sla "$out/sla" --shared-plans -
   --out "$out/velocity.json" || exit 1
 same="keep=$keep,dense_above=$above,share_plans=true,min_tokens=0"
 python3 scripts/evaluate_quality.py --model presets/models/tiny-wan --device cuda:0 --prompts 96 --batch 16 --judges 8 \
-  --variants dense "fast,order=packed,block=$block,$same" "fast,method=sla,weights=$out/sla,$same" --out "$out/quality"
+  --variants dense "fast,order=packed,block=$block,neighbours=0,$same" "fast,method=sla,weights=$out/sla,$same" --out "$out/quality"
