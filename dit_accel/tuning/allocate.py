@@ -86,7 +86,7 @@ def _cheapest(problem: Problem) -> Allocation:
     place = int(problem.saved.argmax())
     keeps = ((place,) * problem.n_buckets,) * problem.n_layers
     computed = tuple(bool(forced) for forced in problem.forced)
-    return Allocation(computed, keeps, problem.predictor, problem.threshold)
+    return Allocation(computed, keeps, problem.predictor, problem.threshold, problem.most)
 
 
 def _descend(problem: Problem, start: Allocation, time: float, moves: str = "both") -> Allocation:
@@ -157,4 +157,4 @@ def _groups(problem: Problem, alone: bool) -> np.ndarray:
 
 def _allocation(problem: Problem, computed: np.ndarray, keeps: np.ndarray) -> Allocation:
     keeps = tuple(map(tuple, keeps.tolist()))
-    return Allocation(tuple(computed.tolist()), keeps, problem.predictor, problem.threshold)
+    return Allocation(tuple(computed.tolist()), keeps, problem.predictor, problem.threshold, problem.most)

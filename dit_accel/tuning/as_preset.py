@@ -49,7 +49,8 @@ def tables_of(
         if written:
             told["sparse"]["rules"] = written
     if allocation.threshold is not None:
-        told["cache"] = {"name": CACHE, "threshold": round(allocation.threshold, 6)}
+        rows = {} if allocation.most is None else {"max_consecutive": allocation.most}
+        told["cache"] = {"name": CACHE, "threshold": round(allocation.threshold, 6), **rows}
     elif not all(allocation.computed):
         few = {"min_steps": len(noise)} if len(noise) < LEAST_STEPS else {}
         schedule = "".join("01"[x] for x in allocation.computed)

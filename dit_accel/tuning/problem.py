@@ -34,6 +34,7 @@ class Allocation:
     keeps: tuple[tuple[int, ...], ...]  # [L][B]
     predictor: Predictor = HOLD  # of the steps between
     threshold: float | None = None  # a cache decides by it which steps are computed, in place of `computed`
+    most: int | None = None  # steps in a row that this cache makes up at most; None: as many as there are
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Problem:
     predictor: Predictor = HOLD  # how steps are made up now
     expected: np.ndarray | None = None  # [S, n] what a cache expects of each step held, inf where it cannot tell
     threshold: float | None = None  # a cache decides by it now
+    most: int | None = None  # steps in a row that a cache with a threshold makes up at most
     schedules: np.ndarray | None = None  # bool [S, n] the steps that it computes of each sample
 
     @property
@@ -72,7 +74,7 @@ class Problem:
     def dense(self) -> Allocation:
         """The allocation that leaves everything as it is."""
         keeps = ((0,) * self.n_buckets,) * self.n_layers
-        return Allocation((True,) * self.n_steps, keeps, self.predictor, self.threshold)
+        return Allocation((True,) * self.n_steps, keeps, self.predictor, self.threshold, self.most)
 
     def made_up_by(self, predictor: Predictor) -> Problem:
         """The same, with steps made up in another way."""
@@ -80,7 +82,7 @@ class Problem:
 
     def under(self, threshold: float) -> Problem:
         """The same, with a cache that decides by a threshold which steps are computed: no move changes them."""
-        schedules = np.array([steps_under(one, threshold) for one in self.expected])
+        schedules = np.array([steps_under(one, threshold, self.most) for one in self.expected])
         forced = np.ones_like(self.forced)
         return replace(self, threshold=threshold, schedules=schedules, forced=forced, predictor=HOLD)
 
@@ -88,7 +90,8 @@ class Problem:
         """Those that differ, the largest first; none where a cache could not tell what to expect."""
         if self.expected is None:
             return []
-        return thresholds_of([[None if np.isinf(x) else float(x) for x in one] for one in self.expected])
+        told = [[None if np.isinf(x) else float(x) for x in one] for one in self.expected]
+        return thresholds_of(told, self.most)
 
     def cost(self, allocation: Allocation) -> float:
         """Time as a share of a dense run's; where a cache decides, the mean over samples."""
@@ -100,7 +103,9 @@ class Problem:
 
     def _as_in(self, allocation: Allocation) -> Problem:
         if allocation.threshold is not None:
-            return self if allocation.threshold == self.threshold else self.under(allocation.threshold)
+            if (allocation.threshold, allocation.most) == (self.threshold, self.most):
+                return self
+            return replace(self, most=allocation.most).under(allocation.threshold)
         return self.made_up_by(allocation.predictor)
 
     def _computed(self, computed: np.ndarray) -> list[np.ndarray]:

@@ -41,21 +41,26 @@ def computed_in(decisions: Mapping[str, str] | None, n_steps: int) -> tuple[bool
     return tuple(computed)
 
 
-def steps_under(expected: Sequence[float | None], threshold: float) -> list[bool]:
-    """Which steps a cache computes under a threshold: what it expects adds up from the step computed last."""
-    computed, error = [], 0.0
+def steps_under(expected: Sequence[float | None], threshold: float, most: int | None = None) -> list[bool]:
+    """Which steps a cache computes under a threshold: what it expects adds up from the step computed last.
+
+    Args:
+        most: steps in a row that it makes up at most (`max_consecutive`).
+    """
+    computed, error, row = [], 0.0, 0
     for one in expected:
         error += math.inf if one is None else one
-        computed.append(error >= threshold)
-        error = 0.0 if computed[-1] else error
+        computed.append(error >= threshold or row == most)
+        error, row = (0.0, 0) if computed[-1] else (error, row + 1)
     return computed
 
 
-def thresholds_of(expected: Sequence[Sequence[float | None]]) -> list[float]:
+def thresholds_of(expected: Sequence[Sequence[float | None]], most: int | None = None) -> list[float]:
     """Thresholds under which runs compute different steps, the largest of each set, the largest first.
 
     Args:
         expected: of each run.
+        most: as of `steps_under`.
 
     Returns:
         Nothing where a cache could tell nothing of one of them.
@@ -64,7 +69,7 @@ def thresholds_of(expected: Sequence[Sequence[float | None]]) -> list[float]:
         return []
     found: dict[tuple[tuple[bool, ...], ...], float] = {}
     for threshold in _GRID:
-        found.setdefault(tuple(tuple(steps_under(one, threshold)) for one in expected), threshold)
+        found.setdefault(tuple(tuple(steps_under(one, threshold, most)) for one in expected), threshold)
     return list(found.values())
 
 

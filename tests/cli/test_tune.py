@@ -12,6 +12,7 @@ import pytest
 
 from dit_accel.cli.app import run
 from dit_accel.preset import load_preset
+from dit_accel.tuning.ways import MOST
 
 SMALL = (
     "tune", "--preset", "wan21-fast", "--size", "64x64", "--frames", "5", "--prompt", "star", "--keeps", ".25,.5",
@@ -37,6 +38,8 @@ def test_a_preset_is_made_found_and_run(
     ways = {one["way"]: one for one in first["ways"]}
     by = [(steps, kind) for steps in ("schedule", "threshold") for kind in ("sparse", "dense")]
     told = {f"steps by a {steps}, {kind} attention" for steps, kind in by}
+    rows = [(most, kind) for most in MOST[1:] for kind in ("sparse", "dense")]
+    told |= {f"steps by a threshold, {most} in a row at most, {kind} attention" for most, kind in rows}
     assert {"steps by a schedule, dense attention", "steps by a threshold, dense attention"} <= set(ways)
     assert {way for way in ways if not way.endswith("polished")} <= told  # sparse ones where some layer reads less
     (polished,) = (ways[way] for way in ways if way.endswith("polished"))

@@ -19,6 +19,8 @@ def test_what_is_expected_adds_up_from_the_step_computed_last() -> None:
     assert steps_under(EXPECTED, 0.35) == [True, True, False, True, False, False, True, False]
     assert steps_under(EXPECTED, 0.0) == [True] * 8
     assert steps_under(EXPECTED, 9.0) == [True, True] + [False] * 6
+    assert steps_under(EXPECTED, 9.0, 2) == [True, True, False, False, True, False, False, True]
+    assert steps_under(EXPECTED, 0.35, 2) == steps_under(EXPECTED, 0.35)
 
 
 def test_thresholds_that_differ_and_the_largest_that_computes_enough() -> None:
@@ -49,7 +51,8 @@ def test_which_steps_ran_of_what_caches_decided(decisions, computed) -> None:
     assert computed_in(decisions, 4) == computed
 
 
-def test_a_watching_cache_changes_nothing_and_foresees_its_first_steps() -> None:
+@pytest.mark.parametrize("most", [None, 2])
+def test_a_watching_cache_changes_nothing_and_foresees_its_first_steps(most: int | None) -> None:
     pipe = tiny_wan_pipeline()
     pipe.set_progress_bar_config(disable=True)
     small = {"generate.width": 64, "generate.height": 64, "generate.frames": 5, "generate.steps": 12}
@@ -61,10 +64,10 @@ def test_a_watching_cache_changes_nothing_and_foresees_its_first_steps() -> None
     assert watched.report is None and watched.computed is None and plain.expected is None
     assert watched.expected[:2] == (None, None) and all(x > 0 for x in watched.expected[2:])
 
-    threshold = thresholds_of([watched.expected])[3]
-    preset = base.with_values({"cache": {"name": "latent", "threshold": threshold}}, "test")
+    threshold = thresholds_of([watched.expected], most)[3]
+    preset = base.with_values({"cache": {"name": "latent", "threshold": threshold, "max_consecutive": most}}, "test")
     made = maker.make(preset, clip)
-    foreseen = steps_under(watched.expected, threshold)
+    foreseen = steps_under(watched.expected, threshold, most)
     first = foreseen.index(False)  # until there nothing was made up, and the run is the dense one
     assert made.computed[: first + 1] == tuple(foreseen[: first + 1])
     assert sum(made.computed) * 2 == made.report.forwards["computed"] < 24

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_accel.tuning.ways import Way, fit_way, list_ways
+from dit_accel.tuning.ways import MOST, Way, fit_way, list_ways
 
 sys.path.insert(0, str(Path(__file__).parent))
 from drawn_problems import draw
@@ -30,10 +30,11 @@ def problem():
 
 
 def test_ways_there_are(problem) -> None:
-    assert list_ways({0: problem}) == [SCHEDULE, STEPS, THRESHOLD, DENSE]
+    capped = [replace(way, most=most) for most in MOST[1:] for way in (THRESHOLD, DENSE)]
+    assert list_ways({0: problem}) == [SCHEDULE, STEPS, THRESHOLD, DENSE, *capped]
     assert list_ways({0: replace(problem, forced=np.ones(8, bool))}) == [SCHEDULE]
     assert list_ways({0: replace(problem, expected=np.full_like(problem.expected, np.inf))}) == [SCHEDULE, STEPS]
-    assert len(list_ways({0: problem, 1: problem})) == 6
+    assert len(list_ways({0: problem, 1: problem})) == 3 + 3 * len(MOST)
 
 
 @pytest.mark.parametrize("way", [SCHEDULE, STEPS, THRESHOLD, DENSE], ids=str)
@@ -70,3 +71,16 @@ def test_a_cache_is_reckoned_clip_by_clip(problem) -> None:
     assert problem.loss(told) == pytest.approx(losses)
     assert problem.velocity_error(told) == pytest.approx(errors**0.5)
     assert fit_way(problem, THRESHOLD, "time", 0.01) is None
+
+
+@pytest.mark.parametrize("way", [THRESHOLD, DENSE], ids=str)
+def test_a_cap_on_steps_in_a_row_holds_or_there_is_no_such_way(problem, way: Way) -> None:
+    found = [fit_way(problem, replace(way, most=2), "time", time) for time in (0.8, 0.6, 0.45)]
+    assert any(found)
+    for one in filter(None, found):
+        assert one.most == 2
+        schedules = replace(problem, most=2).under(one.threshold).schedules
+        assert not any("000" in "".join("01"[int(x)] for x in row) for row in schedules)
+        assert problem.cost(one) == replace(problem, most=2).cost(one)
+        assert problem.cost(one) > problem.cost(replace(one, most=None)), "steps that the cap has computed"
+    assert fit_way(problem, replace(way, most=6), "time", 0.6) is None, "six steps may be made up at most"
