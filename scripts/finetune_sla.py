@@ -175,7 +175,7 @@ def train(options: Any) -> int:
 
         told = {**describe(accelerator.device), "preset": preset.name, "model": preset.model, "rank": options.rank}
         record = distiller.run(told, show)
-    accelerator.end_training()
+    distiller.end()
     if record["interrupted"]:
         if first:
             complain(f"interrupted after step {record['steps']}: go on with the same command and --resume")

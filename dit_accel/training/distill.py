@@ -8,6 +8,7 @@ its own; gradients are averaged (accelerate).
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import time
@@ -302,6 +303,17 @@ class Distiller:
             reached = Progress(self.step, self.seconds, tuple(self.losses), self.before)
             known = (self.parameters, self.optimiser, self.average, reached, self._lasting())
             save_checkpoint(self.out.checkpoint, *known)
+
+    def end(self) -> None:
+        """Leave the other processes, after the last call of any of them: no step can be taken from here on.
+
+        The copy that averages gradients goes first. Were it the last to hold the process group, it would wait for the
+        group's threads with Python's lock in its hand, and those need that lock to drop a tensor: both would hang.
+        """
+        del self.wrapped
+        self.accelerator.free_memory()  # its own reference, too
+        gc.collect()  # the copy is in cycles with its hooks
+        self.accelerator.end_training()
 
     def _take_step(self, progress: float, wants_end: bool) -> tuple[float, bool]:
         """One step of the optimiser: its loss over all processes, and whether any of them wants an end."""
