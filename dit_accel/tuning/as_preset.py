@@ -12,7 +12,7 @@ from dit_accel.options import SparseOptions
 from dit_accel.preset import GenerateOptions, Preset, resolve
 from dit_accel.preset_files import SCHEMA, parse_presets, read_shipped
 from dit_accel.tuning.problem import Allocation
-from dit_accel.tuning.threshold import CACHE, LEAST_STEPS
+from dit_accel.tuning.threshold import CACHE, on_with
 
 
 def tables_of(
@@ -50,12 +50,11 @@ def tables_of(
             told["sparse"]["rules"] = written
     if allocation.threshold is not None:
         rows = {} if allocation.most is None else {"max_consecutive": allocation.most}
-        told["cache"] = {"name": CACHE, "threshold": round(allocation.threshold, 6), **rows}
+        told["cache"] = {"name": CACHE, "threshold": round(allocation.threshold, 6), **rows, **on_with(len(noise))}
     elif not all(allocation.computed):
-        few = {"min_steps": len(noise)} if len(noise) < LEAST_STEPS else {}
         schedule = "".join("01"[x] for x in allocation.computed)
         way = dataclasses.asdict(allocation.predictor) if allocation.predictor.order else {}
-        told["cache"] = {"name": CACHE, "schedule": schedule, **way, **few}
+        told["cache"] = {"name": CACHE, "schedule": schedule, **way, **on_with(len(noise))}
     return told
 
 

@@ -15,7 +15,6 @@ from dit_accel.tuning.plan import Plan
 from dit_accel.tuning.runs import Clip, Made, Maker
 from dit_accel.tuning.shelf import Shelf
 from dit_accel.tuning.tables import Gains, Sample
-from dit_accel.tuning.threshold import LEAST_STEPS
 
 # what comes behind: tries and rivals, in dense runs of the held-out clips, and ways, in halves of those tuned on
 _LATER, _WAYS = 6, 6
@@ -46,25 +45,22 @@ class Measurer:
     def measure(self) -> Measured:
         """All of it."""
         plan = self.plan
-        dense = self._dense()
-        share = float(np.median([made.forward_seconds / made.seconds for made in dense]))
-        self._expect(dense[0].forwards)
+        self._expect(self._dense(0).forwards)
+        # before the other clips are made: where nothing can run sparse, this says so
         samples = {i: self._samples(i) for i in range(len(plan.methods))}
         self.bar.set_description("perturbing")
         gains = self.shelf.gains(lambda vectors: self._gains(vectors, samples[0][0].weights))
+        dense = tuple(map(self._dense, range(len(plan.held_out))))
+        share = float(np.median([made.forward_seconds / made.seconds for made in dense]))
         frames = tuple(self.shelf.frames(sample_name(0, j)) for j in range(len(plan.clips)))
         return Measured(dense, samples, gains, frames, share)
 
-    def _dense(self) -> tuple[Made, ...]:
+    def _dense(self, number: int) -> Made:
         plan = self.plan
-        watched = plan.cache and plan.base.generate.steps >= LEAST_STEPS
-        self.bar.set_description("dense")
-        return tuple(
-            self.shelf.dense(
-                i, self.maker.velocities, lambda clip=clip: self.maker.make(plan.dense, clip, watched)
-            )
-            for i, clip in enumerate(plan.held_out)
-        )  # fmt: skip
+        self.bar.set_description(f"dense {number + 1}/{len(plan.held_out)}")
+        return self.shelf.dense(
+            number, self.maker.velocities, lambda: self.maker.make(plan.dense, plan.held_out[number], plan.cache)
+        )
 
     def _samples(self, method: int) -> list[Sample]:
         plan = self.plan

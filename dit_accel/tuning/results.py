@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel.preset import Preset
-from dit_accel.tuning.problem import Allocation
+from dit_accel.tuning.problem import Allocation, Problem
 from dit_accel.tuning.runs import Likeness, Made
 from dit_accel.tuning.ways import Way
 
@@ -50,15 +50,18 @@ class Entrant:
     """A way that was really run on the clips tuned on."""
 
     way: Way
+    problem: Problem  # by which it was shared out
     allocation: Allocation
     cost: float  # computed time as a share of dense
     psnr: float  # dB, mean over clips
     predicted: float  # dB
     schedules: tuple[tuple[bool, ...], ...] = ()  # which steps were computed of each clip
+    corrected: bool = False  # shared out by how large errors turned out
     polished: bool = False  # the best of several such runs
 
     def __str__(self) -> str:
-        return f"{self.way}{', polished' if self.polished else ''}"
+        told = {"corrected": self.corrected, "polished": self.polished}
+        return ", ".join([str(self.way), *(word for word, does in told.items() if does)])
 
     def to_dict(self) -> dict[str, Any]:
         told = {"computed_time": self.cost, "psnr": self.psnr, "predicted_psnr": self.predicted}

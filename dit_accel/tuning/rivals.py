@@ -13,7 +13,7 @@ from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset
 from dit_accel.tuning.predictor import Predictor
 from dit_accel.tuning.problem import Problem
-from dit_accel.tuning.threshold import CACHE, match_threshold
+from dit_accel.tuning.threshold import CACHE, match_threshold, on_with
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Rival:
         """It as a preset, with a threshold of its cache in place of its own."""
         values = dict(self.values)
         if self.threshold is not None:
-            values["cache"] = {"name": CACHE, "threshold": threshold or self.threshold, **self.way}
+            few = on_with(dense.generate.steps)
+            values["cache"] = {"name": CACHE, "threshold": threshold or self.threshold, **self.way, **few}
         return dense.with_values(values, "rival")
 
 
@@ -55,11 +56,9 @@ def list_rivals(
         yield Rival(f"{fewer} steps", {"generate.steps": fewer}, None)
     plain = options.to_mapping()
     settings: dict[str, tuple[dict[str, Any] | None, float]] = {}
-    for place, keep in reversed(list(enumerate(keeps, start=1))):
-        saved = problem.n_layers * problem.saved[place]
-        if 1 - problem.step_cost * n * saved >= cost - 1e-9:  # the smallest keep that takes no less time
-            yield Rival(f"keep {keep:g} everywhere", {"sparse": {**plain, "keep": keep}}, None)
-            break
+    yield from _one_keep(problem, keeps, plain, cost)
+    if base.sparse is not None:
+        yield Rival(f"sparse as {base.name}", {"sparse": base.sparse.to_mapping()}, None)
     middle = len(keeps) // 2
     settings[f"keep {keeps[middle]:g} everywhere"] = (
         {**plain, "keep": keeps[middle]},
@@ -79,6 +78,25 @@ def list_rivals(
         if sparse is None and predictor.order:
             way = f"{CACHE} cache of order {predictor.order} over {predictor.over}"
             yield Rival(f"{name}, {way}", values, threshold, asdict(predictor))
+
+
+def _one_keep(
+    problem: Problem, keeps: Sequence[float], plain: Mapping[str, Any], cost: float
+) -> Iterator[Rival]:
+    """Of each keep: all layers at it, after as many dense steps as make it take no less time."""
+    n = problem.n_steps
+    for place, keep in reversed(list(enumerate(keeps, start=1))):
+        saved = problem.step_cost * problem.n_layers * problem.saved[place]  # of a step
+        if saved <= 0:
+            continue  # takes longer than dense
+        first = max(0, math.ceil(n - (1 - cost) / saved - 1e-6))
+        if first == 0:
+            yield Rival(f"keep {keep:g} everywhere", {"sparse": {**plain, "keep": keep}}, None)
+            break  # larger ones take longer
+        if first < n:
+            above = round(float(problem.noise[first - 1] + problem.noise[first]) / 2, 4)
+            name = f"keep {keep:g}, the first {first} dense"
+            yield Rival(name, {"sparse": {**plain, "keep": keep, "dense_above": above}}, None)
 
 
 def _saved_of(problem: Problem, keeps: Sequence[float], sparse: SparseOptions) -> float:

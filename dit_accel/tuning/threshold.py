@@ -10,9 +10,14 @@ import numpy as np
 from dit_accel.caches.trials import Trial
 
 CACHE = "latent"
-DRY = {"name": CACHE, "dry_run": True}  # watches, and computes every step
-LEAST_STEPS = 10  # below, a cache is off unless it is told otherwise
+DRY = {"name": CACHE, "dry_run": True, "min_steps": 0}  # watches, and computes every step
+_LEAST_STEPS = 10  # below, a cache is off unless it is told otherwise
 _GRID = tuple(float(x) for x in np.geomspace(2.0, 0.005, 120))  # the largest first
+
+
+def on_with(steps: int) -> dict[str, int]:
+    """What has a cache on with so few steps, where that must be said."""
+    return {"min_steps": steps} if steps < _LEAST_STEPS else {}
 
 
 def expected_of(trials: Sequence[Trial], n_steps: int) -> list[float | None]:
