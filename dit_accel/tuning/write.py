@@ -18,7 +18,7 @@ from dit_accel.tuning.budget import Budget
 from dit_accel.tuning.plan import Plan
 from dit_accel.tuning.results import Tried, Tuned
 
-EQUAL = 1.1  # times the tuned computed time: a rival that takes no longer stands for the same time
+EQUAL = 0.05  # of dense's computed time, by which a rival may take longer and still stand for the same
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,7 +60,7 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
             "additivity": [round(value, 4) for value in tuned.additivity],
         },
         "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward; a rival "
-        f"takes no less, and to be the best hand-set no more than {EQUAL:g} times as long",
+        f"takes no less, and to be the best hand-set no more than {EQUAL:g} of dense's above",
         "ways": [one.to_dict() for one in tuned.entrants],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
@@ -116,8 +116,8 @@ def write_preset(
 
 
 def best_hand_set(chosen: Tried, rivals: Sequence[Tried]) -> Tried | None:
-    """The likest of what one would set by hand; None where all of that takes longer than `EQUAL`."""
-    most = chosen.cost * EQUAL
+    """The likest of what one would set by hand; None where all of that takes longer by more than `EQUAL`."""
+    most = chosen.cost + EQUAL
     by_hand = (one for one in rivals if not one.name.endswith(" steps") and one.cost <= most)
     return max(by_hand, key=lambda one: one.figure("psnr"), default=None)
 

@@ -19,8 +19,8 @@ def tried(name: str, cost: float, psnr: float) -> Tried:
     ("cost", "found"),
     [
         (0.3, "dense, latent cache"),
-        (0.3 * EQUAL, "dense, latent cache"),
-        (0.31 * EQUAL, "keep 0.2 everywhere"),
+        (0.3 + EQUAL, "dense, latent cache"),
+        (0.31 + EQUAL, "keep 0.2 everywhere"),
         (1.4, "keep 0.2 everywhere"),
     ],
 )
