@@ -1,4 +1,7 @@
-"""Rivals: what one would have set by hand, and fewer steps, brought to the computed time of a tuned preset, no less."""
+"""Rivals: what one would have set by hand, and fewer steps, brought to the computed time of a tuned preset, no less.
+
+The base preset's own sparse attention also runs as it is, whatever it takes.
+"""
 
 from __future__ import annotations
 
@@ -55,20 +58,21 @@ def list_rivals(
     if fewer >= 1:
         yield Rival(f"{fewer} steps", {"generate.steps": fewer}, None)
     plain = options.to_mapping()
-    settings: dict[str, tuple[dict[str, Any] | None, float]] = {}
     yield from _one_keep(problem, keeps, plain, cost)
     if base.sparse is not None:
         yield Rival(f"sparse as {base.name}", {"sparse": base.sparse.to_mapping()}, None)
+    if not expected:
+        return
     middle = len(keeps) // 2
-    settings[f"keep {keeps[middle]:g} everywhere"] = (
-        {**plain, "keep": keeps[middle]},
-        problem.n_layers * problem.saved[middle + 1],
-    )
+    settings: dict[str, tuple[dict[str, Any] | None, float]] = {  # and what they save of a forward
+        f"keep {keeps[middle]:g} everywhere": (
+            {**plain, "keep": keeps[middle]},
+            problem.n_layers * problem.saved[middle + 1],
+        )
+    }
     if base.sparse is not None:
         settings[f"sparse as {base.name}"] = base.sparse.to_mapping(), _saved_of(problem, keeps, base.sparse)
     settings["dense"] = None, 0.0
-    if not expected:
-        return
     for name, (sparse, saved) in settings.items():
         # a forward with this sparse attention costs less, so that more of them fit
         allowed = (n * problem.step_cost - (1 - cost)) / (problem.step_cost * max(1 - saved, 1e-9))

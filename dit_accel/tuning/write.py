@@ -60,7 +60,8 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
             "additivity": [round(value, 4) for value in tuned.additivity],
         },
         "equal_time": "computed: forwards and blocks really run, by seconds measured of each kind of forward; a rival "
-        f"takes no less, and to be the best hand-set no more than {EQUAL:g} of dense's above",
+        "takes no less, but for the base preset's sparse attention as it is; to be the best hand-set it takes no more "
+        f"than {EQUAL:g} of dense's above",
         "ways": [one.to_dict() for one in tuned.entrants],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
