@@ -95,7 +95,10 @@ class Watch:
     def _look(self, role: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         if not self.n_layers:
             reasons = ", ".join(self.handle.report().dense_reasons) or "no self-attention ran"
-            raise UsageError(f"nothing can run sparse here, so there is nothing to tune: {reasons}")
+            raise UsageError(
+                f"nothing can run sparse here, so there is nothing to tune: {reasons}. Give a larger --size or more "
+                "--frames, or --set sparse.min_tokens=0 if it is to be sparse with few tokens all the same"
+            )
         if not self.outputs:
             self.roles.append(role)
         self.outputs.append(output)
