@@ -153,6 +153,7 @@ class Engine(Forwards):
         self.order = None
         self._to_count = [0, ""]
         if not self._in_use():
+            self._show_weights(False)
             return None
         self._counted = False
         if self.region is not None:
@@ -161,9 +162,15 @@ class Engine(Forwards):
             self._choose_attention(given, facts)
         elif self._by_blocks():
             self._dense_reason = self._why_all_dense(given["hidden_states"], facts)
+        self._show_weights(self._dense_reason is None)
         if self.order is None or not hasattr(self.adapter, "order_arguments"):
             return None
         return self._with(self.adapter.order_arguments(given, self.order), args, kwargs)
+
+    def _show_weights(self, trained: bool) -> None:
+        """What training changed belongs to sparse forwards: a dense one is the model's own, to the bit."""
+        if self.weights is not None:
+            self.weights.show(trained, self._module())
 
     def _choose_attention(self, given: dict[str, Any], facts: Facts) -> None:
         """Sparse or dense, and the order of the tokens, for a forward of all of them."""

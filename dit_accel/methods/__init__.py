@@ -46,7 +46,7 @@ from dit_accel.errors import UsageError, unknown_name
 from dit_accel.typed import check_fields
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dit_accel.layout import TokenLayout
     from dit_accel.plan import BlockPlan
@@ -63,6 +63,9 @@ class Weights(Protocol):
 
     def install(self) -> None:
         """Put in place what they change of the transformer."""
+
+    def show(self, trained: bool, transformer: nn.Module) -> None:
+        """Have that in place, or what the transformer had: asked as each forward begins, false for a dense one."""
 
     def remove(self) -> None:
         """Give the transformer back what it was, exactly; nothing the second time."""

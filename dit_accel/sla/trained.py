@@ -48,6 +48,10 @@ class Trained:
         """Swap in what training changed of the transformer."""
         self._changed.put()
 
+    def show(self, trained: bool, transformer: nn.Module) -> None:
+        """What training changed, or the transformer's own: it learnt nothing for forwards that are dense."""
+        self._changed.show(trained, transformer)
+
     def remove(self) -> None:
         """Give the transformer back what it was. Nothing the second time."""
         self._changed.take_back()

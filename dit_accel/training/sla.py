@@ -298,6 +298,9 @@ class _Learning:
     def install(self) -> None:
         """The transformer's parameters are its own."""
 
+    def show(self, trained: bool, transformer: nn.Module) -> None:
+        """As `install`; who calls the teacher sees to its parameters."""
+
     def remove(self) -> None:
         """As `install`."""
 
