@@ -156,6 +156,9 @@ class _Seen:
     def install(self) -> None:
         """There is nothing to put in place."""
 
+    def show(self, trained: bool, transformer: nn.Module) -> None:
+        """As `install`."""
+
     def remove(self) -> None:
         """As `install`."""
 
