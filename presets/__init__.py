@@ -1,4 +1,4 @@
-"""The presets that ship with dit_accel: TOML files, and the small trained models beside them."""
+"""The presets that ship with dit_accel: TOML files, and beside them small trained models and trained SLA weights."""
 
 if __name__ == "presets":
     raise ImportError(
@@ -17,6 +17,12 @@ def shipped_models() -> tuple[str, ...]:
     if not models.is_dir():
         return ()
     return tuple(sorted(path.name for path in models.iterdir() if (path / "model_index.json").is_file()))
+
+
+def shipped_weights() -> tuple[str, ...]:
+    """The names of the SLA weights that ship with the package, folders of side files."""
+    models = FOLDER / "models"
+    return tuple(sorted(path.parent.name for path in models.glob("*/transformer.safetensors")))
 
 
 def model_path(name: str) -> Path:

@@ -3,7 +3,7 @@
     python scripts/evaluate_quality.py --model presets/models/tiny-wan --variants dense fast random steps=12 --out q
     python scripts/evaluate_quality.py --model DIR --grid large --variants dense keep=0.5 keep=0.25 random,keep=0.25 \
         --shard 0/4 --device cuda:0 --out q
-    python scripts/evaluate_quality.py --model DIR --preset FILE.toml#tiny-hunyuan-fast --variants dense fast --out q
+    python scripts/evaluate_quality.py --model DIR --preset tiny-hunyuan-pooled --variants dense fast --out q
     python scripts/evaluate_quality.py --merge q/record-0of4.json q/record-1of4.json ... --out q
 
 The model is one that knows the scenes of `dit_accel.quality.scenes`, a Wan or a HunyuanVideo: the preset says which.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tiny-hunyuan from noise to its record, on one GPU: autoencoder, transformer, guidance built in, exported, judged. Its text
-# encoder learns captions on the CPU meanwhile.
+# tiny-hunyuan from noise to its record, on one GPU: autoencoder, and beside it the text encoder; transformer, guidance built
+# in, exported, judged.
 #
 #     bash scripts/train_hunyuan_on_gpu.sh OUT CODE PLAIN GUIDED
 #     bash scripts/train_hunyuan_on_gpu.sh OUT 6 9 5
@@ -36,7 +36,7 @@ transformer() { # FOLDER MINUTES OPTION...
 
 words=
 if [ ! -e "$out/text/text.json" ]; then
-  CUDA_VISIBLE_DEVICES='' stage video-text text "$code" --device cpu >"$out/text.log" 2>&1 &
+  stage video-text text 1.5 --device cuda >"$out/text.log" 2>&1 & # it waits for captions more than for the GPU
   words=$!
 fi
 if [ ! -e "$out/code/vae.json" ]; then
@@ -46,5 +46,5 @@ if [ -n "$words" ]; then wait "$words" || { tail -n 3 "$out/text.log"; exit 1; }
 transformer plain "$plain" --text-from "$out/text"
 transformer guided "$guided" --resume "$out/plain" --guide-from "$out/plain"
 python3 scripts/train_tiny.py hunyuan-export --run "$out/guided" --vae-from "$out/code" --to "$out/model" || exit 1
-python3 scripts/evaluate_quality.py --model "$out/model" --preset scripts/tiny_hunyuan/presets.toml#tiny-hunyuan-fast \
-  --variants dense fast keep=0.5 keep=0.25 keep=0.1 --prompts 64 --batch 16 --judges 8 --device cuda:0 --out "$out/quality"
+python3 scripts/evaluate_quality.py --model "$out/model" --preset tiny-hunyuan-pooled \
+  --variants dense min_tokens=0 keep=0.5,min_tokens=0 keep=0.25,min_tokens=0 keep=0.1,min_tokens=0 --prompts 64 --batch 16 --judges 8 --device cuda:0 --out "$out/quality"

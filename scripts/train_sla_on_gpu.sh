@@ -18,7 +18,11 @@ keep=0.1 block=32 above=0.96 # the steps above that noise level stay dense, and 
 
 sla() { python3 scripts/finetune_sla.py "$@"; }
 
-sla latents --scenes rendered --count 512 --out "$out/lat" || exit 1
+for rank in 0 1 2 3 4 5; do # drawing scenes is what takes long
+  RANK=$rank WORLD_SIZE=6 OMP_NUM_THREADS=2 sla latents --scenes rendered --count 512 --out "$out/lat" &
+  drawing[rank]=$!
+done
+for rank in 0 1 2 3 4 5; do wait "${drawing[rank]}" || exit 1; done
 sla latents --scenes rendered --first 1000000 --count 8 --out "$out/unseen" || exit 1
 if [ ! -e "$out/sla/transformer.safetensors" ]; then
   sla train --latents "$out/lat" --out "$out/sla" --minutes "$minutes" --keep "$keep" --block "$block" --order packed \

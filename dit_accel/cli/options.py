@@ -40,8 +40,8 @@ Lora = Annotated[
 Sla = Annotated[
     Path | None,
     typer.Option(
-        help="Trained weights of SLA (scripts/finetune_sla.py) to run method sla with: a file, or a folder "
-        "with one for each transformer.",
+        help="Trained weights of SLA (scripts/finetune_sla.py) to run method sla with: a file, a folder "
+        "with one for each transformer, or the name of weights that ship.",
         show_default=False,
     ),
 ]

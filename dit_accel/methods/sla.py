@@ -50,7 +50,8 @@ class Method:
     variant: str | None = None  # "complement" or "all"; else as the file says, or "complement"
     feature: str | None = None  # "softmax", "elu" or "relu"; else as the file says, or "softmax"
     negligible: float | None = None  # share of key blocks in neither part; else as the file says, or 0
-    # a side file (dit_accel.sla.spec), or a folder of them named by a pipeline's transformers; none: no linear part
+    # a side file (dit_accel.sla.spec), a folder of them named by a pipeline's transformers, or the name of one that
+    # ships; none: no linear part
     weights: str | os.PathLike | None = None
     as_trained: bool = True  # refuse another order or block than the weights were trained with
     neighbours: int | None = None  # also read blocks so near; 0 is the own block, none forces nothing

@@ -28,6 +28,7 @@ from typing import Any
 
 from dit_accel.arrangement import ORDERS
 from dit_accel.errors import EnvironmentProblem, UsageError, unknown_name
+from dit_accel.presets import FOLDER, shipped_weights
 from dit_accel.rules import check_share
 
 VARIANTS = ("complement", "all")  # the linear part is over the keys that are not read, or over all of them
@@ -143,8 +144,11 @@ def untrained_layers(path: str | Path) -> tuple[int, ...]:
 
 
 def file_for(path: str | Path, role: str) -> Path:
-    """The side file of one transformer of a pipeline: the path itself or, in a folder, the file named by the role."""
-    path = Path(path)
+    """The side file of one transformer of a pipeline: the path itself or, in a folder, the file named by the role.
+
+    The name of weights that ship with the package is their folder, whatever lies where the program runs.
+    """
+    path = FOLDER / "models" / path if str(path) in shipped_weights() else Path(path)
     return path / f"{role}.safetensors" if os.path.isdir(path) else path
 
 

@@ -106,13 +106,15 @@ def test_weights_are_those_of_the_model_within_1_percent(model: str) -> None:
     assert weight_bytes(count_forward(published, (1, 8, 8))) == pytest.approx(2 * parameters, rel=0.01)
 
 
-@pytest.mark.parametrize(("model", "text"), [("tiny-wan", 512), ("tiny-flux", 64), ("tiny-sd3", 96)])
+@pytest.mark.parametrize(
+    ("model", "text"), [("tiny-wan", 512), ("tiny-hunyuan", 256), ("tiny-flux", 64), ("tiny-sd3", 96)]
+)
 def test_a_shipped_model_is_read_from_its_own_files(model: str, text: int) -> None:
     found = find_architecture(model)
     assert found.transformers == 1 and model in found.origin
-    assert found.text == text and found.guided
-    assert found.layers == {"tiny-wan": 8, "tiny-flux": 10, "tiny-sd3": 5}[model]
-    assert found.flow_shift == {"tiny-wan": 5.0, "tiny-flux": 3.0, "tiny-sd3": 3.0}[model]
+    assert found.text == text and found.guided == (model != "tiny-hunyuan"), "its guidance is built in"
+    assert found.layers == {"tiny-wan": 8, "tiny-hunyuan": 6, "tiny-flux": 10, "tiny-sd3": 5}[model]
+    assert found.flow_shift == {"tiny-wan": 5.0, "tiny-hunyuan": 5.0}.get(model, 3.0)
 
 
 def test_two_attentions_in_a_block_are_refused() -> None:

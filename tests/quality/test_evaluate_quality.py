@@ -79,11 +79,10 @@ def test_a_hunyuanvideo_is_run_as_its_preset_says(tmp_path):
     from dit_accel.testing import tiny_hunyuan_video_with_text
 
     tiny_hunyuan_video_with_text().save_pretrained(tmp_path / "model")
-    preset = SCRIPT.parent / "tiny_hunyuan" / "presets.toml"
     variants = ["dense", "fast,min_tokens=0,block=16,dense_above=1", "guidance=1", "shift=9"]
     sizes = ("--size", 64, "--frames", 9, "--steps", 2, "--prompts", 2, "--batch", 2)
     common = ("--model", "model", *sizes, "--judges", 1, "--show", 0, "--out", "out")
-    run(*common, "--preset", f"{preset}#tiny-hunyuan-fast", "--variants", *variants, cwd=tmp_path)
+    run(*common, "--preset", "tiny-hunyuan-pooled", "--variants", *variants, cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert (record["guidance"], record["flow_shift"], record["frames"]) == (4.0, 5.0, 9)
     assert record["scheduler"] == "FlowMatchEulerDiscreteScheduler"

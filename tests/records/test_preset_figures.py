@@ -123,11 +123,15 @@ def test_some_are_measured() -> None:
     of_wan = {"tiny-wan", *(f"tiny-wan-{level}" for level in ("balanced", "fast", "turbo"))}
     assert {*of_wan, "tiny-sd3", "tiny-sd3-fast", "tiny-sd3-balanced"} <= set(MEASURED)
     assert {"tiny-flux", "tiny-flux-fast", "tiny-flux-balanced", "tiny-flux-rectified"} <= set(MEASURED)
+    of_hunyuan = {"tiny-hunyuan", *(f"tiny-hunyuan-{x}" for x in ("balanced", "fast", "pooled"))}
+    assert {*of_hunyuan, "tiny-wan-sla"} <= set(MEASURED)
 
 
 BESIDE_FEWER_STEPS = {  # preset -> the record of a run in which fewer steps stand beside it
     "tiny-flux-balanced": "bench_tiny_flux_cpu.json",
     "tiny-flux-fast": "bench_tiny_flux_cpu.json",
+    "tiny-hunyuan-balanced": "bench_tiny_hunyuan_cpu.json",
+    "tiny-hunyuan-fast": "bench_tiny_hunyuan_cpu.json",
     "tiny-wan-balanced": "bench_balanced_tiny_wan_cpu.json",
     "tiny-wan-fast": "bench_fast_tiny_wan_cpu.json",
     "tiny-wan-turbo": "bench_caches_tiny_wan_cpu.json",
