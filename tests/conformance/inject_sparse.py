@@ -10,10 +10,13 @@ or pytest would import it among our own tests.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from typing import Any
 
 import diffusers
+import pytest
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dit_accel import SparseProcessor
 from dit_accel.adapters import FAMILIES
@@ -40,6 +43,15 @@ def put_under_test(cls: type) -> None:
 
 for name in FAMILIES:
     put_under_test(getattr(diffusers, name))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Have the tests of attention backends meet those of a CPU: by itself diffusers tries some that need CUDA."""
+    for cls in getattr(metafunc.cls, "__mro__", ()):
+        if cls.__name__ == "AttentionBackendTesterMixin":
+            tried = sys.modules[cls.__module__]._ALL_BACKEND_PARAMS  # the very list that its tests are marked with
+            tried += [x for x in (AttentionBackendName.NATIVE, AttentionBackendName._NATIVE_MATH) if x not in tried]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
