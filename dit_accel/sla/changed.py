@@ -71,7 +71,7 @@ class ChangedTensors:
             transformer: which has them.
 
         Raises:
-            UsageError: parameters that were replaced, fused, changed or moved away since they were put. Nothing has
+            UsageError: parameters that were replaced, fused or changed since they were put. Nothing has
                 been changed then.
         """
         if self._own and trained is not self._trained:
@@ -105,9 +105,7 @@ class ChangedTensors:
         for name, (parameter, _) in self._new.items():
             dtype, bits = self._marks[name]
             if fused or find_parameter(parameters, name) is not parameter:
-                what = "were fused or replaced"
-            elif parameter.is_meta:
-                what = "have been moved away by sequential offloading"
+                what = "were fused or replaced"  # sequential offloading puts others in their place, too
             elif self._trained is not None and parameter.dtype == dtype and _mark(parameter)[1] != bits:
                 what = "were changed"
             else:

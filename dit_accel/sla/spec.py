@@ -164,7 +164,10 @@ def read_head(path: str | Path) -> dict[str, Any]:
             # safetensors itself refuses heads above 100 MB; other files' first bytes are mostly such a number
             head = json.loads(file.read(size)) if 2 <= size <= 100_000_000 else None
     except OSError as error:
-        raise EnvironmentProblem(f"cannot read {path}: {error.strerror or error}. Give a side file of SLA.") from None
+        raise EnvironmentProblem(
+            f"cannot read {path}: {error.strerror or error}. Give a side file of SLA, or weights that ship: "
+            f"{', '.join(shipped_weights())}."
+        ) from None
     except ValueError:
         head = None
     if not isinstance(head, dict):

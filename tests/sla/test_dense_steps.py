@@ -133,6 +133,16 @@ def test_what_others_did_to_the_weights_meanwhile_is_not_undone(pipe, weights):
         pipe.transformer.fuse_qkv_projections()
         with pytest.raises(UsageError, match="were fused or replaced after installation"):
             velocities(pipe)
+        pipe.transformer.unfuse_qkv_projections()
+
+
+def test_sequential_offloading_afterwards_is_refused(pipe, weights):
+    from accelerate import cpu_offload
+
+    with accelerate(pipe, weights, dense_first=0.5):
+        cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+        with pytest.raises(UsageError, match="were fused or replaced after installation.*offload by model"):
+            velocities(pipe)
 
 
 def test_they_may_be_cast_meanwhile(pipe, weights):
