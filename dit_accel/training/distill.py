@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dit_accel.errors import DitAccelError, EnvironmentProblem, UsageError, unknown_name
 from dit_accel.pipelines.staging import Stage
 from dit_accel.sla.weights import save_sla_weights
+from dit_accel.training.ahead import Ahead
 from dit_accel.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from dit_accel.training.draws import NOISES, Draws, spread_levels
 from dit_accel.training.ema import Average
@@ -211,6 +212,7 @@ class Distiller:
         shared = dict(batch=options.batch, accumulate=options.accumulate, noise=options.noise, seed=options.seed)
         pairs = self.guidance if self.guided > 0 else None
         self.draws = Draws(folder, train, **shared, role=self.out.role, below=options.below, guidance=pairs)
+        self._inputs = Ahead(self._make_inputs)
         if options.checkpointing:
             student.transformer.enable_gradient_checkpointing()
         student.place(accelerator.device)
@@ -256,7 +258,7 @@ class Distiller:
         """
         self.measure_before()
         began, saved = time.monotonic() - self.seconds, time.monotonic()
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, contextlib.closing(self._inputs):
             interrupted = False
             while not interrupted and (progress_now := self._progress(time.monotonic() - began)) < 1:
                 loss, interrupted = self._take_step(progress_now, interrupts.came)
@@ -320,8 +322,7 @@ class Distiller:
         options, accelerator = self.options, self.accelerator
         losses = []
         for micro in range(options.accumulate):
-            batch = self.draws.draw(self.step, micro, accelerator.process_index, accelerator.num_processes)
-            inputs = batch.inputs(accelerator.device, self.dtype)
+            inputs = self._inputs.take((self.step, micro), self._following(micro))
             # the teacher first: where both are one model, the backward is the student's forward's
             aim = self._velocity(self.student.teacher, inputs).float()
             waits = micro + 1 < options.accumulate
@@ -347,6 +348,19 @@ class Distiller:
         self.step += 1
         self.average.update(self.step)
         return mean, ends > 0
+
+    def _make_inputs(self, place: tuple[int, int]) -> dict[str, Any]:
+        """The transformer's arguments for a micro-batch of a step, on the device."""
+        accelerator = self.accelerator
+        batch = self.draws.draw(*place, accelerator.process_index, accelerator.num_processes)
+        return batch.inputs(accelerator.device, self.dtype)
+
+    def _following(self, micro: int) -> tuple[int, int] | None:
+        """The micro-batch behind one of this step; none behind the run's last."""
+        options = self.options
+        if micro + 1 < options.accumulate:
+            return self.step, micro + 1
+        return None if self.step + 1 == options.steps else (self.step + 1, 0)
 
     def _loss(self, error: Tensor) -> Tensor:
         """The loss of the velocities' errors `[B, ...]`, fp32: pairs of rows where the guided velocity counts."""
