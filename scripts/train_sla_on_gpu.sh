@@ -2,12 +2,12 @@
 # tiny-wan fine-tuned for sparse-linear attention, and what it is worth, on one GPU.
 #
 #     bash scripts/train_sla_on_gpu.sh OUT MINUTES [OPTION...]
-#     bash scripts/train_sla_on_gpu.sh OUT 17 --batch 24
+#     bash scripts/train_sla_on_gpu.sh OUT 17 --batch 24 --steps 624
 #
 # OPTIONs are those of `finetune_sla.py train`. OUT gets `sla`, the weights and the record of the training; `velocity.json`,
 # errors on unseen scenes before and after; and `quality/record.json`, 96 prompts: dense, top-k at the same keep and blocks,
-# and what was trained, both with one plan for both branches. What is in OUT already, of a run that broke off, is not made
-# again.
+# and what was trained, both with one plan for both branches and with four, six or eight of 20 steps dense. What is in OUT
+# already, of a run that broke off, is not made again.
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1 minutes=$2
@@ -30,6 +30,10 @@ if [ ! -e "$out/sla/transformer.safetensors" ]; then
 fi
 sla evaluate --latents "$out/unseen" --count 8 --sla "$out/sla" --shared-plans --below "$above" \
   --out "$out/velocity.json" || exit 1
-same="keep=$keep,dense_above=$above,share_plans=true,min_tokens=0"
+variants=(dense)
+for dense_above in "$above" 0.93 0.9; do
+  same="keep=$keep,dense_above=$dense_above,share_plans=true,min_tokens=0"
+  variants+=("fast,order=packed,block=$block,neighbours=0,$same" "fast,method=sla,weights=$out/sla,$same")
+done
 python3 scripts/evaluate_quality.py --model presets/models/tiny-wan --device cuda:0 --prompts 96 --batch 16 --judges 8 \
-  --variants dense "fast,order=packed,block=$block,neighbours=0,$same" "fast,method=sla,weights=$out/sla,$same" --out "$out/quality"
+  --variants "${variants[@]}" --out "$out/quality"
