@@ -218,6 +218,7 @@ def _run(
 
     from tqdm import tqdm
 
+    from dit_accel.cli.environment import identify
     from dit_accel.cli.making import announce, load, open_record
     from dit_accel.tuning.shelf import open_shelf
     from dit_accel.tuning.tune import Tuner
@@ -225,7 +226,9 @@ def _run(
 
     announce(request, quiet=quiet, verbose=verbose)
     pipe = load(request, folder)
-    opened = open_record(request, pipe) | {"scheduler": type(pipe.scheduler).__name__}
+    opened = open_record(request, pipe) | {
+        "scheduler": type(pipe.scheduler).__name__, "commit": identify(pipe._execution_device)["commit"],
+    }  # fmt: skip
     shelf = open_shelf(measured, plan.settings(opened["machine"]), resume)
     watched = sys.stderr.isatty() and not quiet
     try:

@@ -1,5 +1,7 @@
 """Contest: the best of each way runs on the clips tuned on, all at one computed time, and the likest goes on.
 
+What one would set by hand, one keep in all layers, runs too: nothing that was shared out goes on that is worse.
+
 What is predicted ranks ways, and what to give up in each, too coarsely (docs/tune.md). So each way is shared out anew
 by how large its errors turned out, and the best schedule is polished.
 """
@@ -18,7 +20,7 @@ from dit_accel.tuning.polish import polish
 from dit_accel.tuning.problem import Allocation, Problem
 from dit_accel.tuning.results import Entrant
 from dit_accel.tuning.running import Runner, likeness
-from dit_accel.tuning.ways import Way, fit_way, list_ways
+from dit_accel.tuning.ways import Way, fit_way, list_ways, one_keep
 
 _CORRECTIONS = 3  # of what is predicted, by what real runs had, at most
 _CLOSE = 1e-6
@@ -61,6 +63,9 @@ class Contest:
         for way in ways:
             problem = problems[way.method]
             entrants += self._enter(problem, way, fit_way(problem, way, "time", time), time, entrants)
+        for i, problem in problems.items():
+            for allocation in one_keep(problem, time):
+                entrants += self._enter(problem, Way(i, False, True), allocation, time, entrants)
         for way in dict.fromkeys(replace(one.way, sparse=True) for one in entrants):
             entrants += self._correct(way, time, entrants)
         fixed = [one for one in entrants if not one.way.adaptive]

@@ -18,14 +18,19 @@ from dit_accel.tuning.tables import Gains
 
 
 def perturbed_steps(n: int, count: int) -> list[int]:
-    """Where to perturb: densest among the first steps, where gains fall fast; never at step 0, which follows none."""
+    """Where to perturb: at step 0, and densest among the first behind it, where gains fall fast."""
     last = max(1, round(0.85 * (n - 1)))
-    return sorted({max(1, round(step)) for step in np.geomspace(1, last, count)})
+    return [0, *sorted({max(1, round(step)) for step in np.geomspace(1, last, count)})]
 
 
 def forwards_of(n: int, count: int, branches: int) -> int:
     """How many forwards `measure_gains` runs."""
-    return 2 * branches * sum(n - 1 - step for step in perturbed_steps(n, count))
+    return branches * sum(len(_kinds(step)) * (n - 1 - step) for step in perturbed_steps(n, count))
+
+
+def _kinds(step: int) -> tuple[str, ...]:
+    """The errors of a step: the first follows none that it could be held from."""
+    return ("sparse", "reuse") if step else ("sparse",)
 
 
 def measure_gains(
@@ -36,7 +41,7 @@ def measure_gains(
     make: Callable[[], Any],
     tick: Callable[[], None],
 ) -> Gains:
-    """Perturb at `count` steps, by sparse attention's error and by that of a reuse.
+    """Perturb at the first step and `count` others, by sparse attention's error and by that of a reuse.
 
     Args:
         vectors: of a measured run, which `make` makes again.
@@ -46,9 +51,9 @@ def measure_gains(
     found: dict[str, list[float]] = {"sparse": [], "reuse": []}
     pixels, steps = [], perturbed_steps(n, count)
     for step in steps:
-        for kind in found:
-            before, here = vectors.velocities[step - 1], vectors.velocities[step]
-            error = vectors.errors[step] if kind == "sparse" else before - here
+        for kind in _kinds(step):
+            here = vectors.velocities[step]
+            error = vectors.errors[step] if kind == "sparse" else vectors.velocities[step - 1] - here
             final, frames = _run(pipe, vectors, step, error, make, tick)
             moved = float((final - vectors.final).double().norm())
             found[kind].append(moved / max(abs(weights[step]) * float(error.double().norm()), 1e-30))
@@ -56,6 +61,7 @@ def measure_gains(
             latents = moved**2 / vectors.final.numel()
             if mse > 0 and latents > 0:
                 pixels.append(mse / latents)
+    found["reuse"].insert(0, found["reuse"][0])  # of the first step, which is never made up
     return Gains(steps, **found, pixels=pixels)
 
 

@@ -14,6 +14,7 @@ from dit_accel.tuning.predictor import HOLD, PREDICTORS
 from dit_accel.tuning.problem import Allocation, Problem
 
 _FARTHEST = 2  # steps by which a computed one is moved at once
+_LAYERS = 6  # that are thought of as reading more in exchange for as many others
 _CLOSE = 1e-9
 
 
@@ -33,18 +34,25 @@ def _moved(problem: Problem, found: Allocation) -> Iterator[Allocation]:
     for step, is_computed in enumerate(computed):
         if not is_computed:
             yield replace(found, computed=tuple(x or i == step for i, x in enumerate(computed)))
-    for bucket in range(problem.n_buckets):
-        for way in (-1, 1):  # a part of the noise levels reads more, or less
-            last = len(problem.saved) - 1
-            yield replace(
-                found,
-                keeps=tuple(
-                    tuple(min(max(k + way, 0), last) if b == bucket else k for b, k in enumerate(row))
-                    for row in found.keeps
-                ),
-            )
+    buckets = [[(layer, bucket) for layer in range(problem.n_layers)] for bucket in range(problem.n_buckets)]
+    sparse = [bucket for bucket in range(problem.n_buckets) if any(row[bucket] for row in found.keeps)]
+    layers = [[(layer, bucket) for bucket in sparse] for layer in range(problem.n_layers)]  # the rest stays dense
+    for places in (buckets, layers):  # parts of the noise levels, or layers, read more; or some of them do for others
+        more, less = ([_read(problem, found, one, way) for one in places] for way in (-1, 1))
+        yield from (*more, *less)
+        best = sorted(range(len(places)), key=lambda i: problem.loss(more[i]))[:_LAYERS]
+        spared = sorted(range(len(places)), key=lambda i: problem.loss(less[i]))[:_LAYERS]
+        yield from (_read(problem, more[i], places[j], 1) for i in best for j in spared if i != j)
     if not all(computed):
         yield from (replace(found, predictor=predictor) for predictor in PREDICTORS if predictor != found.predictor)
+
+
+def _read(problem: Problem, found: Allocation, places: Sequence[tuple[int, int]], way: int) -> Allocation:
+    """An allocation that at these layers and buckets reads one keep less, or more where `way` is -1."""
+    last, keeps = len(problem.saved) - 1, [list(row) for row in found.keeps]
+    for layer, bucket in places:
+        keeps[layer][bucket] = min(max(keeps[layer][bucket] + way, 0), last)
+    return replace(found, keeps=tuple(map(tuple, keeps)))
 
 
 def polish(

@@ -8,7 +8,7 @@ of the clips tuned on decide (`aim.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,6 +74,22 @@ def fit_way(problem: Problem, way: Way, kind: str, limit: float) -> Allocation |
     if not way.sparse or kind != "time":
         return best
     return min(best, fit_time(problem.under(best.threshold), limit), key=problem.loss)
+
+
+def one_keep(problem: Problem, time: float) -> Iterator[Allocation]:
+    """What one would set by hand: of each keep all layers at it, behind as many dense parts of the noise levels as fit.
+
+    Args:
+        time: that none may take more of.
+    """
+    dense = problem.dense()
+    for place, saved in enumerate(problem.saved):
+        for first in reversed(range(problem.n_buckets) if saved > 0 else ()):
+            row = (0,) * first + (place,) * (problem.n_buckets - first)
+            found = replace(dense, keeps=(row,) * problem.n_layers)
+            if problem.cost(found) <= time + _CLOSE:
+                yield found
+                break
 
 
 def _is_capped(problem: Problem, threshold: float) -> bool:

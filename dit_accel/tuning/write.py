@@ -26,7 +26,7 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
     """All that the preset rests on. Figures are of held-out clips alone.
 
     Args:
-        opened: what every record begins with.
+        opened: what every record begins with, and the `commit` of a checkout.
     """
     rivals = [one.to_dict() for one in tuned.rivals]
     best = max(rivals, key=lambda one: one["psnr"], default=None)
@@ -35,7 +35,12 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
     return {
         **opened,
         # what a committed preset's claims are compared with, under the names that every record has
-        "environment": {"chip": _chip(opened["machine"]), "date": opened["written"], "versions": opened["versions"]},
+        "environment": {
+            "chip": _chip(opened["machine"]),
+            "date": opened["written"],
+            "versions": opened["versions"],
+            "commit": opened["commit"],
+        },
         "model": plan.base.model,
         "size": made.width,
         **{key: getattr(made, key) for key in ("frames", "steps", "guidance", "flow_shift")},

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit_accel.cli.app import run
+from dit_accel.cli.environment import identify
 from dit_accel.preset import load_preset
 from dit_accel.tuning.ways import MOST
 
@@ -79,7 +81,9 @@ def test_a_preset_is_made_found_and_run(
     assert record["options"]["tuned"] == record["summary"]["tuned"]["options"]["sparse"]
 
     preset = load_preset("mine")
-    assert preset.provenance.gpu == record["environment"]["chip"]
+    told = identify(torch.device("cpu"))
+    assert preset.provenance.gpu == record["environment"]["chip"] == told["chip"]
+    assert record["environment"]["commit"] == told["commit"]
     assert preset.status == "measured" and preset.provenance.record == "mine.json"
     assert preset.provenance.figures["psnr_db"].value == record["summary"]["tuned"]["psnr"]
     assert preset.generate.steps == 10 and preset.generate.width == 64

@@ -86,3 +86,16 @@ def test_the_way_that_is_chosen_has_something_for_the_budget(budget: Budget) -> 
     outcome, _, _ = hold(predicted, real, budget)
     assert contest.fit_aim(outcome.problem, outcome.way, budget, budget.limit, PIXELS) is not None
     assert outcome.sure is None
+
+
+def test_what_one_would_set_by_hand_goes_on_where_it_is_better() -> None:
+    """The first step's error is taken for nothing, and is what matters most: keep it dense, as a hand would."""
+    predicted = replace(problem(), expected=None, forced=np.ones(10, bool), sparse=np.full(10, 0.5))
+    late = predicted.sparse * (predicted.bucket == 1)
+    real = replace(predicted, sparse=late + 100 * (predicted.bucket == 0))
+    told = replace(predicted, sparse=late + 1e-6 * (predicted.bucket == 0))
+    outcome, _, _ = hold(told, real, Budget("time", 0.7))
+    best = max(outcome.entrants, key=lambda one: one.psnr)
+    assert outcome.sure == best.allocation and best.allocation.keeps == ((0, 2), (0, 2))
+    first = outcome.entrants[0].allocation  # what was shared out
+    assert any(row[0] for row in first.keeps) and real.loss(first) > 100 * real.loss(best.allocation)

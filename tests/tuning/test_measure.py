@@ -15,7 +15,7 @@ from dit_accel.options import SparseOptions
 from dit_accel.pipelines import wan
 from dit_accel.preset import load_preset
 from dit_accel.testing import tiny_wan_pipeline
-from dit_accel.tuning.gains import measure_gains, perturbed_steps
+from dit_accel.tuning.gains import forwards_of, measure_gains, perturbed_steps
 from dit_accel.tuning.interpose import idle, solver_weights, walk
 from dit_accel.tuning.measure import branch_shares, close_steps, forwards, measure
 from dit_accel.tuning.problem import Allocation, make_problem
@@ -105,20 +105,20 @@ def test_gains_are_those_of_a_run_that_goes_wrong_at_one_step(pipe, make, measur
     sample, vectors = measured
     counted = []
     gains = measure_gains(pipe, vectors, sample.weights, 2, make, lambda: counted.append(1))
-    assert gains.steps == perturbed_steps(STEPS, 2) == [1, 3]
-    assert len(counted) == 2 * 2 * 2  # both kinds, behind step 1, both branches
-    assert gains.reuse[1] == pytest.approx(1, rel=1e-3), "nothing comes behind the last step: the solver's own weight"
-    assert gains.sparse[1] == pytest.approx(1, rel=1e-3)
+    assert gains.steps == perturbed_steps(STEPS, 2) == [0, 1, 3]
+    # behind step 0, which is never made up, and of both kinds behind step 1; both branches
+    assert len(counted) == forwards_of(STEPS, 2, 2) == (3 + 2 * 2) * 2
+    assert gains.reuse[2] == pytest.approx(1, rel=1e-3), "nothing comes behind the last step: the solver's own weight"
+    assert gains.sparse[2] == pytest.approx(1, rel=1e-3)
     assert "forward" not in pipe.transformer.__dict__
 
-    def on_step(step: int, velocity: torch.Tensor) -> torch.Tensor:
-        return velocity + (vectors.velocities[0] - vectors.velocities[1] if step == 1 else 0)
+    def moved(at: int, error: torch.Tensor) -> float:
+        with walk(pipe.scheduler, lambda step, velocity: velocity + (error if step == at else 0)) as noted:
+            make()
+        return float((noted.final - vectors.final).norm()) / (abs(sample.weights[at]) * float(error.norm()))
 
-    with walk(pipe.scheduler, on_step) as noted:
-        make()
-    error = float((vectors.velocities[0] - vectors.velocities[1]).norm())
-    moved = float((noted.final - vectors.final).norm()) / (abs(sample.weights[1]) * error)
-    assert gains.reuse[0] == pytest.approx(moved, rel=1e-2)
+    assert gains.reuse[1] == pytest.approx(moved(1, vectors.velocities[0] - vectors.velocities[1]), rel=1e-2)
+    assert gains.sparse[0] == pytest.approx(moved(0, vectors.errors[0]), rel=1e-2)
 
     problem = make_problem([sample], gains, 2, 1.0)
     assert problem.loss(problem.dense()) == 0 and problem.cost(problem.dense()) == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 from dit_accel.tuning.allocate import fit_time
 from dit_accel.tuning.polish import neighbours, polish
+from dit_accel.tuning.problem import Allocation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from drawn_problems import draw
@@ -65,3 +67,14 @@ def test_schedules_that_are_told_come_first(problem) -> None:
     polish(problem, start, 1.0, 0.5, 3, lambda one: asked.append(one) or 0.0, told)
     assert {one.computed for one in asked[:2]} == {told[0], told[2]} - {start.computed}
     assert all(problem.cost(one) <= 0.5 + 1e-9 for one in asked)
+
+
+def test_layers_read_more_in_exchange_for_others() -> None:
+    """At the time that is allowed nothing can read more for itself; a dense beginning stays dense."""
+    problem = draw(4, n=8, layers=3, buckets=2, keeps=2)
+    start = Allocation((True,) * 8, ((0, 1),) * 3)
+    found = [one for one in neighbours(problem, start, problem.cost(start)) if all(one.computed)]
+    exchanged = {one.keeps for one in found if sum(map(sum, one.keeps)) == 3 and one.keeps != start.keeps}
+    rows = [(0, 0), (0, 1), (0, 2)]
+    assert {keeps for keeps in exchanged if not any(row[0] for row in keeps)} == set(permutations(rows))
+    assert ((1, 0),) * 3 in exchanged  # parts of the noise levels, too
