@@ -17,6 +17,9 @@ from dit_accel.bench.stopwatch import Stopwatch, seconds_of, timed
 from dit_accel.testing import peak_bytes
 
 STEP = 0.01  # how far the noise level falls from one forward to the next
+CHECK_GRID = (3, 21, 26)  # at most, for `judge_full_plan`; ragged on purpose, and even
+# How much further than dense by another kernel a full plan may be from dense, and what is forgiven at all (in eps).
+_SLACK, _FORGIVEN = 4.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -187,3 +190,23 @@ def _watch_blocks(transformer: nn.Module, lists: tuple[str, ...], watch: Stopwat
 def relative_error(a: Tensor, b: Tensor) -> float:
     """`|a - b| / |b|` in the Euclidean norm, in float32."""
     return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def judge_full_plan(error: float, floor: float, dtype: torch.dtype, report: Any) -> dict[str, Any]:
+    """Whether a plan that keeps everything came out as dense attention does.
+
+    Args:
+        error: relative, from dense.
+        floor: that of dense attention by another kernel.
+        report: of the forward with that plan.
+
+    Returns:
+        Both, the limit, and `problem`, a sentence or None.
+    """
+    limit = _SLACK * floor + _FORGIVEN * torch.finfo(dtype).eps
+    problem = None
+    if report.dense_calls or not report.sparse_calls:
+        problem = f"of the check's calls {report.sparse_calls} were sparse: {dict(report.dense_reasons)}"
+    elif not error <= limit:  # also where it is not a number
+        problem = f"a full plan is {error:.1e} from dense, which may be {limit:.1e}"
+    return {"error": error, "floor": floor, "limit": limit, "problem": problem}

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import torch
-from _forward_times import installed, relative_error
+from _forward_times import CHECK_GRID, installed, judge_full_plan, relative_error
 from _full_size import CASES, FullSize, at_noise, build_transformer, make_inputs
 from _pages import write_text
 from _quality_record import describe_environment
@@ -35,9 +35,6 @@ from dit_accel.bench.stopwatch import seconds_of
 from dit_accel.options import SparseOptions
 
 NOISE = 0.5
-CHECK_GRID = (3, 21, 26)  # at most; ragged on purpose, and even
-# How much further than dense by another kernel a full plan may be from dense, and what is forgiven at all (in eps).
-_SLACK, _FORGIVEN = 4.0, 1.0
 
 
 def main() -> int:
@@ -175,14 +172,10 @@ def check(
     stock = slowest(relative_error(run(models["shared"], None, inputs)[0], expected), device)
     out, report = run(models["shared"], full, inputs)
     error = slowest(relative_error(out, expected), device)
-    limit = _SLACK * floor + _FORGIVEN * torch.finfo(dtype).eps
-    problem = None
-    if report.dense_calls or not report.sparse_calls:
-        problem = f"of the check's calls {report.sparse_calls} were sparse: {dict(report.dense_reasons)}"
-    elif not error <= limit:  # also where it is not a number
-        problem = f"a full plan is {error:.1e} from dense, which may be {limit:.1e}"
-    found = {"grid": list(grid), "error": error, "stock_shared": stock, "floor": floor, "limit": limit}
-    return {"check": {**found, "executors": dict(report.executors)}, "problem": problem}
+    told = judge_full_plan(error, floor, dtype, report)
+    problem = told.pop("problem")
+    found = {"grid": list(grid), "stock_shared": stock, "executors": dict(report.executors)}
+    return {"check": {**found, **told}, "problem": problem}
 
 
 def describe(name: str, seconds: dict[tuple[str, str], list[float]]) -> dict[str, Any]:

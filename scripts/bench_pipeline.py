@@ -29,7 +29,16 @@ from typing import Any
 
 import _source_tree  # noqa: F401  (must come before dit_accel)
 import torch
-from _forward_times import Sample, Variant, installed, relative_error, take_sample, watch_forward
+from _forward_times import (
+    CHECK_GRID,
+    Sample,
+    Variant,
+    installed,
+    judge_full_plan,
+    relative_error,
+    take_sample,
+    watch_forward,
+)
 from _full_size import CASES, DEPTHS, FullSize, at_noise, build_transformer, make_inputs
 from _pages import put_between, write_text
 from _quality_record import describe_environment
@@ -39,10 +48,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_accel.errors import DitAccelError
 from dit_accel.options import SparseOptions
 from dit_accel.preset import load_preset
-
-CHECK_GRID = (3, 21, 26)  # at most; ragged on purpose
-# How much further than dense by another kernel a full plan may be from dense, and what is forgiven at all (in eps).
-_SLACK, _FORGIVEN = 4.0, 1.0
 
 
 def main() -> int:
@@ -324,13 +329,7 @@ def check(
     with installed(transformer, full) as processor:
         error = relative_error(transformer(**given)[0], expected)
         report = processor.report
-    limit = _SLACK * floor + _FORGIVEN * torch.finfo(dtype).eps
-    problem = None
-    if report.dense_calls or not report.sparse_calls:
-        problem = f"of the check's calls {report.sparse_calls} were sparse: {dict(report.dense_reasons)}"
-    elif not error <= limit:  # also where it is not a number
-        problem = f"a full plan is {error:.1e} from dense, which may be {limit:.1e}"
-    return {"grid": list(grid), "error": error, "floor": floor, "limit": limit, "problem": problem}
+    return {"grid": list(grid), **judge_full_plan(error, floor, dtype, report)}
 
 
 def print_case(told: dict[str, Any]) -> None:

@@ -44,6 +44,6 @@ class Plan:
             "keeps": self.keeps,
             "prompts and seeds": [dataclasses.asdict(clip) for clip in self.clips],
             "held-out prompts and seeds": [dataclasses.asdict(clip) for clip in self.held_out],
-            "steps looked at": [self.close, self.perturbed],
+            "steps looked at, and perturbed behind the first": [self.close, self.perturbed],
             "machine": machine,
         }
