@@ -81,6 +81,8 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 1 or not all(0 < keep <= 1 for keep in options.keeps):
         parser.error("--rounds is at least 1, --keeps above 0 and up to 1")
+    if not distributed.is_torchelastic_launched():
+        parser.error("one process shares with none: start it with torchrun --nproc-per-node 2, or more")
     return options
 
 

@@ -60,3 +60,9 @@ def test_two_processes_compute_what_one_does_and_both_are_timed(tmp_path: Path) 
 def test_a_case_that_does_not_exist_is_named() -> None:
     ended = run("--cases", "wan-2b")
     assert ended.returncode != 0 and "wan-2b" in ended.stderr and "wan-14b-720p" in ended.stderr
+
+
+def test_it_says_how_it_is_started() -> None:
+    ended = subprocess.run([sys.executable, str(SCRIPT), "--tiny"], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2 and "torchrun --nproc-per-node 2" in ended.stderr
+    assert "Traceback" not in ended.stderr
