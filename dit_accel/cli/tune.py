@@ -58,6 +58,9 @@ def tune(
     close: Annotated[int, typer.Option(help="Steps at which each layer is tried alone.")] = 3,
     perturbed: Annotated[int, typer.Option(help="Steps at which runs go wrong on purpose.")] = 5,
     polish: Annotated[int, typer.Option(help="Schedules at most that clips tuned on try for real, for a time.")] = 12,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Follow each layer, sparse alone, to the end of each clip tuned on.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Of the preset to be (default: PRESET-tuned).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for it.")] = Path("presets"),
     resume: Annotated[
@@ -132,6 +135,7 @@ def tune(
         close=close,
         perturbed=perturbed,
         polish=polish,
+        follow=follow,
     )
     record, paths = _run(request, folder, plan, asked, told, files, resume, quiet, verbose)
     print(json.dumps(record, indent=2) if as_json else "\n".join(map(str, paths)))

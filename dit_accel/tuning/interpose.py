@@ -18,6 +18,10 @@ from dit_accel.roles import ROLES
 OnStep = Callable[[int, Tensor], Tensor]
 
 
+class Finished(Exception):
+    """The last step that was wanted is done: nothing is to be decoded."""
+
+
 class Walk:
     """What is noted of the scheduler while `walk` holds."""
 
@@ -28,11 +32,12 @@ class Walk:
 
 
 @contextlib.contextmanager
-def walk(scheduler: Any, on_step: OnStep) -> Iterator[Walk]:
+def walk(scheduler: Any, on_step: OnStep, steps: int | None = None) -> Iterator[Walk]:
     """Be told of every step of a scheduler, of one run.
 
     Args:
         scheduler: whose `step` takes the model's output, a timestep and the sample, as diffusers' do.
+        steps: behind so many the run is ended by `Finished`, before anything is decoded; None: it ends by itself.
     """
     noted, own, original = Walk(), scheduler.__dict__.get("step"), scheduler.step
 
@@ -44,6 +49,8 @@ def walk(scheduler: Any, on_step: OnStep) -> Iterator[Walk]:
         result = original(given, timestep, sample, *args, **kwargs)
         noted.steps += 1
         noted.final = result[0]
+        if noted.steps == steps:
+            raise Finished
         return result
 
     scheduler.step = step

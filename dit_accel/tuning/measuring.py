@@ -9,9 +9,11 @@ import numpy as np
 
 from dit_accel.adapters import find_adapter
 from dit_accel.tuning import gains as perturb
+from dit_accel.tuning.follow import follow, forwards_of
 from dit_accel.tuning.interpose import transformers_of
 from dit_accel.tuning.measure import Vectors, forwards, measure
 from dit_accel.tuning.plan import Plan
+from dit_accel.tuning.problem import bucket_steps
 from dit_accel.tuning.runs import Clip, Made, Maker
 from dit_accel.tuning.shelf import Shelf
 from dit_accel.tuning.tables import Gains, Sample
@@ -69,13 +71,20 @@ class Measurer:
             self.bar.set_description(f"measuring {plan.methods[method].method} {j + 1}/{len(plan.clips)}")
 
             def make(clip: Clip = clip) -> tuple[Sample, Vectors]:
-                return measure(
-                    self.pipe, plan.methods[method], plan.keeps, plan.base.generate.steps, plan.close,
-                    lambda: self.maker.frames(plan.dense, clip), lambda: self.bar.update(1),
-                )  # fmt: skip
+                return self._sample(method, clip)
 
             found.append(self.shelf.sample(sample_name(method, j), make, method == 0 and j == 0))
         return found
+
+    def _sample(self, method: int, clip: Clip) -> tuple[Sample, Vectors]:
+        plan, steps, options = self.plan, self.plan.base.generate.steps, self.plan.methods[method]
+        run = lambda: self.maker.frames(plan.dense, clip), lambda: self.bar.update(1)  # makes it, ticks
+        sample, vectors = measure(self.pipe, options, plan.keeps, steps, plan.close, *run)
+        if plan.follow:
+            keep, bucket = plan.keeps[sample.reference], bucket_steps(steps, plan.buckets)
+            layers = len(sample.attention)
+            sample.followed.extend(follow(self.pipe, options, keep, bucket, layers, vectors, *run))
+        return sample, vectors
 
     def _gains(self, vectors: Vectors, weights: list[float]) -> Gains:
         plan = self.plan
@@ -91,6 +100,8 @@ class Measurer:
         branches = max(1, in_a_run // steps)
         layers = sum(len(find_adapter(t).self_attentions(t)) for t in transformers_of(self.pipe).values())
         of_a_sample = forwards(steps, branches, layers, len(plan.keeps), plan.close)
+        if plan.follow:
+            of_a_sample += forwards_of(bucket_steps(steps, plan.buckets), layers, branches)
         left = sum(
             of_a_sample
             for i in range(len(plan.methods))

@@ -26,6 +26,7 @@ class Plan:
     close: int  # steps looked at closely
     perturbed: int  # steps at which runs go wrong on purpose
     polish: int = 12  # allocations, at most, that are tried for real next to the best schedule
+    follow: bool = False  # whether every layer, sparse alone, is followed to the end of each clip tuned on
 
     @property
     def dense(self) -> Preset:
@@ -45,5 +46,6 @@ class Plan:
             "prompts and seeds": [dataclasses.asdict(clip) for clip in self.clips],
             "held-out prompts and seeds": [dataclasses.asdict(clip) for clip in self.held_out],
             "steps looked at, and perturbed behind the first": [self.close, self.perturbed],
+            "followed in parts": self.buckets if self.follow else None,
             "machine": machine,
         }

@@ -8,7 +8,8 @@ at which keep. Its error is that of the final latents, to first order: the sum o
 as vectors, of which only the products with one another are needed (`Sample.gram`): errors of neighbouring steps look
 alike, and add up where independent ones would not. A made-up step has a combination of the velocities computed last
 (`predictor.py`), with the same of sparse attention's errors there. The direction of those is the measured one; their
-length follows the layers' shares, whose squares are taken to add up.
+length follows the layers' shares, whose squares are taken to add up. Where layers were followed to the end of their
+clips (`follow.py`), sparse attention's errors are those that were found there, and squares of all of them add up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 from dit_accel.tuning.predictor import HOLD, Predictor, coefficients
 from dit_accel.tuning.tables import Gains, Sample
 from dit_accel.tuning.threshold import steps_under, thresholds_of
+
+_NOTHING = 1e-12  # mean squared error below which nothing is wrong
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Problem:
     threshold: float | None = None  # a cache decides by it now
     most: int | None = None  # steps in a row that a cache with a threshold makes up at most
     schedules: np.ndarray | None = None  # bool [S, n] the steps that it computes of each sample
+    # `shares` and `gram` by which `loss` goes where layers were followed to the end; None: the same as above
+    ends: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def n_steps(self) -> int:
@@ -98,7 +103,7 @@ class Problem:
         return float(self._as_in(allocation).costs(*_as_arrays(allocation))[0])
 
     def loss(self, allocation: Allocation) -> float:
-        """Mean squared error of the final latents, over samples."""
+        """Mean squared error of the final latents; over samples the geometric mean, as PSNR is averaged."""
         return float(self._as_in(allocation).losses(*_as_arrays(allocation))[0])
 
     def _as_in(self, allocation: Allocation) -> Problem:
@@ -122,14 +127,15 @@ class Problem:
 
     def losses(self, computed: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """`loss` of many, [M]. computed: bool [M, n]; keeps: int [M, L, B]."""
-        lengths = self._lengths(keeps)  # [S, M, n]
-        total = np.zeros(len(keeps))
-        for made, gram, length in zip(self._made(computed), self.gram, lengths, strict=True):
+        shares, grams = self.ends or (self.shares, self.gram)
+        logs = np.zeros(len(keeps))
+        for made, gram, length in zip(self._made(computed), grams, self._lengths(shares, keeps), strict=True):
             errors = length * (self.sparse @ made)  # [M, n]
             velocity = np.broadcast_to(self.reuse @ made - self.reuse, errors.shape)
             vectors = np.concatenate([velocity, errors], 1)
-            total += np.maximum((vectors @ gram * vectors).sum(1), 0)
-        return total / len(self.gram) / self.elements
+            logs += np.log(np.maximum((vectors @ gram * vectors).sum(1) / self.elements, _NOTHING))
+        mean = np.exp(logs / len(grams))
+        return np.where(mean > 2 * _NOTHING, mean, 0.0)
 
     def _made(self, computed: np.ndarray) -> list[np.ndarray]:
         """Of each sample, `coefficients` [M or 1, n, n]."""
@@ -137,16 +143,16 @@ class Problem:
             return [coefficients(self.predictor, computed, self.noise, self.begins)] * len(self.gram)
         return [coefficients(self.predictor, one[None], self.noise, self.begins) for one in self.schedules]
 
-    def _lengths(self, keeps: np.ndarray) -> np.ndarray:
+    def _lengths(self, shares: np.ndarray, keeps: np.ndarray) -> np.ndarray:
         """[S, M, n] by what factor the measured errors of sparse attention are to be taken."""
         places = keeps[:, :, self.bucket]  # [M, L, n]
         layers = np.arange(self.n_layers)[:, None]
-        return np.sqrt(self.shares[:, layers, np.arange(self.n_steps), places].sum(2))
+        return np.sqrt(shares[:, layers, np.arange(self.n_steps), places].sum(2))
 
     def velocity_error(self, allocation: Allocation) -> float:
         """Root mean square over samples and steps of the relative error of the velocity."""
         computed, keeps = _as_arrays(allocation)
-        lengths, n = self._lengths(keeps)[:, 0], self.n_steps
+        lengths, n = self._lengths(self.shares, keeps)[:, 0], self.n_steps
         total = 0.0
         for made, gram, length in zip(self._as_in(allocation)._made(computed), self.gram, lengths, strict=True):
             made = made[0]
@@ -169,17 +175,22 @@ def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_
     """
     first = samples[0]
     n = len(first.noise)
-    places = np.arange(n)
+    places, bucket = np.arange(n), np.array(bucket_steps(n, buckets))
     weights = np.array(first.weights)
     gain = {kind: _between(places, gains.steps, getattr(gains, kind)) for kind in ("sparse", "reuse")}
     forced = np.array([i == 0 or first.roles[i] != first.roles[i - 1] for i in places])
     begins = np.maximum.accumulate(np.where(forced, places, 0))
+    shares = np.stack([layer_shares(sample) for sample in samples])
+    sparse, ends = weights * gain["sparse"], None
+    if all(sample.followed for sample in samples):
+        found = [_followed(*pair, sparse, bucket) for pair in zip(samples, shares, strict=True)]
+        ends = np.stack([one for one, _ in found]), np.stack([one for _, one in found])
     return Problem(
-        shares=np.stack([layer_shares(sample) for sample in samples]),
+        shares=shares,
         gram=np.stack([np.array(sample.gram) for sample in samples]),
         reuse=weights * gain["reuse"],
-        sparse=weights * gain["sparse"],
-        bucket=places * min(buckets, n) // n,
+        sparse=sparse,
+        bucket=bucket,
         forced=forced,
         saved=np.concatenate([[0.0], saved_by_layer(samples)]),
         step_cost=forward_share / n,
@@ -187,7 +198,33 @@ def make_problem(samples: Sequence[Sample], gains: Gains, buckets: int, forward_
         noise=np.array(first.noise),
         begins=begins,
         expected=np.array([[np.inf if x is None else x for x in sample.expected] for sample in samples]),
+        ends=ends,
     )
+
+
+def bucket_steps(n: int, buckets: int) -> list[int]:
+    """The part of the noise levels that each of n steps is in: as many steps in each as can be."""
+    return [step * min(buckets, n) // n for step in range(n)]
+
+
+def _followed(
+    sample: Sample, shares: np.ndarray, sparse: np.ndarray, bucket: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares and products that come to what was found at the end, each layer alone in one bucket, where all add up.
+
+    Args:
+        shares: [L, n, 1 + K] of the velocity's error.
+        sparse: [n] `Problem.sparse`.
+    """
+    gram, n = np.array(sample.gram), len(bucket)
+    apart = np.zeros_like(gram)  # errors of different steps, and those of steps made up, are not alike in any way
+    apart[:n, :n] = gram[:n, :n]
+    errors = np.diag(gram)[n:]
+    apart[n:, n:] = np.diag(errors)
+    told = sparse**2 * errors * shares[:, :, 1 + sample.reference]  # [L, n]
+    in_bucket = told @ np.eye(bucket.max() + 1)[bucket]  # [L, B]
+    factors = np.array(sample.followed) / np.maximum(in_bucket, 1e-30)
+    return shares * factors[:, bucket, None], apart
 
 
 def _between(places: np.ndarray, steps: Sequence[int], values: Sequence[float]) -> np.ndarray:

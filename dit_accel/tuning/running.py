@@ -14,7 +14,7 @@ from dit_accel.tuning.as_preset import load, tables_of, to_toml
 from dit_accel.tuning.matching import Matched, match_time
 from dit_accel.tuning.measuring import Measured
 from dit_accel.tuning.plan import Plan
-from dit_accel.tuning.problem import Allocation, Problem
+from dit_accel.tuning.problem import Allocation, Problem, bucket_steps
 from dit_accel.tuning.runs import Clip, Made, Maker
 
 
@@ -30,8 +30,8 @@ class Runner:
     def tables(self, allocation: Allocation, method: int) -> dict[str, Any]:
         """The tables of an allocation's preset, claims left out."""
         plan, noise = self.plan, self.measured.samples[method][0].noise
-        buckets = [step * min(plan.buckets, len(noise)) // len(noise) for step in range(len(noise))]
-        return tables_of(plan.base, plan.methods[method], allocation, plan.keeps, noise, buckets)
+        bucket = bucket_steps(len(noise), plan.buckets)
+        return tables_of(plan.base, plan.methods[method], allocation, plan.keeps, noise, bucket)
 
     def preset(self, allocation: Allocation, method: int) -> Preset:
         """An allocation as a preset."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Sample:
     sparse_seconds: list[list[float]]  # [K][...] of the same forwards with every layer sparse
     # [n] the error that a cache expects of a step held from the one before; None where it cannot tell
     expected: list[float | None]
+    # [L][B] squared error of the final latents, with one layer sparse at the reference keep in one part of the noise
+    # levels; empty where it was not followed to the end (`follow.py`)
+    followed: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
         "verb": "tune",
         "budget": str(budget),
         "keeps": list(plan.keeps),
+        "followed": plan.follow,
         "tuned_on": [dataclasses.asdict(clip) for clip in plan.clips],
         "held_out": [dataclasses.asdict(clip) for clip in plan.held_out],
         "summary": {

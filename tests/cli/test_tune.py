@@ -19,7 +19,7 @@ from dit_accel.tuning.ways import MOST
 SMALL = (
     "tune", "--preset", "wan21-fast", "--size", "64x64", "--frames", "5", "--prompt", "star", "--keeps", ".25,.5",
     "--set", "block=16", "--set", "min_tokens=0", "--buckets", "2", "--close", "1",
-    "--perturbed", "2", "--polish", "2", "--name", "mine",
+    "--perturbed", "2", "--polish", "2", "--follow", "--name", "mine",
 )  # fmt: skip
 
 
@@ -55,6 +55,9 @@ def test_a_preset_is_made_found_and_run(
     assert set(before) == {
         "settings.json", "sample-0-000.json", "frames-0-000.safetensors", "gains.json", "dense-000.safetensors",
     }  # fmt: skip
+
+    sample = json.loads((measured / "sample-0-000.json").read_text())
+    assert first["followed"] and [len(row) for row in sample["followed"]] == [2] * len(sample["attention"])
 
     # without --resume nothing is touched; with it nothing is measured twice, and the budget may be another
     assert run([*arguments, "--budget", "psnr>=12"]) == 2

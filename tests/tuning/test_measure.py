@@ -15,10 +15,13 @@ from dit_accel.options import SparseOptions
 from dit_accel.pipelines import wan
 from dit_accel.preset import load_preset
 from dit_accel.testing import tiny_wan_pipeline
+from dit_accel.tuning.follow import follow
+from dit_accel.tuning.follow import forwards_of as forwards_followed
 from dit_accel.tuning.gains import forwards_of, measure_gains, perturbed_steps
 from dit_accel.tuning.interpose import idle, solver_weights, walk
 from dit_accel.tuning.measure import branch_shares, close_steps, forwards, measure
-from dit_accel.tuning.problem import Allocation, make_problem
+from dit_accel.tuning.problem import Allocation, bucket_steps, make_problem
+from dit_accel.tuning.tables import Gains
 
 STEPS, LAYERS, KEEPS = 4, 2, (0.5, 0.25)
 SPARSE = SparseOptions.from_mapping({"keep": 0.25, "block": 16, "order": "raster", "min_tokens": 0})
@@ -127,6 +130,59 @@ def test_gains_are_those_of_a_run_that_goes_wrong_at_one_step(pipe, make, measur
     assert frames.shape == vectors.frames.shape
     apart = float((vectors.velocities[2] - vectors.velocities[3]).norm() * abs(sample.weights[3])) ** 2
     assert problem.loss(last) == pytest.approx(apart / sample.elements, rel=1e-3)
+
+
+def test_a_layer_followed_to_the_end_is_a_real_run(pipe, make, measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, vectors = measured
+    bucket, keep, counted = bucket_steps(STEPS, 2), KEEPS[sample.reference], []
+    assert bucket == [0, 0, 1, 1]
+    between = float(np.mean(sample.noise[1:3]))
+
+    def final(layer: int, **options) -> torch.Tensor:
+        with walk(pipe.scheduler, lambda step, velocity: velocity) as noted:
+            with accelerate(pipe, SPARSE, keep=keep, dense_layers=(1 - layer,), **options):
+                make()
+        return noted.final
+
+    real = [[final(layer, dense_below=between), final(layer, dense_above=between)] for layer in range(LAYERS)]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe.vae), "decode", lambda *_, **__: pytest.fail("decoded"))
+        found = follow(pipe, SPARSE, keep, bucket, LAYERS, vectors, make, lambda: counted.append(1))
+    assert len(counted) == forwards_followed(bucket, LAYERS, 2) == LAYERS * (4 + 2) * 2
+    for row, finals in zip(found, real, strict=True):
+        moved = [float((one - vectors.final).square().sum()) for one in finals]
+        assert row == pytest.approx(moved, rel=1e-3) and min(row) > 0
+    assert not {"forward", "_dit_accel"} & set(pipe.transformer.__dict__) and "step" not in pipe.scheduler.__dict__
+    _, _, frames = really(pipe, make, dense_layers=(0, 1))
+    assert np.array_equal(frames, vectors.frames), "a run that was cut off leaves nothing behind"
+
+    # what is predicted of one layer in one part is what was found; of both, their sum; velocities as before
+    gains = measure_gains(pipe, vectors, sample.weights, 2, make, lambda: None)
+    plain = make_problem([sample], gains, 2, 1.0)
+    told = make_problem([dataclasses.replace(sample, followed=found)], gains, 2, 1.0)
+    place = 1 + sample.reference
+    every, first = (True,) * STEPS, Allocation((True,) * STEPS, ((place, 0), (0, 0)))
+    assert told.loss(first) * sample.elements == pytest.approx(found[0][0], rel=1e-6)
+    both = Allocation(every, ((place, 0), (0, place)))
+    assert told.loss(both) * sample.elements == pytest.approx(found[0][0] + found[1][1], rel=1e-6)
+    assert told.velocity_error(both) == plain.velocity_error(both)
+    better = [[[row[1] / 4, row[1]] for row in layer] for layer in sample.attention]
+    told = make_problem([dataclasses.replace(sample, followed=found, attention=better)], gains, 2, 1.0)
+    reads_more = Allocation(every, ((1, 0), (0, 0)))  # better by as much as the layer's own attention is
+    assert place == 2 and told.loss(reads_more) == pytest.approx(told.loss(first) / 4, rel=1e-6)
+    without = Allocation((True, True, True, False), ((0, 0),) * LAYERS)
+    assert told.loss(without) == pytest.approx(plain.loss(without), rel=1e-9)
+    assert told.loss(told.dense()) == 0
+
+
+def test_losses_are_averaged_as_psnr_is(measured) -> None:
+    sample, _ = measured
+    gains = Gains([0, 3], sparse=[2.0, 1.0], reuse=[3.0, 1.0], pixels=[])
+    double = dataclasses.replace(sample, gram=(4 * np.array(sample.gram)).tolist())
+    last = Allocation((True, True, False, True), ((0, 1),) * LAYERS)
+    alone = [make_problem([one], gains, 2, 1.0).loss(last) for one in (sample, double)]
+    assert alone[1] == pytest.approx(4 * alone[0])
+    assert make_problem([sample, double], gains, 2, 1.0).loss(last) == pytest.approx(2 * alone[0])
 
 
 def test_what_cannot_be_measured_is_said(pipe, make) -> None:
