@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dit_accel.tuning.rivals import Rival, list_rivals
 from dit_accel.tuning.running import Runner, likeness
 from dit_accel.tuning.runs import Made, Maker, compare
 from dit_accel.tuning.shelf import Shelf
+from dit_accel.tuning.ways import Way
 
 
 class Tuner:
@@ -71,19 +73,18 @@ class Tuner:
             )
         runner = Runner(name, plan, self.maker, measured)
         outcome = Contest(runner, problems, self.budget, self.bar, self.say).hold()
-        way, problem = outcome.way, outcome.problem
-        tries, allocations = self._aim(runner, outcome)
-        by = self._best(tries)
-        chosen, allocation = tries[by], allocations[by]
+        tries = self._aim(runner, outcome)
+        best = self._best(tries)
+        allocation, way, problem = best.allocation, best.way, best.problem
         return Tuned(
             tables=runner.tables(allocation, way.method),
             allocation=allocation,
             way=str(way),
-            chosen=chosen,
-            tries=tuple(tries),
+            chosen=best.tried,
+            tries=tuple(one.tried for one in tries),
             entrants=outcome.entrants,
             predicted=predict(problem, allocation, measured.pixels),
-            rivals=tuple(self._rivals(problem, way.method, chosen, allocation, measured)),
+            rivals=tuple(self._rivals(problem, way.method, best.tried, allocation, measured)),
             additivity=tuple(additivity(measured.samples[way.method])),
             forward_share=measured.forward_share,
             dense=measured.dense,
@@ -91,41 +92,51 @@ class Tuner:
 
     # -- aiming
 
-    def _aim(self, runner: Runner, outcome: Outcome) -> tuple[list[Tried], list[Allocation]]:
+    def _aim(self, runner: Runner, outcome: Outcome) -> list[_Try]:
         """Allocate, run on the held-out clips, and correct the aim by how far off it was."""
-        budget, pixels, dense = self.budget, runner.measured.pixels, runner.measured.dense
+        budget, pixels = self.budget, runner.measured.pixels
         way, problem = outcome.way, outcome.problem
-        tries: list[Tried] = []
-        allocations: list[Allocation] = []
+        tries: list[_Try] = []
         aim = budget.limit
-        for number in range(TRIES):
+        for _ in range(TRIES):
             allocation = outcome.sure or fit_aim(problem, way, budget, aim, pixels)
-            if allocation is None or allocation in allocations:
+            if allocation is None or any(allocation == one.allocation for one in tries):
                 break  # never at the first: a way that has nothing for the budget is not chosen
-            self.bar.set_description(f"held-out clips, try {number + 1}")
-            matched = runner.run(problem, way.method, allocation, self.plan.held_out)
-            tries.append(_tried(f"tuned, try {number + 1}", matched, dense))
-            allocations.append(allocation)
-            figure, told = tries[-1].figure(budget.kind), predict(problem, allocation, pixels)
-            self.say(
-                f"try {number + 1}: {budget.show(figure)} on held-out clips, {told[budget.kind]:.4g} predicted; PSNR "
-                f"{tries[-1].figure('psnr'):.2f} dB, computed time {matched.cost:.3f} of dense"
-            )
+            tries.append(self._try(runner, len(tries) + 1, way, problem, allocation))
+            figure = tries[-1].tried.figure(budget.kind)
             if budget.met_by(figure) and is_near(budget, figure):
                 break
             aim = correct_aim(budget, aim, figure)
-        return tries, allocations
+        if budget.kind == "time" and not any(budget.met_by(one.tried.cost) for one in tries):
+            # a threshold that keeps the time on no clips but those tuned on; what is fixed keeps it on all
+            fixed = [one for one in outcome.entrants if not one.way.adaptive and budget.met_by(one.cost)]
+            if fixed:
+                spare = max(fixed, key=lambda one: one.psnr)
+                tries.append(self._try(runner, len(tries) + 1, spare.way, spare.problem, spare.allocation))
+        return tries
 
-    def _best(self, tries: Sequence[Tried]) -> int:
+    def _try(self, runner: Runner, number: int, way: Way, problem: Problem, allocation: Allocation) -> _Try:
+        budget = self.budget
+        self.bar.set_description(f"held-out clips, try {number}")
+        matched = runner.run(problem, way.method, allocation, self.plan.held_out)
+        tried = _tried(f"tuned, try {number}", matched, runner.measured.dense)
+        told = predict(problem, allocation, runner.measured.pixels)[budget.kind]
+        self.say(
+            f"try {number}: {budget.show(tried.figure(budget.kind))} on held-out clips, {told:.4g} predicted; PSNR "
+            f"{tried.figure('psnr'):.2f} dB, computed time {matched.cost:.3f} of dense"
+        )
+        return _Try(tried, way, problem, allocation)
+
+    def _best(self, tries: Sequence[_Try]) -> _Try:
         """The try that meets the budget best."""
         budget = self.budget
-        met = [i for i, one in enumerate(tries) if budget.met_by(one.figure(budget.kind))]
+        met = [one for one in tries if budget.met_by(one.tried.figure(budget.kind))]
         if met and budget.kind == "time":
-            return max(met, key=lambda i: tries[i].figure("psnr"))
+            return max(met, key=lambda one: one.tried.figure("psnr"))
         if met:
-            return min(met, key=lambda i: tries[i].cost)
+            return min(met, key=lambda one: one.tried.cost)
         sign = -1 if budget.kind == "psnr" else 1
-        reached = budget.show(min((one.figure(budget.kind) for one in tries), key=lambda x: sign * x))
+        reached = budget.show(min((one.tried.figure(budget.kind) for one in tries), key=lambda x: sign * x))
         raise DitAccelError(
             f"budget {budget} was not met on held-out clips in {len(tries)} tries; the best reached: {reached}. "
             "Ask for less, or give more --keeps"
@@ -158,6 +169,16 @@ class Tuner:
             return Matched(preset, cost, made, threshold)
 
         return match_time(run, rival.threshold, time, True, lambda matched: likeness(matched, dense))
+
+
+@dataclass(frozen=True)
+class _Try:
+    """What was run on the held-out clips, and where it came from."""
+
+    tried: Tried
+    way: Way
+    problem: Problem  # by which it was shared out
+    allocation: Allocation
 
 
 def _tried(name: str, matched: Matched, dense: Sequence[Made]) -> Tried:
