@@ -18,9 +18,6 @@ from dit_accel.tuning.runs import Clip, Made, Maker
 from dit_accel.tuning.shelf import Shelf
 from dit_accel.tuning.tables import Gains, Sample
 
-# what comes behind: tries and rivals, in dense runs of the held-out clips, and ways, in halves of those tuned on
-_LATER, _WAYS = 6, 6
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -110,9 +107,21 @@ class Measurer:
         )
         if not self.shelf.has_gains:
             left += perturb.forwards_of(steps, plan.perturbed, branches)
-        left += in_a_run * (len(plan.held_out) * _LATER + len(plan.clips) * (_WAYS + plan.polish) // 2)
+        held_out, tuned_on = _runs(plan)
+        left += in_a_run * (len(plan.held_out) * held_out + len(plan.clips) * tuned_on)
         self.bar.total = self.bar.n + left
         self.bar.refresh()
+
+
+def _runs(plan: Plan) -> tuple[int, int]:
+    """About how many runs of the held-out clips there are in all, and of those tuned on behind measuring.
+
+    Of the former dense ones, a try, fewer steps, the preset that one begins from, each keep and what a cache is beside;
+    of the latter a schedule with each method, each keep, thresholds and what is polished. What a cache runs is shorter.
+    """
+    keeps = len(plan.keeps)
+    caches, polish = (8, plan.polish // 2) if plan.cache else (0, 0)
+    return 4 + keeps + caches, 1 + len(plan.methods) * (1 + keeps) + caches + polish
 
 
 def sample_name(method: int, clip: int) -> str:

@@ -57,15 +57,16 @@ def fit_way(problem: Problem, way: Way, kind: str, limit: float) -> Allocation |
         kind: of the bound: "time", "loss" or "error".
 
     Returns:
-        None where no threshold keeps the bound, or a cap on steps in a row changes nothing; of schedules the cheapest
-        where none does.
+        None where no threshold that makes steps up keeps the bound, or a cap on steps in a row changes nothing; of
+        schedules the cheapest where none does.
     """
     if not way.adaptive:
         # where nothing is saved by reading less, no move reads less
         moves = problem if way.sparse else replace(problem, saved=np.zeros_like(problem.saved))
         return _fit(moves, kind, limit)
     problem = replace(problem, most=way.most)
-    thresholds = [x for x in problem.thresholds() if way.most is None or _is_capped(problem, x)]
+    thresholds = [x for x in problem.thresholds() if not problem.under(x).schedules.all()]
+    thresholds = [x for x in thresholds if way.most is None or _is_capped(problem, x)]
     found = [_under(problem.under(threshold), way, kind, limit) for threshold in thresholds]
     found = [one for one in found if one is not None]
     if not found:

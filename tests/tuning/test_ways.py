@@ -56,6 +56,14 @@ def test_sparse_attention_is_used_where_it_helps(problem) -> None:
         assert problem.loss(ways[0]) <= problem.loss(ways[1]) * (1 + 1e-9)
 
 
+def test_a_threshold_that_makes_nothing_up_is_no_way_of_its_own(problem) -> None:
+    high = replace(problem, expected=np.full_like(problem.expected, np.inf))
+    high.expected[:, -1] = 5.0  # so much at the one step that a cache can tell of, that it computes it
+    (only,) = high.thresholds()
+    assert high.under(only).schedules.all()
+    assert fit_way(high, THRESHOLD, "time", 0.9) is None and fit_way(high, SCHEDULE, "time", 0.9) is not None
+
+
 def test_a_cache_is_reckoned_clip_by_clip(problem) -> None:
     threshold = problem.thresholds()[4]
     under = problem.under(threshold)
