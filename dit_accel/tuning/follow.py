@@ -7,18 +7,14 @@ decoded.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dit_accel.handle import Handle, accelerate
+from dit_accel.handle import accelerate
 from dit_accel.options import SparseOptions
 from dit_accel.planner import Experiment
-from dit_accel.tuning.interpose import Finished, idle, transformers_of, walk
 from dit_accel.tuning.measure import Vectors
+from dit_accel.tuning.replay import replay
 
 
 def follow(
@@ -43,10 +39,18 @@ def follow(
     Returns:
         `[L][B]` squared error.
     """
+    dense, steps = Experiment(frozenset(), keep), len(bucket)
     with accelerate(pipe, options) as handle:
 
         def moved(layer: int, part: int) -> float:
-            final = _run(pipe, handle, layer, keep, part, bucket, vectors, make, tick)
+            alone = Experiment(frozenset([layer]), keep)
+
+            def set_out(step: int) -> None:
+                handle.experiment(alone if step < steps and bucket[step] == part else dense)
+
+            set_out(0)
+            given = vectors.velocities[: bucket.index(part)]
+            final, _ = replay(pipe, given, vectors.output, make, tick, set_out, steps)
             return float((final - vectors.final).double().square().sum())
 
         return [[moved(layer, part) for part in range(max(bucket) + 1)] for layer in range(layers)]
@@ -55,31 +59,3 @@ def follow(
 def forwards_of(bucket: Sequence[int], layers: int, branches: int) -> int:
     """How many forwards `follow` runs."""
     return branches * layers * sum(len(bucket) - bucket.index(part) for part in range(max(bucket) + 1))
-
-
-def _run(
-    pipe: Any,
-    handle: Handle,
-    layer: int,
-    keep: float,
-    part: int,
-    bucket: Sequence[int],
-    vectors: Vectors,
-    make: Callable[[], Any],
-    tick: Callable[[], None],
-) -> Tensor:
-    """The final latents, with a layer sparse in one part."""
-    dense, alone = Experiment(frozenset(), keep), Experiment(frozenset([layer]), keep)
-    first, steps = bucket.index(part), len(bucket)
-
-    def on_step(step: int, velocity: Tensor) -> Tensor:
-        if step + 1 < steps:
-            handle.experiment(alone if bucket[step + 1] == part else dense)
-        return velocity if step >= first else vectors.velocities[step].to(velocity.device, velocity.dtype)
-
-    handle.experiment(alone if part == 0 else dense)
-    output = vectors.output.to(pipe._execution_device, next(iter(transformers_of(pipe).values())).dtype)
-    with walk(pipe.scheduler, on_step, steps) as noted, torch.no_grad():
-        with idle(pipe, lambda: noted.steps < first, output, tick), contextlib.suppress(Finished):
-            make()
-    return noted.final.float().cpu()

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dit_accel.tuning.interpose import idle, transformers_of, walk
 from dit_accel.tuning.measure import Vectors
+from dit_accel.tuning.replay import replay
 from dit_accel.tuning.tables import Gains
 
 
@@ -54,7 +52,7 @@ def measure_gains(
         for kind in _kinds(step):
             here = vectors.velocities[step]
             error = vectors.errors[step] if kind == "sparse" else vectors.velocities[step - 1] - here
-            final, frames = _run(pipe, vectors, step, error, make, tick)
+            final, frames = replay(pipe, [*vectors.velocities[:step], here + error], vectors.output, make, tick)
             moved = float((final - vectors.final).double().norm())
             found[kind].append(moved / max(abs(weights[step]) * float(error.double().norm()), 1e-30))
             mse = float(np.square((frames.astype(np.float64) - vectors.frames) / 255).mean())
@@ -63,21 +61,3 @@ def measure_gains(
                 pixels.append(mse / latents)
     found["reuse"].insert(0, found["reuse"][0])  # of the first step, which is never made up
     return Gains(steps, **found, pixels=pixels)
-
-
-def _run(
-    pipe: Any, vectors: Vectors, at: int, error: Tensor, make: Callable[[], Any], tick: Callable[[], None]
-) -> tuple[Tensor, Any]:
-    """The final latents and frames of a run whose velocity is off by `error` at one step."""
-
-    def on_step(step: int, velocity: Tensor) -> Tensor:
-        if step > at:
-            return velocity
-        recorded = vectors.velocities[step] + (error if step == at else 0)
-        return recorded.to(velocity.device, velocity.dtype)
-
-    with walk(pipe.scheduler, on_step) as noted, torch.no_grad():
-        output = vectors.output.to(pipe._execution_device, next(iter(transformers_of(pipe).values())).dtype)
-        with idle(pipe, lambda: noted.steps <= at, output, tick):
-            frames = make()
-        return noted.final.float().cpu(), frames
