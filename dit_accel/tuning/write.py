@@ -119,6 +119,8 @@ def write_preset(
         stage.write_text(preset_file, text)
         if rival is not None:
             stage.write_text(rival_file, _rival_text(f"{name}-rival", rival, plan))
+    if rival is None:
+        rival_file.unlink(missing_ok=True)  # another budget's is no rival of this preset
     return preset, [preset_file, record_file, *([] if rival is None else [rival_file])]
 
 
