@@ -47,8 +47,10 @@ def tune(
     held_out_prompts: Annotated[
         Path | None, typer.Option(help="Prompts to try it on (default: those tuned on, with other seeds).")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds of each prompt to tune on, with commas.")] = "1",
-    held_out_seeds: Annotated[str, typer.Option(help="Seeds of each prompt to try it on.")] = "1001",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, with commas, of the first prompt to tune on; each further prompt counts one on.")
+    ] = "1",
+    held_out_seeds: Annotated[str, typer.Option(help="The same for the prompts to try it on.")] = "1001",
     methods: Annotated[
         str | None, typer.Option(help="Sparse methods to choose from, with commas (default: the preset's).")
     ] = None,
@@ -113,8 +115,8 @@ def tune(
             raise UsageError(f"{flag} {value}: at least 1 is needed")
     if polish < 0:
         raise UsageError(f"--polish {polish}: a number from 0 on, 0 trying none")
-    pairs = [(text, seed) for text in texts for seed in _whole(seeds, "--seeds")]
-    others = [(text, seed) for text in held for seed in _whole(held_out_seeds, "--held-out-seeds")]
+    pairs = _pairs(texts, _whole(seeds, "--seeds"))
+    others = _pairs(held, _whole(held_out_seeds, "--held-out-seeds"))
     both = [pair for pair in others if pair in pairs]
     if both:
         raise UsageError(
@@ -152,6 +154,11 @@ def _whole(text: str, flag: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r"\d{1,18}", word) for word in words):
         raise UsageError(f"{flag} {text!r}: whole numbers from 0 with commas between them, say 1,2")
     return tuple(dict.fromkeys(map(int, words)))
+
+
+def _pairs(texts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Prompts with seeds, one further on for each prompt: clips that begin at one noise have much in common."""
+    return [(text, seed + place) for place, text in enumerate(texts) for seed in seeds]
 
 
 def _keeps(text: str) -> tuple[float, ...]:
