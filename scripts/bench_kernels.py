@@ -1,7 +1,7 @@
 """Time block-sparse attention side by side with dense attention, in turns, in one process.
 
     python scripts/bench_kernels.py --output scripts/results/bench_kernels.json         # the GPU
-    python scripts/bench_kernels.py --device cpu --threads 2                            # the break-even on a CPU
+    python scripts/bench_kernels.py --device cpu --threads 2 8                          # the break-even on a CPU
 
 Needs torch, triton (for the GPU) and numpy, and no installation. Every timed output is first checked against float64;
 a shape that fails is not timed and the exit status is 1. A sample is several calls in a row on warm caches. `ideal`
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import _source_tree  # noqa: F401  first: it makes dit_accel.kernels importable
@@ -370,7 +370,8 @@ def time_shape(shape: dict, options: argparse.Namespace, dtype: torch.dtype) -> 
             beside = "".join(f", {r[1]:.3f}x {peer}" for peer, r in row["against"].items())
             print(f"{title:48}{keep:6}{baseline:>14}{measured:>38}{ratio:8.2f}x{share}{beside}", flush=True)
             spent.setdefault(impl, []).append((achieved, middle))
-        print(f"{'':54}{gauge}", flush=True)
+        if gauge.seen:
+            print(f"{'':54}{gauge}", flush=True)
     for impl, points in spent.items():
         if len(points) > 3 and impl != "plan":
             slope, start = statistics.linear_regression(*zip(*points, strict=True))
@@ -406,13 +407,16 @@ class Gauge:
     def __init__(self, device: str) -> None:
         self.seen: list[tuple[float, float]] = []
         self.over = threading.Event()
+        self.library = None
+        if device != "cuda":
+            return
         try:
             import pynvml
 
             pynvml.nvmlInit()
             self.handle, self.library = pynvml.nvmlDeviceGetHandleByIndex(0), pynvml
         except Exception:  # no library or no driver: nothing to read
-            self.library = None
+            pass
 
     def __enter__(self) -> Gauge:
         self.thread = threading.Thread(target=self._watch)
@@ -468,21 +472,23 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", help="names of shapes")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads, one table for each number")
     parser.add_argument("--output", help="write a JSON record here")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = options.device
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     print(f"{environment()['device']}, {dtype}, {options.rounds} rounds, ms: median (quartiles)")
     print(f"{'shape':48}{'keep':>6}{'dense':>14}{'sparse':>38}{'ratio':>9}{'of ideal':>10}")
     table, failures = [], 0
-    for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+    shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
+    for threads, shape in product(options.threads or [torch.get_num_threads()], shapes):
         if options.only and shape["name"] not in options.only:
             continue
+        torch.set_num_threads(threads)
+        if options.threads:
+            print(f"{threads} threads", flush=True)
         rows, wrong = time_shape(shape, options, dtype)
-        table += rows
+        table += [row | dict(threads=threads) for row in rows] if device == "cpu" else rows
         failures += wrong
         if options.output:  # after every shape: a run that is cut short leaves what it has
             write_record(options.output, dict(dtype=str(dtype), rounds=options.rounds, table=table))

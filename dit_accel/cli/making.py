@@ -26,7 +26,7 @@ def announce(request: Request, *, quiet: bool, verbose: bool, seeds: str | None 
     """Say what is about to be made, and silence the libraries unless all is to be heard.
 
     Args:
-        seeds: in words, where they are not the request's.
+        seeds: in words, or which clips, where they are not the request's.
     """
     if not verbose:
         _hush()

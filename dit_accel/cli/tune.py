@@ -235,7 +235,8 @@ def _run(
     from dit_accel.tuning.tune import Tuner
     from dit_accel.tuning.write import make_record, revision_of, write_preset
 
-    announce(request, quiet=quiet, verbose=verbose)
+    clips = f"{len(plan.clips)} clip{'s' * (len(plan.clips) > 1)} to tune on, {len(plan.held_out)} held out"
+    announce(request, quiet=quiet, verbose=verbose, seeds=clips)
     pipe = load(request, folder)
     opened = open_record(request, pipe) | {
         "scheduler": type(pipe.scheduler).__name__, "commit": identify(pipe._execution_device)["commit"],

@@ -145,6 +145,18 @@ def test_what_cannot_be_asked(
     assert not list(here.iterdir())
 
 
+def test_every_prompt_has_noise_of_its_own(
+    here: Path, wan21_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("dit_accel.cli.tune._run", lambda _request, _folder, plan, *_: seen.append(plan) or ({}, []))
+    arguments = (*SMALL, "--prompt", "moon", "--model", str(wan21_folder), "--budget", "psnr>=12")
+    assert run([*arguments, "--seeds", "1,5"]) == 0, capsys.readouterr().err
+    (plan,) = seen
+    assert [(clip.prompt, clip.seed) for clip in plan.clips] == [("star", 1), ("star", 5), ("moon", 2), ("moon", 6)]
+    assert [(clip.prompt, clip.seed) for clip in plan.held_out] == [("star", 1001), ("moon", 1002)]
+
+
 def test_an_interrupt_keeps_what_was_measured(start_cli: Callable, wan21_folder: Path, tmp_path: Path) -> None:
     more = ("--model", wan21_folder, "--steps", "60", "--budget", "psnr>=12")
     process = start_cli(*SMALL, *more, cwd=tmp_path)
