@@ -34,6 +34,7 @@ class Outcome:
     problem: Problem  # by which it was shared out
     sure: Allocation | None  # what came out best, where the budget is a time that it keeps for sure
     entrants: tuple[Entrant, ...]  # none where there was no choice
+    best: Entrant | None = None  # of these
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Contest:
         ranked = sorted(entrants, key=lambda one: (one.cost <= time + _CLOSE, one.psnr), reverse=True)
         best = next(one for one in ranked if self._fit(one.problem, one.way))
         sure = best.allocation if budget.kind == "time" and not best.way.adaptive else None
-        return Outcome(best.way, best.problem, sure, tuple(entrants))
+        return Outcome(best.way, best.problem, sure, tuple(entrants), best)
 
     def _fit(self, problem: Problem, way: Way) -> Allocation | None:
         """What is predicted to meet the budget."""

@@ -117,11 +117,13 @@ def _runs(plan: Plan) -> tuple[int, int]:
     """About how many runs of the held-out clips there are in all, and of those tuned on behind measuring.
 
     Of the former dense ones, a try, fewer steps, the preset that one begins from, each keep and what a cache is beside;
-    of the latter a schedule with each method, each keep, thresholds and what is polished. What a cache runs is shorter.
+    of the latter a schedule with each method, each keep, thresholds, what is polished and plans that are carried over.
+    What a cache runs is shorter.
     """
     keeps = len(plan.keeps)
     caches, polish = (8, plan.polish // 2) if plan.cache else (0, 0)
-    return 4 + keeps + caches, 1 + len(plan.methods) * (1 + keeps) + caches + polish
+    carried = 2  # ways to carry plans over
+    return 4 + keeps + caches, 1 + len(plan.methods) * (1 + keeps) + caches + polish + carried
 
 
 def sample_name(method: int, clip: int) -> str:

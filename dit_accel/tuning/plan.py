@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,12 @@ class Plan:
         told = {"pipeline": self.base.pipeline, "model": self.base.model}
         told["generate"] = dataclasses.asdict(self.base.generate)
         return load(to_toml("dense", told), "dense", "tune")
+
+    def carrying(self, method: int, options: Mapping[str, Any]) -> Plan:
+        """The same with other options of one method, by which its plans are carried over."""
+        methods = list(self.methods)
+        methods[method] = methods[method].merged(dict(options))
+        return dataclasses.replace(self, methods=tuple(methods))
 
     def settings(self, machine: dict[str, Any]) -> dict[str, Any]:
         """What measurements depend on; a budget is no part of it."""

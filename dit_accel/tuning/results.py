@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,20 @@ class Entrant:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A way to carry block plans over that was really run on the clips tuned on."""
+
+    options: Mapping[str, Any]  # `share_plans`, `predict_every`; of the sparse attention
+    cost: float  # computed time as a share of dense; what is saved of predicting is not counted
+    psnr: float  # dB, mean over clips
+    taken: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        told = {"computed_time": round(self.cost, 4), "psnr": round(self.psnr, 4)}
+        return {"options": dict(self.options), **told, "taken": self.taken}
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What came of it."""
 
@@ -78,6 +93,7 @@ class Tuned:
     chosen: Tried
     tries: tuple[Tried, ...]
     entrants: tuple[Entrant, ...]  # the ways to choose from; none where there was no choice
+    carried: tuple[Carried, ...]  # ways to carry plans over; none where attention is dense
     predicted: dict[str, float]  # of the chosen one: psnr, time, error
     rivals: tuple[Tried, ...]
     additivity: tuple[float, ...]

@@ -1,19 +1,21 @@
 """Rivals: what one would have set by hand, and fewer steps, brought to the computed time of a tuned preset, no less.
 
-The base preset's own sparse attention also runs as it is, whatever it takes.
+Plans are carried over as in the tuned preset. The base preset's own sparse attention also runs as it is, whatever it
+takes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dit_accel.options import SparseOptions
 from dit_accel.preset import Preset
+from dit_accel.tuning.carry import describe
 from dit_accel.tuning.predictor import Predictor
 from dit_accel.tuning.problem import Problem
 from dit_accel.tuning.threshold import CACHE, match_threshold, on_with
@@ -58,14 +60,15 @@ def list_rivals(
     if fewer >= 1:
         yield Rival(f"{fewer} steps", {"generate.steps": fewer}, None)
     plain = options.to_mapping()
-    yield from _one_keep(problem, keeps, plain, cost)
+    for rival in _one_keep(problem, keeps, plain, cost):
+        yield replace(rival, name=rival.name + describe(plain))
     if base.sparse is not None:
         yield Rival(f"sparse as {base.name}", {"sparse": base.sparse.to_mapping()}, None)
     if not expected:
         return
     middle = len(keeps) // 2
     settings: dict[str, tuple[dict[str, Any] | None, float]] = {  # and what they save of a forward
-        f"keep {keeps[middle]:g} everywhere": (
+        f"keep {keeps[middle]:g} everywhere{describe(plain)}": (
             {**plain, "keep": keeps[middle]},
             problem.n_layers * problem.saved[middle + 1],
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,10 @@ class Runner:
     plan: Plan
     maker: Maker
     measured: Measured
+
+    def carrying(self, method: int, options: Mapping[str, Any]) -> Runner:
+        """One whose presets carry plans over."""
+        return replace(self, plan=self.plan.carrying(method, options))
 
     def tables(self, allocation: Allocation, method: int) -> dict[str, Any]:
         """The tables of an allocation's preset, claims left out."""

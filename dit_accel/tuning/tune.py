@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dit_accel.errors import DitAccelError
+from dit_accel.options import SparseOptions
 from dit_accel.tuning.aim import correct_aim, fit_aim, is_near, predict
 from dit_accel.tuning.budget import Budget
+from dit_accel.tuning.carry import carry, chosen_of, describe
 from dit_accel.tuning.contest import Contest, Outcome
 from dit_accel.tuning.matching import TRIES, Matched, match_time, run_cost
 from dit_accel.tuning.measuring import Measured, Measurer
 from dit_accel.tuning.plan import Plan
 from dit_accel.tuning.problem import Allocation, Problem, additivity, make_problem
-from dit_accel.tuning.results import Tried, Tuned
+from dit_accel.tuning.results import Carried, Tried, Tuned
 from dit_accel.tuning.rivals import Rival, list_rivals
 from dit_accel.tuning.running import Runner, likeness
 from dit_accel.tuning.runs import Made, Maker, compare
@@ -73,6 +75,7 @@ class Tuner:
             )
         runner = Runner(name, plan, self.maker, measured)
         outcome = Contest(runner, problems, self.budget, self.bar, self.say).hold()
+        runner, carried = self._carry(runner, outcome)
         tries = self._aim(runner, outcome)
         best = self._best(tries)
         allocation, way, problem = best.allocation, best.way, best.problem
@@ -83,12 +86,33 @@ class Tuner:
             chosen=best.tried,
             tries=tuple(one.tried for one in tries),
             entrants=outcome.entrants,
+            carried=carried,
             predicted=predict(problem, allocation, measured.pixels),
-            rivals=tuple(self._rivals(problem, way.method, best.tried, allocation, measured)),
+            rivals=tuple(self._rivals(problem, runner.plan.methods[way.method], best.tried, allocation, measured)),
             additivity=tuple(additivity(measured.samples[way.method])),
             forward_share=measured.forward_share,
             dense=measured.dense,
         )
+
+    # -- plans carried over
+
+    def _carry(self, runner: Runner, outcome: Outcome) -> tuple[Runner, tuple[Carried, ...]]:
+        """Try on the clips tuned on whether plans may serve other branches and steps."""
+        best = outcome.best
+        if best is None or not best.way.sparse:
+            return runner, ()
+        method = best.way.method
+        self.bar.set_description("clips tuned on, plans carried over")
+
+        def run(options: Mapping[str, Any]) -> tuple[float, float]:
+            told = runner.carrying(method, options)
+            matched = told.run(best.problem, method, best.allocation, self.plan.clips)
+            reached = likeness(matched, runner.measured.frames)
+            self.say(f"{best}{describe(options)}: PSNR {reached:.2f} dB on the clips tuned on")
+            return reached, matched.cost
+
+        tried = carry(best, run)
+        return runner.carrying(method, chosen_of(tried)), tried
 
     # -- aiming
 
@@ -145,13 +169,13 @@ class Tuner:
     # -- rivals
 
     def _rivals(
-        self, problem: Problem, method: int, chosen: Tried, allocation: Allocation, measured: Measured
+        self, problem: Problem, options: SparseOptions, chosen: Tried, allocation: Allocation, measured: Measured
     ) -> list[Tried]:
         plan = self.plan
         self.bar.set_description("rivals")
         expected = [one.expected for one in measured.dense if one.expected is not None and any(one.expected)]
         found = list_rivals(
-            problem, plan.keeps, plan.base, plan.methods[method], chosen.cost, expected, allocation.predictor
+            problem, plan.keeps, plan.base, options, chosen.cost, expected, allocation.predictor
         )
         matched = [(rival.name, self._match(rival, problem, chosen.cost, measured)) for rival in found]
         return [_tried(name, one, measured.dense) for name, one in matched]

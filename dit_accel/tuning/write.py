@@ -69,6 +69,7 @@ def make_record(opened: Mapping[str, Any], plan: Plan, budget: Budget, tuned: Tu
         "takes no less, but for the base preset's sparse attention as it is; to be the best hand-set it takes no more "
         f"than {EQUAL:g} of dense's above",
         "ways": [one.to_dict() for one in tuned.entrants],
+        "carried": [one.to_dict() for one in tuned.carried],
         "rivals": rivals,
         "tries": [one.to_dict() for one in tuned.tries],
         "allocation": dataclasses.asdict(tuned.allocation),
