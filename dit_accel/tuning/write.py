@@ -126,9 +126,12 @@ def write_preset(
 
 
 def best_hand_set(chosen: Tried, rivals: Sequence[Tried]) -> Tried | None:
-    """The likest of what one would set by hand; None where all of that takes longer by more than `EQUAL`."""
+    """The likest of what one would set by hand; None where all of that takes longer by more than `EQUAL`.
+
+    Fewer steps, with nothing of ours, are not set by hand.
+    """
     most = chosen.cost + EQUAL
-    by_hand = (one for one in rivals if not one.name.endswith(" steps") and one.cost <= most)
+    by_hand = (one for one in rivals if not one.preset.is_stock and one.cost <= most)
     return max(by_hand, key=lambda one: one.figure("psnr"), default=None)
 
 
